@@ -4,16 +4,21 @@ Reading pictures, cutting squares around faces, names from outside, messages and
 the network and its three files, and the drawing of mosaic and report.
 """
 
+import collections
 import contextlib
 import csv
 import errno
+import functools
 import hashlib
 import io
+import json
+import logging
 import os
 import sys
 import tempfile
 import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
@@ -25,7 +30,8 @@ try:
     import numpy as np
     import pillow_heif
     import tqdm
-    from PIL import Image
+    from PIL import Image, ImageDraw, ImageFont
+    from PIL.PngImagePlugin import PngInfo
 except ImportError as missing:
     sys.exit(f"error: {missing}: run `pip install -r requirements.txt` in the folder of this script")
 
@@ -34,6 +40,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and would not fit into 2 GB decoded
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
+
+KIT = "finetuning-kit"  # named in the pictures that are ours to remove
+ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
+BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
+PARAMETERS = BASE_PARAMETERS + 2048 * 1024 + 1024  # with the hidden layer
+PARAMETERS_A_CLASS = 1025
+MAX_CLASSES = 10_000
+MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
+
+MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
+BLUE, ORANGE, INK, GREY, LINE, PAPER = "#0072b2", "#d55e00", "#222222", "#666666", "#e4e4e4", "#eef4fa"
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
@@ -131,6 +148,30 @@ def progress(items, total, label):
         if now - told > 10 and done < total:
             told, left = now, (now - start) * (total - done) / done
             print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def cores():
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_order(function, items, workers=None):
+    """Yield function(item) for every item, in order, computed ahead in threads (Pillow and OpenCV run beside Python).
+
+    Only a few results wait at a time, so memory stays flat. workers: threads, one a core if not given.
+    """
+    workers = workers or cores()
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = collections.deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- names and files
@@ -337,3 +378,375 @@ def crop_square(pixels, center_x, center_y, side):
 def save_jpeg(path, pixels):
     """Save uint8 (height, width, 3) as JPEG of quality 95, colours not subsampled, with no metadata."""
     Image.fromarray(pixels).save(path, "JPEG", quality=95, subsampling=0)
+
+
+# ---------------------------------------------------------------- the network and its three files
+
+
+def import_keras():
+    """Import Keras, TensorFlow behind it unless KERAS_BACKEND says otherwise, without start-up chatter.
+
+    It takes seconds, so functions ask here rather than at the top of a file. Returns the module.
+    Raises UserError if a package is missing.
+    """
+    if "keras" not in sys.modules:
+        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        logging.getLogger("absl").setLevel("ERROR")
+        try:
+            with stderr_aside():
+                import keras
+
+                keras.ops.zeros(1)  # what the first operation has to say is said here
+        except ImportError as error:
+            raise UserError(
+                f"{error}: run `pip install -r requirements.txt` in the folder of this script (TensorFlow has "
+                "no packages for Intel Macs and Windows on ARM: there `pip install jax`, then KERAS_BACKEND=jax)"
+            ) from None
+    import keras
+
+    return keras
+
+
+@contextlib.contextmanager
+def stderr_aside():
+    """Send file descriptor 2 nowhere while libraries in C++ introduce themselves."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def build_network(class_count, side, number_format="float32"):
+    """Build InceptionV3 with a new top: pooling, 1024 dense units, softmax. Weights are random.
+
+    Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives
+    probabilities of shape (batch, class_count) in float32. number_format: a Keras dtype policy.
+    """
+    keras = import_keras()
+    keras.config.set_dtype_policy(number_format)  # applications take no dtype argument
+    try:
+        pixels = keras.Input((side, side, 3), name="pixels")
+        scaled = keras.layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(pixels)
+        blocks = keras.applications.InceptionV3(weights=None, include_top=False, input_tensor=scaled)
+        pooled = keras.layers.GlobalAveragePooling2D(name="pooled")(blocks.output)
+        hidden = keras.layers.Dense(1024, activation="relu", name="hidden")(pooled)
+        softmax = keras.layers.Dense(class_count, activation="softmax", dtype="float32", name="probabilities")
+        return keras.Model(pixels, softmax(hidden))
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def trio(prefix):
+    """Return the paths of the model's three files: weights and all, architecture, labels."""
+    return Path(f"{prefix}.h5"), Path(f"{prefix}.json"), Path(f"{prefix}-labels.json")
+
+
+def save_model(model, info, prefix):
+    """Save a Keras model as `prefix.h5`, `.json` and `-labels.json`; the rename of the `.h5` is the commit.
+
+    info: what else must travel with the model, plain data with at least `labels` and `image_size`; it
+    becomes JSON in an attribute of the `.h5`, with the SHA-256 of the other two files added.
+    """
+    import h5py
+
+    weights, architecture, labels = trio(prefix)
+    with whole_file(weights) as weights_part:
+        model.save(weights_part)
+        texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
+        sums = {key: hashlib.sha256(text).hexdigest() for key, text in zip(("json", "labels"), texts.values())}
+        with h5py.File(weights_part, "a") as file:
+            file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
+        for path, text in texts.items():
+            with whole_file(path) as part:
+                part.write_bytes(text)
+
+
+def load_model(prefix):
+    """Load a model of ours: returns (Keras model, info) with info as given to `save_model`.
+
+    Safe with files from strangers: no class named in a file is ever looked up. The network is built
+    here, from numbers checked first; sizes, JSON, labels and HDF5 shapes are checked before TensorFlow
+    is imported. What is trusted is h5py with libhdf5. Raises UserError for anything that is not whole.
+    """
+    weights, architecture, labels_path = trio(prefix)
+    texts = [read_capped(path, limit) for path, limit in ((architecture, MAX_JSON), (labels_path, MAX_JSON))]
+    labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
+    side = check_architecture(parse_json(architecture, texts[0]), architecture)
+    info = check_hdf5(weights, PARAMETERS + PARAMETERS_A_CLASS * len(labels))
+    sums = [hashlib.sha256(text).hexdigest() for text in texts]
+    known = info.get("sha256")
+    if not isinstance(known, dict) or [known.get("json"), known.get("labels")] != sums:
+        raise UserError(
+            f"{escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
+            "of one training run again, or finish that run with --resume"
+        )
+    if info.get("labels") != labels or info.get("image_size") != side:
+        raise UserError(f"{escape(weights)}: labels or image size differ from the files beside it: train again")
+    model = build_network(len(labels), side)
+    load_weights(model, weights)
+    return model, info
+
+
+def load_weights(model, path):
+    """Load a checked HDF5 file's arrays into a Keras model. Raises UserError for other shapes or NaN."""
+    try:
+        model.load_weights(path)
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        reason = escape(error).partition("\\n")[0][:200]
+        raise UserError(f"{escape(path)}: these weights do not fit InceptionV3 ({reason}): use another file") from None
+    if not all(np.isfinite(array).all() for array in model.get_weights()):
+        raise UserError(f"{escape(path)}: holds numbers that are not finite: train again or use another file")
+
+
+def read_capped(path, limit):
+    """Return the bytes of a file; a link, a larger or a missing file raises UserError."""
+    try:
+        if path.is_symlink():
+            raise UserError(f"{escape(path)}: is a link: copy the file itself here")
+        if path.stat().st_size > limit:
+            raise UserError(f"{escape(path)}: larger than {limit:,} bytes, so it is no file of this kit")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{escape(path)}: no such file: give the prefix that train.py was given") from None
+
+
+def parse_json(path, text):
+    """Return the plain data in JSON bytes. Raises UserError for anything else, endless nesting included."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise UserError(f"{escape(path)}: damaged, not JSON: copy it again or train again") from None
+
+
+def check_labels(labels, path):
+    """Return a list of class names fit to become folder names and terminal text, or raise UserError."""
+    good = isinstance(labels, list) and 2 <= len(labels) <= MAX_CLASSES
+    good = good and all(isinstance(label, str) and 0 < len(label) <= 255 and label.isprintable() for label in labels)
+    if not good or len(set(labels)) != len(labels):
+        raise UserError(f"{escape(path)}: not a list of two or more different class names: train again")
+    return labels
+
+
+def check_architecture(config, path):
+    """Return the image size that `model.json` names, read as plain data. Raises UserError."""
+    try:
+        shape = config["config"]["layers"][0]["config"]["batch_shape"]
+        _, height, width, channels = shape
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise UserError(f"{escape(path)}: names no image size: it was not written by this kit") from None
+    if not (isinstance(height, int) and 75 <= height <= 1024 and width == height and channels == 3):
+        raise UserError(f"{escape(path)}: image size {escape(shape)} is not one this kit makes")
+    return height
+
+
+def check_hdf5(path, parameters):
+    """Check an HDF5 file of weights before anything is read from it; return what its attribute holds.
+
+    parameters: how many numbers it must declare, no more and no less, so that no bomb can hide in it;
+    links that leave the file, and data kept elsewhere, are refused. Returns {} if there is no attribute.
+    """
+    import h5py
+
+    if path.is_symlink():
+        raise UserError(f"{escape(path)}: is a link: copy the file itself here")
+    if not path.is_file():
+        raise UserError(f"{escape(path)}: no such file: check the name")
+    if path.stat().st_size > 5 * parameters + 10 * MAX_JSON:
+        raise UserError(f"{escape(path)}: larger than such a file can be: use another one")
+    try:
+        with h5py.File(path, "r") as file:
+            count = count_numbers(file, path)
+            text = file.attrs.get(ATTRIBUTE, "{}") if count == parameters else None
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None
+    if text is None:
+        raise UserError(f"{escape(path)}: holds {count:,} numbers, not {parameters:,}: it belongs to another network")
+    info = parse_json(path, text) if isinstance(text, str) and len(text) <= MAX_JSON else None
+    if not isinstance(info, dict):
+        raise UserError(f"{escape(path)}: what belongs to the model is damaged in it: copy it again or train again")
+    return info
+
+
+def count_numbers(group, path, depth=0):
+    """Count the numbers that an open HDF5 group declares. Raises UserError for what we never write."""
+    import h5py
+
+    count = 0
+    for name in group if depth < 8 else ():
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise UserError(f"{escape(path)}: links to other data inside: do not use this file")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            count += count_numbers(item, path, depth + 1)
+        elif item.external or item.is_virtual or item.dtype.kind != "f" or item.dtype.itemsize > 4:
+            raise UserError(f"{escape(path)}: data kept elsewhere or of another kind inside: do not use this file")
+        else:
+            count += item.size
+    return count
+
+
+# ---------------------------------------------------------------- mosaic and report
+
+
+@functools.cache
+def font_file(text):
+    """Return the path of a font that has every character of `text`: DejaVu Sans, else one of the system's."""
+    from matplotlib import font_manager, ft2font
+
+    first = font_manager.findfont("DejaVu Sans")
+    others = sorted(font_manager.findSystemFonts(), key=lambda path: ("CJK" not in path, "Bold" in path, path))
+    for path in [first, *others]:
+        with contextlib.suppress(RuntimeError, OSError):
+            if set(map(ord, text)) <= set(ft2font.FT2Font(path).get_charmap()):
+                return path
+    return first
+
+
+def draw_text(draw, xy, text, size, fill, anchor="la", width=None):
+    """Write one line of any script on a PIL drawing, cut to `width` pixels with an ellipsis if given."""
+    font = ImageFont.truetype(font_file(text), size)
+    if width is not None and font.getlength(text) > width:
+        while text and font.getlength(text + "…") > width:
+            text = text[:-1]
+        text += "…"
+    draw.text(xy, text, fill, font, anchor)
+
+
+def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
+    """Draw the confusion matrix with the pictures themselves: a row a class, a column for what it was taken for.
+
+    labels: class names. actual, predicted: int arrays (n,). pictures: a function from 0..n-1 to uint8
+    (side, side, 3). With more than MOSAIC_CLASSES classes, those with the most mistakes are shown.
+    """
+    wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
+    shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
+    cell = int(np.clip(2400 // len(shown), 94, 560))
+    left, top, text = 190, 250, 20 if cell > 150 else 16
+    canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
+    draw = ImageDraw.Draw(canvas)
+    note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
+    draw_text(draw, (20, 18), title, 30, INK, width=canvas.width - 40)
+    draw_text(
+        draw, (20, 60), f"rows: what it is; columns: what it was taken for{note}", 18, GREY, width=canvas.width - 40
+    )
+    for row, a in enumerate(shown):
+        y, x = top + row * cell, left + row * cell
+        total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
+        draw_text(draw, (left - 12, y + cell // 2 - text), labels[a], text, INK, "ra", left - 24)
+        draw_text(draw, (left - 12, y + cell // 2 + 4), f"{right} of {total}", text - 4, GREY, "ra")
+        draw_column_name(canvas, (x, top - 12), labels[a], text, cell)
+        for column, p in enumerate(shown):
+            inside = np.flatnonzero((actual == a) & (predicted == p))
+            draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
+    chunk = PngInfo()
+    chunk.add_text("Software", f"{KIT}: {Path(prefix).name}")
+    with whole_file(path) as part:
+        canvas.save(part, "PNG", pnginfo=chunk)
+
+
+def draw_column_name(canvas, corner, name, size, cell):
+    """Write a class name above its column, upright if it fits, else turned by a quarter."""
+    x, bottom = corner
+    font = ImageFont.truetype(font_file(name), size)
+    if font.getlength(name) < cell - 8:
+        draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms")
+        return
+    strip = Image.new("RGB", (150, 2 * size), "white")
+    draw_text(ImageDraw.Draw(strip), (0, size), name, size, INK, "lm", 150)
+    strip = strip.rotate(90, expand=True)
+    canvas.paste(strip, (x + cell // 2 - size, bottom - 150))
+
+
+def draw_cell(canvas, corner, cell, pictures, inside, correct):
+    """Fill one cell with the pictures whose indices are `inside`, their number on a badge."""
+    draw, (x, y) = ImageDraw.Draw(canvas), corner
+    frame = (x + 1, y + 1, x + cell - 2, y + cell - 2)
+    if not len(inside):
+        draw.rectangle(frame, fill=PAPER if correct else "white", outline=LINE)
+        return
+    draw.rectangle(frame, fill=BLUE if correct else ORANGE)
+    across = min(int(np.ceil(np.sqrt(len(inside)))), max(1, cell // 40))
+    thumb = (cell - 10) // across
+    for n, index in enumerate(inside[: across * across]):
+        picture = Image.fromarray(pictures(index)).resize((thumb - 2, thumb - 2), Image.Resampling.LANCZOS)
+        canvas.paste(picture, (x + 6 + n % across * thumb, y + 6 + n // across * thumb))
+    text, size = str(len(inside)), 18 if cell > 150 else 13
+    wide = size * len(text) * 0.65 + 8
+    draw.rectangle((x + 1, y + 1, x + 1 + wide, y + 5 + size), fill=BLUE if correct else ORANGE)
+    draw_text(draw, (x + 1 + wide / 2, y + 3 + size // 2), text, size, "white", "mm")
+
+
+def draw_report(path, title, labels, actual, probabilities, history=None):
+    """Draw learning curves (if there is a history), scores of each class, and reliability as one PNG.
+
+    actual: int (n,). probabilities: (n, classes). history: list of dicts, an epoch each, with the
+    columns of `model-history.csv`. With over MOSAIC_CLASSES classes those with the lowest scores are shown.
+    """
+    from matplotlib.figure import Figure
+
+    recall, precision = class_scores(actual, probabilities.argmax(1), len(labels))
+    order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MOSAIC_CLASSES]
+    rows = 3 if history else 2
+    figure = Figure(figsize=(9, 3.2 * (rows - 1) + 1.5 + 0.24 * len(order)), layout="constrained")
+    axes = figure.subplots(rows, 1, height_ratios=[3.2] * (rows - 1) + [1.2 + 0.24 * len(order)])
+    figure.suptitle(title)
+    if history:
+        plot_history(axes[0], history)
+    plot_reliability(axes[-2], actual, probabilities)
+    plot_classes(axes[-1], [labels[i] for i in order], recall[order], precision[order], len(labels))
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=110, metadata={"Software": KIT})
+
+
+def class_scores(actual, predicted, class_count):
+    """Return recall and precision of each class, float (class_count,) each, NaN where undefined."""
+    right = np.bincount(actual[actual == predicted], minlength=class_count).astype(float)
+    with np.errstate(invalid="ignore"):
+        recall = right / np.bincount(actual, minlength=class_count)
+        return recall, right / np.bincount(predicted, minlength=class_count)
+
+
+def plot_history(axes, history):
+    """Plot accuracy against epochs: training, augmented validation, plain validation."""
+    epochs = np.arange(1, len(history) + 1)
+    curves = (("accuracy", "training", "#0072b2", "-"), ("val_accuracy", "validation, augmented", "#e69f00", "--"))
+    for key, label, colour, line in (*curves, ("plain_accuracy", "validation", "#000000", "o")):
+        points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
+        axes.plot(*zip(*points), line, color=colour, label=label)
+    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03), title="Learning curves")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+
+
+def plot_reliability(axes, actual, probabilities, bins=10):
+    """Plot how often the model is right against how sure it is, in bins of equally many pictures."""
+    sure, right = probabilities.max(1), probabilities.argmax(1) == actual
+    groups = np.array_split(np.argsort(sure), min(bins, len(sure)))
+    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as sure as right")
+    x, y, n = ([f(g) for g in groups] for f in (lambda g: sure[g].mean(), lambda g: right[g].mean(), len))
+    axes.plot(x, y, "o-", color="#0072b2", label=f"bins of about {round(np.mean(n))} pictures")
+    axes.set(xlabel="probability given", ylabel="share that is right", ylim=(-0.03, 1.03), xlim=(0, 1.02))
+    axes.set_title("Reliability of the probabilities")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+
+
+def plot_classes(axes, labels, recall, precision, class_count):
+    """Plot recall and precision of classes, the weakest on top."""
+    y = np.arange(len(labels))
+    families = {ImageFont.truetype(font_file(label)).getname()[0] for label in labels} - {"DejaVu Sans"}
+    axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall: share of its pictures found")
+    axes.plot(precision, y, "D", color="#d55e00", markersize=5, label="precision: share of its tags that are right")
+    axes.set_yticks(y, [label if len(label) < 30 else label[:29] + "…" for label in labels])
+    for tick in axes.get_yticklabels():
+        tick.set(fontfamily=["DejaVu Sans", *sorted(families)], parse_math=False)
+    axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5))
+    axes.set_title("Classes" if len(labels) == class_count else f"The weakest {len(labels)} of {class_count} classes")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08 - 0.6 / (len(labels) + 3)), ncols=2, frameon=False)

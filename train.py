@@ -1,0 +1,963 @@
+"""Teach InceptionV3 your own classes from folders of pictures.
+
+    python train.py people model
+    python train.py people model --weights none --image-size 75
+    python train.py held_out model --evaluate
+
+people/<class>/**/<picture> is read once; the part of the network that stays frozen runs once for each
+augmented view, and what it gives is kept; the new top is trained from there. Leaves model.h5, model.json
+and model-labels.json, and after every round a confusion matrix made of the pictures: 000.png, 001.png…
+"""
+
+import argparse
+import collections
+import datetime
+import hashlib
+import os
+import socket
+import statistics
+import sys
+import tempfile
+import time
+import zlib
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import utils
+
+# ---------------------------------------------------------------- settings
+
+heavy_augmentation = True  # False for pictures that all look the way your camera will see them
+Augmentation = collections.namedtuple("Augmentation", "rotation shift zoom colour")
+HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # degrees, of the side, factor, of 255
+LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
+
+# Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
+FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=2, patience=4, views=2, batch_size=32)
+FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
+HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
+ROUND_RATE = 5e-4  # peak for the top blocks; higher forgets what was learned, lower needs more rounds
+SCRATCH_RATE = 1e-3  # peak for a whole network
+WEIGHT_DECAY = 1e-2
+LABEL_SMOOTHING = 0.1
+SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
+
+PASS_BATCH = 64  # pictures at once through the frozen part
+CACHE_GB = 20.0
+MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
+FEW_PICTURES = 20  # a class with fewer is warned about
+FEW_VALIDATION = 30
+WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
+DOWNLOAD_SECONDS = 15
+IMAGENET = (
+    "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
+    "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
+)
+IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
+PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
+
+Picture = collections.namedtuple("Picture", "path label digest look")  # index in a list = row of the store
+Parts = collections.namedtuple("Parts", "trunk pool head top")
+Store = collections.namedtuple("Store", "file rows")
+Ring = collections.namedtuple("Ring", "features keys slots free")
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def parse_arguments():
+    """Read the command line; settings that depend on the kind of training are filled in here."""
+    parser = argparse.ArgumentParser(
+        description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
+        epilog="example: python train.py people model --heavy-augmentation --rounds 10",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    option = parser.add_argument
+    option("data_dir", type=Path, help="a folder with a folder of pictures for each class")
+    option("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
+    option("--weights", default="auto", help="where to start: auto, imagenet, none, or a notop weights FILE")
+    option("--image-size", type=whole(75, 1024), help="side in pixels (default: 224; 96 from scratch)")
+    option("--validation-split", type=share, default=0.2, help="share of each class kept for validation")
+    option("--group-by-folder", action="store_true", help="keep files of one folder on one side of the split")
+    option("--seed", type=whole(0, 2**31), default=1337, help="same seed, same split and result")
+    option("--heavy-augmentation", action=argparse.BooleanOptionalAction, default=heavy_augmentation,
+           help="turn, shift, zoom, tint and flip; or only shift and flip")  # fmt: skip
+    for name, text, low in (
+        ("head-epochs", "epochs for the new dense layers", 1),
+        ("rounds", "rounds of fine-tuning", 0),
+        ("round-epochs", "epochs a round", 1),
+        ("patience", "rounds without improvement before stopping, 0: never", 0),
+        ("views", "augmented views of each picture at the start", 1),
+        ("batch-size", "pictures a training step", 1),
+    ):
+        key = name.replace("-", "_")
+        text += f" (default: {FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch)"
+        option(f"--{name}", type=whole(low, 10**6), help=text, default=argparse.SUPPRESS)
+    option("--unfreeze", type=whole(0, 10), default=2, help="how many top inception blocks are fine-tuned")
+    option("--cache-dir", type=Path, help="keep the cache here for the next run (default: a temporary file)")
+    option("--cache-gb", type=positive, default=CACHE_GB, help="how large the cache may be")
+    option("--float32", action="store_true", help="never use bfloat16, faster or not")
+    option("--class-weight", action="store_true", help="weigh classes by 1/frequency")
+    option("--evaluate", action="store_true", help="no training: score the saved model on all of data_dir")
+    option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower")
+    option("--dry-run", action="store_true", help="read and summarise the data, write nothing")
+    return parser.parse_args()
+
+
+def whole(low, high):
+    """Return an argparse type: a whole number from `low` to `high`."""
+
+    def number(text):
+        if not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return int(text)
+
+    return number
+
+
+def share(text):
+    """An argparse type: a number between 0 and 1, both excluded."""
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def positive(text):
+    """An argparse type: a finite number above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return float(text)
+
+
+# ---------------------------------------------------------------- folder → file list
+
+
+def find_files(data_dir):
+    """Return [(path, label)] of everything below data_dir/<class>/, labels safe to print and sorted.
+
+    Warns about files beside the class folders and classes without files. Raises UserError if the folder
+    is missing or has fewer than two classes.
+    """
+    if not data_dir.is_dir():
+        raise utils.UserError(f"{utils.escape(data_dir)}: no such folder: give one with a folder for each class")
+    files, loose = [], 0
+    for path in utils.list_files(data_dir):
+        inner = path.relative_to(data_dir).parts
+        loose += len(inner) == 1
+        if len(inner) > 1:
+            files.append((path, utils.escape(inner[0])))
+    if loose:
+        utils.warn(f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used")
+    folders = {utils.escape(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)}
+    for name in sorted(folders - {label for _, label in files}):
+        utils.warn(f"{utils.escape(data_dir)}/{name}: an empty class is left out")
+    return files
+
+
+def read_pictures(files, side, store):
+    """Decode every file once, in parallel; append the squares to `store`, return the list of Pictures.
+
+    What gives no picture is listed with the reason and left out. store: a Store or None.
+    Returns ([Picture], number skipped).
+    """
+    pictures, skipped = [], 0
+    results = utils.in_order(lambda item: read_picture(item[0], side), files)
+    for (path, label), (pixels, digest, look) in zip(files, utils.progress(results, len(files), "reading")):
+        if pixels is None:
+            utils.warn(f"{utils.escape(path)}: skipped: {look}")
+            skipped += 1
+            continue
+        if store is not None:
+            write_rows(store, [len(pictures)], pixels[None])
+        pictures.append(Picture(path, label, digest, look))
+    return pictures, skipped
+
+
+def read_picture(path, side):
+    """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash), or (None, None, reason)."""
+    try:
+        data = path.read_bytes()
+        image = utils.open_picture(data)
+        if max(image.size) > MAX_RATIO * min(image.size):
+            return None, None, "the longer side is more than twice the shorter one"
+        pixels = utils.square(image, side)
+    except OSError as error:
+        return None, None, error.strerror or str(error)
+    except utils.PictureError as reason:
+        return None, None, str(reason)
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX))
+    look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()  # 64 bits: equal for near copies
+    return pixels, hashlib.sha256(data).digest(), look
+
+
+# ---------------------------------------------------------------- file list → split
+
+
+def group_pictures(pictures, data_dir, by_folder):
+    """Return lists of indices of pictures that must stay together: equal bytes; with by_folder, one folder.
+
+    Warns where the same bytes lie under two classes.
+    """
+    parent = list(range(len(pictures)))
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first = {}
+    for i, picture in enumerate(pictures):
+        keys = [picture.digest]
+        inner = picture.path.relative_to(data_dir).parent
+        if by_folder and len(inner.parts) > 1:
+            keys.append(inner)
+        for key in keys:
+            parent[find(i)] = find(first.setdefault(key, i))
+        twin = pictures[first[picture.digest]]
+        if twin.label != picture.label:
+            utils.warn(f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class")
+    groups = defaultdict(list)
+    for i in range(len(pictures)):
+        groups[find(i)].append(i)
+    return list(groups.values())
+
+
+def split(pictures, groups, fraction, seed):
+    """Divide into training and validation, stratified; groups stay whole. Returns two sorted index arrays.
+
+    Groups are ordered by a hash of seed and content, so that added pictures move only those at the
+    boundary. Each class gives max(1, round(n * fraction)) pictures, never its last group.
+    Raises UserError for fewer than two classes, or if no class can be divided.
+    """
+    digests = [min(pictures[i].digest for i in group) for group in groups]
+    rank = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in digests]
+    members = [Counter(pictures[i].label for i in group) for group in groups]
+    sizes = sum(members, Counter())
+    left = Counter(label for counts in members for label in counts)  # groups of a class not in validation
+    if len(sizes) < 2:
+        raise utils.UserError("fewer than two classes with pictures: make a folder for each class, `unknown` say")
+    chosen, taken = set(), Counter()
+    for label in sorted(sizes):
+        wanted = max(1, round(sizes[label] * fraction))
+        for g in sorted((g for g in range(len(groups)) if label in members[g]), key=rank.__getitem__):
+            if taken[label] < wanted and g not in chosen and all(left[other] > 1 for other in members[g]):
+                chosen.add(g)
+                taken += members[g]
+                left -= Counter(members[g].keys())
+        if not taken[label]:
+            utils.warn(f"{label}: its pictures all belong together, so they only train: add others")
+    if not chosen:
+        raise utils.UserError("no class can be divided into training and validation: add pictures to each class")
+    validation = sorted(i for g in chosen for i in groups[g])
+    return np.array(sorted(set(range(len(pictures))) - set(validation))), np.array(validation)
+
+
+def warn_as_a_colleague(pictures, train, validation):
+    """Warn about what makes a result poor or its score too good."""
+    sizes = Counter(picture.label for picture in pictures)
+    for label, size in sorted(sizes.items()):
+        if size < FEW_PICTURES:
+            utils.warn(f"{label}: only {size} pictures: {FEW_PICTURES} or more make a class reliable")
+    (most, large), (least, small) = sizes.most_common()[0], sizes.most_common()[-1]
+    if large > 20 * small:
+        utils.warn(
+            f"{most}: {large / small:.0f} times as many pictures as {least}: even them out or use --class-weight"
+        )
+    if len(validation) < FEW_VALIDATION:
+        utils.warn(f"only {len(validation)} validation pictures: the accuracy is a rough figure")
+    looks = {(pictures[i].label, pictures[i].look): i for i in train}
+    copies = [(i, looks.get((pictures[i].label, pictures[i].look))) for i in validation]
+    copies = [pair for pair in copies if pair[1] is not None]
+    if copies:
+        one, other = (utils.escape(pictures[i].path) for i in copies[0])
+        utils.warn(
+            f"{one}: looks like {other}; {len(copies)} validation pictures have such a near copy in training, which "
+            "flatters the accuracy: put what belongs together into one folder and use --group-by-folder"
+        )
+
+
+# ---------------------------------------------------------------- the cache
+
+
+def open_store(folder, name, count, shape, dtype):
+    """Open a file of `count` rows of one shape: written by ordinary writes, read through a memory map.
+
+    folder: where. name: None for a temporary file that vanishes with the process, kills included.
+    """
+    size = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if name is None:
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)
+    else:
+        file = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+    file.truncate(size)  # takes no space yet: the map must not end before the file
+    return Store(file, np.memmap(file, dtype, "r", shape=(count, *shape)))
+
+
+def write_rows(store, indices, values):
+    """Write rows of a Store; a full disk is an OSError here, and never a crash in the memory map."""
+    for index, value in zip(indices, values):
+        store.file.seek(int(index) * value.nbytes)
+        data = memoryview(np.ascontiguousarray(value, store.rows.dtype)).cast("B")
+        while data:
+            data = data[store.file.write(data) :]
+
+
+def open_ring(args, name, count, shape, dtype):
+    """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
+    folder, names = Path(args.model).parent, (None, None)
+    if args.cache_dir:
+        folder, names = args.cache_dir, (f"{name}.features", f"{name}.keys")
+    features = open_store(folder, names[0], count, shape, dtype)
+    keys = open_store(folder, names[1], count, (40,), "uint8")  # digest, view, checksum of the slot
+    slots = {}
+    for slot in np.flatnonzero(keys.rows.any(1)).tolist():
+        record = keys.rows[slot].tobytes()
+        if checksum(features.rows[slot]) == record[36:]:
+            slots[record[:36]] = slot
+    return Ring(features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True))
+
+
+def checksum(row):
+    """Return four bytes that tell whether a row came whole through a kill or a bad disk."""
+    return zlib.crc32(np.ascontiguousarray(row)).to_bytes(4, "big")
+
+
+def claim_slots(ring, keys):
+    """Give every key (digest and view, 36 bytes) a slot, if need be the oldest one.
+
+    Returns the positions of those whose slots are still to be filled. At most as many keys as slots.
+    """
+    missing = []
+    for position, key in enumerate(keys):
+        slot = ring.slots.pop(key, None)
+        if slot is None:
+            slot = ring.free.pop() if ring.free else ring.slots.pop(next(iter(ring.slots)))
+            missing.append(position)
+        ring.slots[key] = slot  # the youngest now
+    return missing
+
+
+def plan_cache(args, row_bytes, count, train_count, validation_count, views_wanted):
+    """Return how many slots the ring of training views gets within --cache-gb.
+
+    count: pictures read. Raises UserError if not even the pictures and a small ring fit.
+    """
+    picture, features, plain = row_bytes
+    fixed = count * picture + validation_count * (features + plain)
+    least = fixed + min(train_count, PASS_BATCH) * features
+    if least > args.cache_gb * 1e9:
+        raise utils.UserError(
+            f"--cache-gb {args.cache_gb:g}: the cache needs at least {least / 1e9:.2g} GB: give more with --cache-gb, "
+            "and a folder on a disk that has it with --cache-dir"
+        )
+    return int(min(views_wanted * train_count, (args.cache_gb * 1e9 - fixed) // features))
+
+
+# ---------------------------------------------------------------- pictures → views → features
+
+
+def augment(picture, rng, kind):
+    """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3)."""
+    import cv2
+
+    side = len(picture)
+    angle = np.deg2rad(rng.uniform(-kind.rotation, kind.rotation))
+    zoom = np.exp(rng.uniform(*np.log(kind.zoom)))
+    flip = rng.choice((-1.0, 1.0))
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom * (flip, 1)
+    center = np.array([side - 1, side - 1]) / 2
+    offset = center - turn @ (center + rng.uniform(-kind.shift, kind.shift, 2) * side)
+    matrix = np.column_stack([turn, offset])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    view = cv2.warpAffine(picture, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
+    return cv2.add(view, (*rng.uniform(-kind.colour, kind.colour, 3), 0)) if kind.colour else view
+
+
+def make_view(picture, digest, view, args):
+    """Return one view of uint8 (side, side, 3): chance is a function of (seed, picture, view) alone."""
+    if view == PLAIN:
+        return picture
+    rng = np.random.default_rng([args.seed, view, *np.frombuffer(digest[:16], "uint32").tolist()])
+    return augment(picture, rng, HEAVY if args.heavy_augmentation else LIGHT)
+
+
+def training_views(args, train, start, stop):
+    """Return [(index, view)] of places start..stop in the endless sequence in which views are made.
+
+    All pictures once, in a random order, then all of them again as another view.
+    """
+    wanted = []
+    for view in range(start // len(train), -(-stop // len(train))):
+        order = np.random.default_rng([args.seed, view]).permutation(train)
+        first = view * len(train)
+        wanted += [(int(i), view) for i in order[max(0, start - first) : stop - first]]
+    return wanted
+
+
+def view_key(pictures, index, view):
+    """Return the 36 bytes under which a view is kept."""
+    return pictures[index].digest + view.to_bytes(4, "big")
+
+
+def fill_ring(ring, trunk, pictures, store, wanted, args, label):
+    """Run those of the wanted [(index, view)] through the frozen part that the ring does not hold yet.
+
+    The next batch is prepared while the network works on this one. trunk: a Keras model, or None to
+    keep the views themselves. Raises UserError for features that the ring's number format cannot hold.
+    """
+    keys = [view_key(pictures, *pair) for pair in wanted]
+    missing = claim_slots(ring, keys)
+    batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
+
+    def views(batch):
+        return np.stack([make_view(store.rows[i], pictures[i].digest, v, args) for i, v in (wanted[p] for p in batch)])
+
+    ready = utils.in_order(views, batches, workers=1)
+    for batch, pixels in zip(batches, utils.progress(ready, len(batches), label)):
+        features = pixels if trunk is None else predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
+        if not np.isfinite(features).all():
+            raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
+        slots = [ring.slots[keys[p]] for p in batch]
+        write_rows(ring.features, slots, features)
+        records = [np.frombuffer(keys[p] + checksum(f), "uint8") for p, f in zip(batch, features)]
+        write_rows(ring.keys, slots, records)
+
+
+def predict(model, rows, batch_size):
+    """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
+
+    rows: array (n, …), may be a memory map. Returns float32 (n, …). (`predict` waits between batches.)
+    """
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        filled = np.resize(part, (batch_size, *part.shape[1:])) if len(part) < batch_size else part
+        parts.append(np.asarray(model.predict_on_batch(filled))[: len(part)].astype("float32"))
+    return np.concatenate(parts)
+
+
+def predict_slots(model, ring, keys):
+    """Predict for the features of the given keys. Returns float32 (n, classes or units)."""
+    slots = [ring.slots[key] for key in keys]
+    chunks = [slots[i : i + PASS_BATCH] for i in range(0, len(slots), PASS_BATCH)]
+    return np.concatenate([predict(model, ring.features.rows[chunk], PASS_BATCH) for chunk in chunks])
+
+
+# ---------------------------------------------------------------- the network
+
+
+def compiled(model, **settings):
+    """Compile a Keras model; XLA only where the backend is nothing else (measured: it slows TensorFlow down)."""
+    model.compile(jit_compile=utils.import_keras().config.backend() == "jax", **settings)
+    return model
+
+
+def fastest_format(args):
+    """Return the Keras dtype policy to work in: mixed_bfloat16 where a short trial finds it faster.
+
+    The median of five alternating timings of a convolution decides. A processor without such
+    instructions is slower or raises: then it is float32.
+    """
+    keras = utils.import_keras()
+    if args.float32:
+        return "float32"
+    batch, models = np.zeros((16, 28, 28, 192), "float32"), {}
+    try:
+        for name in ("float32", "mixed_bfloat16"):
+            inputs = keras.Input(batch.shape[1:])
+            layers = keras.layers.Conv2D(192, 3, padding="same", dtype=name)(inputs)
+            models[name] = compiled(
+                keras.Model(inputs, keras.layers.Conv2D(192, 3, padding="same", dtype=name)(layers))
+            )
+            models[name].predict_on_batch(batch)
+        times = defaultdict(list)
+        for _ in range(5):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model.predict_on_batch(batch)
+                times[name].append(time.perf_counter() - start)
+    except Exception:  # what a library raises for want of an instruction is its own affair
+        return "float32"
+    gain = statistics.median(times["float32"]) / statistics.median(times["mixed_bfloat16"])
+    return "mixed_bfloat16" if gain >= WORTH_ROUNDING else "float32"
+
+
+def find_weights(args):
+    """Return (path of notop weights or None for from scratch, lines of warning to repeat at the end)."""
+    if args.weights == "none":
+        return None, []
+    if args.weights not in ("auto", "imagenet"):
+        return Path(args.weights), []
+    keras = utils.import_keras()
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
+    try:
+        name = IMAGENET.rpartition("/")[2]
+        return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
+    except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
+        reason = utils.escape(error)[:200]
+    finally:
+        socket.setdefaulttimeout(None)
+    if args.weights == "imagenet":
+        raise utils.UserError(f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand: {IMAGENET}")
+    return None, [
+        f"the ImageNet weights cannot be had ({reason})",
+        "training starts from scratch instead: expect a far lower accuracy unless there are many pictures",
+        f"to have them, download {IMAGENET}",
+        f"on any machine and run again with --weights {name}",
+    ]
+
+
+def load_base(network, path):
+    """Load a file of notop weights, of either Keras format, into the blocks of a network. Raises UserError."""
+    keras = utils.import_keras()
+    utils.check_hdf5(path, utils.BASE_PARAMETERS)
+    utils.load_weights(keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output), path)
+
+
+def cut_network(network, args, scratch):
+    """Divide a network at the block `--unfreeze` names. Returns Parts: Keras models that share its layers.
+
+    trunk: pixels → feature map (None from scratch: nothing is frozen). pool: feature map → 2048 pooled
+    features. head: pooled features → probabilities. top: feature map → probabilities.
+    """
+    keras = utils.import_keras()
+    pooled = network.get_layer("pooled").output
+    cut = network.input if scratch else network.get_layer(f"mixed{10 - args.unfreeze}").output
+    top = keras.Model(cut, network.output)
+    for layer in top.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = scratch  # frozen ones also keep their moving averages
+            layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
+    trunk = None if scratch else compiled(keras.Model(network.input, cut))
+    return Parts(trunk, compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
+
+
+def prepare(model, steps, peak, warm_up):
+    """Compile a model for training: AdamW, the rate rising to `peak` over warm_up steps, then a cosine to 0."""
+    keras = utils.import_keras()
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0 if warm_up else peak, steps, warmup_target=peak if warm_up else None, warmup_steps=warm_up
+    )
+    loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
+    optimizer = keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY)
+    compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
+
+
+# ---------------------------------------------------------------- training
+
+
+def train_epoch(model, rows, order, targets, weights, batch_size):
+    """Train one epoch with bare `train_on_batch`. Returns Keras's {"loss", "accuracy"} of the epoch.
+
+    rows: features (slots, …). order: pairs (slot, index) as an int array (n, 2), the last batch is filled up from
+    the beginning. targets: float (pictures, classes) one-hot. weights: float (pictures,).
+    """
+    model.reset_metrics()
+    steps = -(-len(order) // batch_size)
+    batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
+    for batch, features in zip(batches, utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)):
+        logs = model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]], return_dict=True)
+    return {name: float(value) for name, value in logs.items()}
+
+
+def epoch_order(args, window, slot_of, round_number, epoch):
+    """Return (slot, index) pairs: every picture that has views in the ring once, a random one of them."""
+    rng = np.random.default_rng([args.seed, round_number, epoch])
+    mixed = np.array(window)[rng.permutation(len(window))]
+    _, first = np.unique(mixed[:, 0], return_index=True)
+    return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
+
+
+Data = collections.namedtuple("Data", "pictures store train validation labels targets weights")
+Nets = collections.namedtuple("Nets", "network full fast number_format source")  # full: float32 Parts; fast: to train
+Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented once
+
+
+def read_data(args, side, dry_run=False):
+    """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
+    files = find_files(args.data_dir)
+    store = None if dry_run else open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
+    pictures, skipped = read_pictures(files, side, store)
+    groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
+    train, validation = split(pictures, groups, args.validation_split, args.seed)
+    labels = sorted({picture.label for picture in pictures})
+    counts = f"{len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
+    utils.say(f"images: {counts}")
+    warn_as_a_colleague(pictures, train, validation)
+    targets = np.array([labels.index(picture.label) for picture in pictures])
+    frequency = np.bincount(targets[train], minlength=len(labels))
+    weights = (len(train) / len(labels) / frequency)[targets] if args.class_weight else np.ones(len(pictures))
+    return Data(pictures, store, train, validation, labels, targets, weights)
+
+
+def build_networks(args, class_count, side):
+    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets and warnings."""
+    keras = utils.import_keras()
+    path, warnings = find_weights(args)
+    for line in warnings:
+        utils.warn(line)
+    keras.utils.clear_session()  # layer names enter the seeds
+    number_format = fastest_format(args)
+    utils.say(f"number format: {number_format}")
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(args.seed)
+    network = utils.build_network(class_count, side)
+    source = "none"
+    if path is not None:
+        load_base(network, path)
+        source = f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    full = fast = cut_network(network, args, path is None)
+    if number_format != "float32":
+        other = utils.build_network(class_count, side, number_format)
+        other.set_weights(network.get_weights())
+        fast = cut_network(other, args, path is None)
+    compiled(full.top)
+    return Nets(network, full, fast, number_format, source), warnings
+
+
+def open_rings(args, data, nets, recipe):
+    """Make room for views: as many as the whole run makes, or as --cache-gb allows. Returns Rings."""
+    cut = nets.full.top.input_shape[1:]
+    dtype = "uint8" if nets.full.trunk is None else "float32" if args.float32 else "float16"
+    plain_type = "uint8" if nets.full.trunk is None else "float32"
+    row, plain_row, picture = (int(np.prod(s)) * np.dtype(t).itemsize for s, t in (
+        (cut, dtype), (cut, plain_type), (data.store.rows.shape[1:], "uint8")))  # fmt: skip
+    wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
+    sizes = (picture, row, plain_row)
+    slots = plan_cache(args, sizes, len(data.pictures), len(data.train), len(data.validation), wanted)
+    settings = (nets.source, cut, dtype, nets.number_format, args.heavy_augmentation, args.seed)
+    name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    if args.cache_dir:
+        args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return Rings(
+        open_ring(args, f"{name}-views", slots, cut, dtype),
+        open_ring(args, f"{name}-plain", len(data.validation), cut, plain_type),
+        open_ring(args, f"{name}-shaken", len(data.validation), cut, dtype),
+    )
+
+
+def train_head(args, data, nets, rings, recipe, window):
+    """Train the new dense layers on pooled features, computed once for each view. Returns history rows."""
+    pooled = open_store(Path(args.model).parent, None, len(window), (2048,), "float32")
+    keys = [view_key(data.pictures, *pair) for pair in window]
+    for start in range(0, len(keys), PASS_BATCH):
+        chunk = keys[start : start + PASS_BATCH]
+        write_rows(pooled, range(start, start + len(chunk)), predict_slots(nets.fast.pool, rings.views, chunk))
+    shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
+    validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
+    place = {pair: n for n, pair in enumerate(window)}
+    model, steps = nets.fast.head, -(-len(data.train) // recipe["batch_size"])
+    prepare(model, recipe["head_epochs"] * steps, HEAD_RATE, 0)
+    return train_epochs(
+        args, data, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"], recipe["batch_size"],
+        lambda: predict(model, validation, PASS_BATCH),
+    )  # fmt: skip
+
+
+def train_epochs(args, data, model, rows, slot_of, window, round_number, epochs, batch_size, validate):
+    """Train and report `epochs` epochs. Returns a list of rows of the history, dicts by column."""
+    targets = np.eye(len(data.labels), dtype="float32")[data.targets]
+    history = []
+    for epoch in range(1, epochs + 1):
+        start = time.monotonic()
+        order = epoch_order(args, window, slot_of, round_number, epoch)
+        logs = train_epoch(model, rows, order, targets, data.weights, batch_size)
+        probabilities, actual = validate(), data.targets[data.validation]
+        logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
+        logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
+        seconds = time.monotonic() - start
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in logs.items())
+        utils.say(f"round {round_number} epoch {epoch}: {shown}, {seconds:.0f} s")
+        rate = float(model.optimizer.learning_rate)
+        history.append({"round": round_number, "epoch": epoch} | logs
+                       | {"plain_accuracy": "", "learning_rate": rate, "seconds": round(seconds, 2)})  # fmt: skip
+    return history
+
+
+def score(data, nets, rings):
+    """Score the float32 network. Returns probabilities (n, classes) of validation as it is and augmented."""
+    if nets.fast is not nets.full:
+        nets.full.top.set_weights(nets.fast.top.get_weights())
+    plain = [view_key(data.pictures, int(i), PLAIN) for i in data.validation]
+    shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
+    return predict_slots(nets.full.top, rings.plain, plain), predict_slots(nets.full.top, rings.shaken, shaken)
+
+
+def run_rounds(args, data, nets, rings, recipe):
+    """Train round after round; save the best. Returns (best: dict, history rows)."""
+    scratch, n, batch = nets.full.trunk is None, len(data.train), recipe["batch_size"]
+    made, capacity = 0, len(rings.views.keys.rows)
+    window = collections.deque(maxlen=capacity)  # the (index, view) that the ring holds
+    shaken = [(int(i), 0) for i in data.validation]
+    fill_ring(rings.shaken, nets.fast.trunk, data.pictures, data.store, shaken, args, "validation")
+    plain = [(int(i), PLAIN) for i in data.validation]
+    fill_ring(rings.plain, nets.full.trunk, data.pictures, data.store, plain, args, "validation")
+    steps = -(-n // batch) * (recipe["rounds"] * recipe["round_epochs"] + scratch * recipe["head_epochs"])
+    best, history, stale = None, [], 0
+    for number in range(recipe["rounds"] + 1 if scratch or args.unfreeze else 1):
+        fresh = min(capacity, n * (recipe["fresh"] if number else recipe["views"]))
+        wanted = training_views(args, data.train, made, made + fresh)
+        made += fresh
+        fill_ring(rings.views, nets.fast.trunk, data.pictures, data.store, wanted, args, "views")
+        window.extend(wanted)
+        if number == 0 and not scratch:
+            rows = train_head(args, data, nets, rings, recipe, list(window))
+        else:
+            if number == (0 if scratch else 1):
+                warm_up = steps // 10
+                prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up)
+            rows = train_epochs(
+                args, data, nets.fast.top, rings.views.features.rows,
+                lambda i, v: rings.views.slots[view_key(data.pictures, i, v)], list(window), number,
+                recipe["head_epochs" if number == 0 else "round_epochs"], batch, lambda: score(data, nets, rings)[1],
+            )  # fmt: skip
+        probabilities, augmented = score(data, nets, rings)
+        better = finish_round(args, data, nets, number, rows, probabilities, augmented, best)
+        history += rows
+        write_history(args, history)
+        best, stale = (better, 0) if better else (best, stale + 1)
+        if recipe["patience"] and stale >= recipe["patience"]:
+            break
+    return best, history
+
+
+def finish_round(args, data, nets, number, rows, probabilities, augmented, best):
+    """Print the round's line, draw its mosaic, save the model if it is the best yet. Returns the new best or None."""
+    actual = data.targets[data.validation]
+    predicted = probabilities.argmax(1)
+    right = int((predicted == actual).sum())
+    rows[-1]["plain_accuracy"] = right / len(actual)
+    line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
+    utils.say(line)
+    draw = dict(labels=data.labels, actual=actual, predicted=predicted)
+    remove_mosaics(args, number)
+    utils.draw_mosaic(
+        f"{number:03d}.png", args.model, line, pictures=lambda i: data.store.rows[data.validation[i]], **draw
+    )
+    temperature = fit_temperature(probabilities, augmented, actual)
+    merit = (right, -log_loss(soften(probabilities, temperature), actual))
+    if best and merit <= best["merit"]:
+        return None
+    calibrated = soften(probabilities, temperature)
+    info = {
+        "labels": data.labels,
+        "image_size": data.store.rows.shape[1],
+        "round": number,
+        "temperature": temperature,
+        "threshold": choose_threshold(calibrated, actual),
+        "weights": nets.source,
+        "validation": {"accuracy": right / len(actual), "right": right, "total": len(actual)},
+        "interval": interval(right, len(actual)),
+        "number_format": nets.number_format,
+        "seed": args.seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    save_folded(nets.network, temperature, info, args.model)
+    return {"merit": merit, "round": number}
+
+
+def save_folded(network, temperature, info, prefix):
+    """Save the network with its last layer divided by the temperature, and leave it undivided in memory."""
+    layer = network.get_layer("probabilities")
+    unfolded = layer.get_weights()
+    layer.set_weights([array / np.float32(temperature) for array in unfolded])
+    utils.save_model(network, info, prefix)
+    layer.set_weights(unfolded)
+
+
+def soften(probabilities, temperature):
+    """Return softmax(log p / temperature), float64 (n, classes): temperature scaling, Guo et al. 2017."""
+    from scipy.special import softmax
+
+    return softmax(np.log(np.maximum(probabilities, 1e-30)) / temperature, axis=1)
+
+
+def log_loss(probabilities, actual):
+    """Return the mean negative log probability of the actual classes."""
+    return float(-np.log(np.maximum(probabilities[np.arange(len(actual)), actual], 1e-30)).mean())
+
+
+def fit_temperature(plain, augmented, actual):
+    """Return the temperature, 1/8 to 8, under which the probabilities say best how often they are right.
+
+    Fitted on both kinds of view; targets smoothed by 1 / (n + 2), since no finite set proves certainty.
+    """
+    from scipy.optimize import minimize_scalar
+
+    smooth, classes = 1 / (len(actual) + 2), plain.shape[1]
+    both, truth = np.concatenate([plain, augmented]), np.concatenate([actual, actual])
+
+    def loss(log_temperature):
+        p = np.log(np.maximum(soften(both, np.exp(log_temperature)), 1e-30))
+        return -((1 - smooth) * p[np.arange(len(truth)), truth] + smooth / classes * p.sum(1)).mean()
+
+    bounds = (-np.log(8), np.log(8))
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+
+
+def choose_threshold(probabilities, actual):
+    """Return the probability that 95 % of the rightly named validation pictures reach."""
+    right = probabilities.max(1)[probabilities.argmax(1) == actual]
+    return float(np.quantile(right, 0.05)) if len(right) else 0.5
+
+
+def interval(right, total):
+    """Return the exact (Clopper-Pearson) 95 % interval of a share as [low, high]."""
+    from scipy.stats import binomtest
+
+    return list(binomtest(right, total).proportion_ci(0.95, method="exact"))
+
+
+def versions():
+    """Return the versions of what made a model."""
+    from importlib.metadata import version
+
+    packages = ("keras", "numpy", "pillow", utils.import_keras().config.backend())
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+
+
+# ---------------------------------------------------------------- files
+
+
+def check_outputs(args, mosaics):
+    """Raise UserError before any work where something the user has would be overwritten or cannot be written."""
+    folder = Path(args.model).parent
+    if not folder.is_dir():
+        raise utils.UserError(f"{utils.escape(folder)}: no such folder: make it or choose another prefix")
+    for place in {folder, Path()}:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    for path in mosaics:
+        if path.exists() and mosaic_owner(path) != args.model:
+            raise utils.UserError(
+                f"{path}: not a picture that training {utils.escape(args.model)} made: move it away or run in another folder"
+            )
+
+
+def mosaic_owner(path):
+    """Return the prefix named in one of our mosaics, None for any other file."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            text = image.info.get("Software", "")
+    except (OSError, SyntaxError, ValueError):
+        return None
+    return text.removeprefix(f"{utils.KIT}: ") if isinstance(text, str) and text.startswith(f"{utils.KIT}: ") else None
+
+
+def remove_mosaics(args, number):
+    """Just before 000.png: remove the mosaics of an earlier run with the same prefix."""
+    if number == 0:
+        for path in Path().glob("[0-9][0-9][0-9].png"):
+            if mosaic_owner(path) == args.model:
+                path.unlink()
+
+
+def write_history(args, history):
+    """Write model-history.csv, a row an epoch."""
+    columns = "round epoch loss accuracy val_loss val_accuracy plain_accuracy learning_rate seconds".split()
+    utils.write_csv(f"{args.model}-history.csv", columns, [[row[name] for name in columns] for row in history])
+
+
+def report(args, data, history):
+    """Score the saved files as anybody would read them; print `best:`, draw the report. Returns the accuracy."""
+    model, info = utils.load_model(args.model)
+    actual = data.targets[data.validation]
+    chunks = [data.validation[i : i + PASS_BATCH] for i in range(0, len(actual), PASS_BATCH)]
+    compiled(model)
+    probabilities = np.concatenate([predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in chunks])
+    predicted = probabilities.argmax(1)
+    right = int((predicted == actual).sum())
+    low, high = interval(right, len(actual))
+    line = f"validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
+    utils.say(f"best: round {info['round']}, {line}, 95% interval {low:.4f} to {high:.4f}")
+    write_mistakes(f"{args.model}-mistakes.csv", args, data, data.validation, probabilities, wrong_only=True)
+    title = f"{utils.escape(Path(args.model).name)}, round {info['round']}: {line}"
+    utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, history)
+    return right / len(actual), info
+
+
+def write_mistakes(path, args, data, indices, probabilities, wrong_only):
+    """Write file, actual, predicted, probability; only mistakes, the most confident first, or every picture."""
+    rows = []
+    for i, p in zip(indices, probabilities):
+        picture, best = data.pictures[i], int(p.argmax())
+        name = picture.path.relative_to(args.data_dir).as_posix()
+        rows.append([name, picture.label, data.labels[best], float(p[best])])
+    if wrong_only:
+        rows = sorted((row for row in rows if row[1] != row[2]), key=lambda row: -row[3])
+    utils.write_csv(path, ["file", "actual", "predicted", "probability"], [[*row[:3], f"{row[3]:.6f}"] for row in rows])
+
+
+# ---------------------------------------------------------------- the program
+
+
+def evaluate(args):
+    """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
+    model, info = utils.load_model(args.model)
+    check_outputs(args, [Path("evaluate.png")])
+    labels, side = info["labels"], info["image_size"]
+    files = find_files(args.data_dir)
+    store = open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
+    pictures, skipped = read_pictures(files, side, store)
+    strange = sorted({p.label for p in pictures} - set(labels))
+    if strange and "unknown" not in labels:
+        raise utils.UserError(f"{', '.join(strange)}: classes that the model does not know: remove these folders")
+    if not pictures:
+        raise utils.UserError(f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class")
+    utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
+    pictures = [p._replace(label=p.label if p.label in labels else "unknown") for p in pictures]
+    actual = np.array([labels.index(p.label) for p in pictures])
+    compiled(model)
+    starts = utils.progress(range(0, len(pictures), PASS_BATCH), -(-len(pictures) // PASS_BATCH), "evaluating")
+    ends = [(s, min(s + PASS_BATCH, len(pictures))) for s in range(0, len(pictures), PASS_BATCH)]
+    probabilities = np.concatenate([predict(model, store.rows[s:e], PASS_BATCH) for (s, e), _ in zip(ends, starts)])
+    right = int((probabilities.argmax(1) == actual).sum())
+    low, high = interval(right, len(actual))
+    line = f"accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
+    utils.say(f"evaluate: {line}, 95% interval {low:.4f} to {high:.4f}")
+    data = Data(pictures, store, None, None, labels, actual, None)
+    write_mistakes(f"{args.model}-evaluate.csv", args, data, range(len(pictures)), probabilities, wrong_only=False)
+    title = f"{utils.escape(Path(args.model).name)} on {utils.escape(args.data_dir.name)}: {line}"
+    utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
+    utils.draw_mosaic(
+        "evaluate.png", args.model, title, labels, actual, probabilities.argmax(1), lambda i: store.rows[i]
+    )
+    return gate(args, right / len(actual))
+
+
+def gate(args, accuracy):
+    """Return the exit code: 3 if the accuracy that was asked for was not reached."""
+    if args.min_accuracy is None or accuracy >= args.min_accuracy:
+        return 0
+    print(f"accuracy {accuracy:.4f} is below --min-accuracy {args.min_accuracy}", file=sys.stderr)
+    return 3
+
+
+def main():
+    args = parse_arguments()
+    if args.evaluate:
+        return evaluate(args)
+    scratch = args.weights == "none"
+    recipe = {name: getattr(args, name, value) for name, value in (FROM_SCRATCH if scratch else FINE_TUNING).items()}
+    recipe["fresh"] = recipe["round_epochs"] if scratch else 1
+    side = args.image_size or (96 if scratch else 224)
+    if not args.dry_run:
+        check_outputs(args, [Path(f"{n:03d}.png") for n in range(recipe["rounds"] + 1)])
+    data = read_data(args, side, args.dry_run)
+    if args.dry_run:
+        return 0
+    nets, warnings = build_networks(args, len(data.labels), side)
+    rings = open_rings(args, data, nets, recipe)
+    _, history = run_rounds(args, data, nets, rings, recipe)
+    accuracy, info = report(args, data, history)
+    for line in warnings:
+        utils.warn(line)
+    return gate(args, accuracy)
+
+
+if __name__ == "__main__":
+    utils.run(main)
