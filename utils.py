@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,10 +51,12 @@ MAX_CLASSES = 10_000
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 
 MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
-BLUE, ORANGE, INK, GREY, LINE, PAPER = "#0072b2", "#d55e00", "#222222", "#666666", "#e4e4e4", "#eef4fa"
+BLUE, ORANGE = ("#0072b2", "#deebf5"), ("#d55e00", "#fae3d5")  # right and wrong, strong and pale: told apart by all
+INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
+warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
 
 # ---------------------------------------------------------------- messages
@@ -340,7 +343,7 @@ def rgb(image):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return with_orientation_of(image, Image.alpha_composite(white, image).convert("RGB"))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting copies, also from RGB to RGB
 
 
 def turned(image):
@@ -440,6 +443,25 @@ def build_network(class_count, side, number_format="float32"):
         return keras.Model(pixels, softmax(hidden))
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def compiled(model, **settings):
+    """Compile a Keras model; XLA only where the backend is nothing else (measured: it slows TensorFlow down)."""
+    model.compile(jit_compile=import_keras().config.backend() == "jax", **settings)
+    return model
+
+
+def predict(model, rows, batch_size):
+    """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
+
+    rows: array (n, …), may be a memory map. Returns float32 (n, …). (`predict` waits between batches.)
+    """
+    parts = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        filled = np.resize(part, (batch_size, *part.shape[1:])) if len(part) < batch_size else part
+        parts.append(np.asarray(model.predict_on_batch(filled))[: len(part)].astype("float32"))
+    return np.concatenate(parts)
 
 
 def trio(prefix):
@@ -627,7 +649,9 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
     cell = int(np.clip(2400 // len(shown), 94, 560))
-    left, top, text = 190, 250, 20 if cell > 150 else 16
+    text = 20 if cell > 150 else 16
+    names = [ImageFont.truetype(font_file(labels[i]), text).getlength(labels[i]) for i in shown]
+    left, top = 190, 150 if max(names) < cell - 8 else 270
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -666,11 +690,11 @@ def draw_column_name(canvas, corner, name, size, cell):
 def draw_cell(canvas, corner, cell, pictures, inside, correct):
     """Fill one cell with the pictures whose indices are `inside`, their number on a badge."""
     draw, (x, y) = ImageDraw.Draw(canvas), corner
-    frame = (x + 1, y + 1, x + cell - 2, y + cell - 2)
+    frame, (strong, pale) = (x + 1, y + 1, x + cell - 2, y + cell - 2), BLUE if correct else ORANGE
     if not len(inside):
-        draw.rectangle(frame, fill=PAPER if correct else "white", outline=LINE)
+        draw.rectangle(frame, fill=pale if correct else "white", outline=LINE)
         return
-    draw.rectangle(frame, fill=BLUE if correct else ORANGE)
+    draw.rectangle(frame, fill=pale, outline=strong, width=3)
     across = min(int(np.ceil(np.sqrt(len(inside)))), max(1, cell // 40))
     thumb = (cell - 10) // across
     for n, index in enumerate(inside[: across * across]):
@@ -678,7 +702,7 @@ def draw_cell(canvas, corner, cell, pictures, inside, correct):
         canvas.paste(picture, (x + 6 + n % across * thumb, y + 6 + n // across * thumb))
     text, size = str(len(inside)), 18 if cell > 150 else 13
     wide = size * len(text) * 0.65 + 8
-    draw.rectangle((x + 1, y + 1, x + 1 + wide, y + 5 + size), fill=BLUE if correct else ORANGE)
+    draw.rectangle((x + 1, y + 1, x + 1 + wide, y + 5 + size), fill=strong)
     draw_text(draw, (x + 1 + wide / 2, y + 3 + size // 2), text, size, "white", "mm")
 
 

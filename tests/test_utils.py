@@ -1,0 +1,219 @@
+"""The shared module: pictures of every kind in, safe names and whole files out."""
+
+import io
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import utils
+
+RED, BLUE = (220, 30, 30), (30, 40, 220)
+
+
+def two_halves(width=80, height=60):
+    """Left half red, right half blue."""
+    image = Image.new("RGB", (width, height), RED)
+    image.paste(BLUE, (width // 2, 0, width, height))
+    return image
+
+
+def encoded(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def decoded(data, side=40):
+    return utils.square(utils.open_picture(data), side)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF"])
+def test_every_format_gives_its_colours(kind):
+    pixels = decoded(encoded(two_halves(), kind))
+    assert pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8
+    assert np.abs(pixels[20, 5] - np.array(RED, int)).max() < 25
+    assert np.abs(pixels[20, 35] - np.array(BLUE, int)).max() < 25
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("1", "PNG"), ("L", "PNG"), ("L", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("LA", "PNG"), ("RGBA", "PNG"),
+     ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"),
+     ("F", "TIFF"), ("YCbCr", "JPEG")],
+)  # fmt: skip
+def test_every_mode_keeps_dark_and_bright_apart(mode, kind):
+    grey = np.full((60, 80), 20, "uint8")
+    grey[:, 40:] = 230
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(grey.astype("uint16" if mode == "I;16" else "int32") * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype("float32"))
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    pixels = decoded(encoded(image, kind)).astype(int)
+    assert pixels[:, :15].mean() < 50 and pixels[:, 25:].mean() > 200
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_turns_are_undone(orientation):
+    upright = np.asarray(two_halves(80, 60).resize((64, 48))).copy()
+    upright[:24] //= 2  # four different quarters
+    raw, ways = Image.fromarray(upright), Image.Transpose
+    back = {2: ways.FLIP_LEFT_RIGHT, 3: ways.ROTATE_180, 4: ways.FLIP_TOP_BOTTOM, 5: ways.TRANSPOSE,
+            6: ways.ROTATE_90, 7: ways.TRANSVERSE, 8: ways.ROTATE_270}  # fmt: skip
+    raw = raw.transpose(back[orientation]) if orientation in back else raw
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    expected = decoded(encoded(Image.fromarray(upright), "PNG"), 24).astype(int)
+    assert np.abs(decoded(encoded(raw, "PNG", exif=exif), 24) - expected).max() <= 1
+    full = np.asarray(utils.upright(utils.open_picture(encoded(raw, "PNG", exif=exif))))
+    assert np.array_equal(full, upright)
+
+
+def test_alpha_lies_on_white_and_hidden_colours_do_not_bleed():
+    image = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+    image.paste((200, 20, 20, 255), (30, 0, 60, 60))
+    pixels = decoded(encoded(image, "PNG"), 30).astype(int)
+    assert pixels[:, :13].min() > 250
+    assert (pixels[:, 17:] - (200, 20, 20)).max() < 5
+    assert pixels[..., 0].min() > 190  # the black under the transparent half shows nowhere
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (50, 50), color) for color in (RED, BLUE)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert np.abs(decoded(data).reshape(-1, 3).mean(0) - RED).max() < 10
+
+
+def test_the_largest_centre_square_is_taken():
+    image = Image.new("RGB", (100, 50), RED)
+    image.paste(BLUE, (25, 0, 75, 50))
+    assert np.abs(decoded(encoded(image, "PNG"), 20)[:, 1:-1].astype(int) - BLUE).max() <= 1
+
+
+def test_large_jpegs_are_decoded_no_smaller_than_twice_the_side():
+    image = utils.open_picture(encoded(two_halves(1600, 1200), "JPEG"))
+    utils.square(image, 100)
+    assert min(image.size) >= 200
+    assert max(image.size) < 1600
+
+
+def png_of_size(width, height):
+    """A tiny PNG file that claims to be large."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))]
+    body = b"".join(
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*chunks, (b"IEND", b"")]
+    )
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"hello", b"%PDF-1.7", encoded(two_halves(), "JPEG")[:500], encoded(two_halves(), "PNG")[:90],
+     encoded(two_halves(), "ICO"), png_of_size(20_000, 20_000), png_of_size(13_378, 13_378), b"P5 10 10 255 abc",
+     b"GIF89a", b"\xff\xd8\xff\xe0" + bytes(50), b"BM" + bytes(100)],
+    ids=range(12),
+)  # fmt: skip
+def test_what_is_no_picture_gives_a_reason(data):
+    with pytest.raises(utils.PictureError, match=r"\w+ \w+"):
+        decoded(data)
+
+
+def test_broken_exif_does_not_lose_the_picture():
+    data = encoded(two_halves(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + bytes(range(40)))
+    assert decoded(data).shape == (40, 40, 3)
+
+
+@pytest.mark.parametrize(
+    ("center", "side", "left_edge", "size"),
+    [((50, 40), 20, 40, 20), ((5, 40), 20, 0, 20), ((98, 40), 20, 80, 20), ((50, 40), 90, 5, 90),
+     ((50, 40), 130, 0, 130), ((50, 40), 0.2, 50, 1)],
+)  # fmt: skip
+def test_crops_are_square_shifted_inside_or_padded(center, side, left_edge, size):
+    pixels = np.zeros((80, 100, 3), "uint8") + np.arange(100, dtype="uint8")[None, :, None]
+    crop = utils.crop_square(pixels, *center, side)
+    assert crop.shape == (size, size, 3)
+    assert crop[0, 0, 0] == left_edge
+    if size == 130:  # 15 columns of the edge on either side
+        assert (crop[0, :16, 0] == 0).all() and (crop[0, -16:, 0] == 99).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"), ("Dr. ", "Dr"), ("con", "_con"),
+     ("COM1.txt", "_COM1.txt"), ("..", "_"), ("", "_"), ("tab\there", "tab_here"), ("\x1b[31mred", "_[31mred"),
+     ("Mihály", "Mihály"), ("王", "王"), ("x" * 300, "x" * 80)],
+)  # fmt: skip
+def test_folder_names_work_everywhere_and_can_be_read(name, folder):
+    assert utils.folder_names([name]) == {name: folder}
+
+
+def test_names_that_fall_together_are_kept_apart():
+    names = ["ann", "Ann", "ANN", "Zoe\u0301", "Zo\u00e9", "王" * 200, "unknown"]
+    folders = utils.folder_names(names, taken=["unknown"])
+    assert len({f.casefold() for f in folders.values()}) == len(names)
+    assert folders["unknown"] == "unknown (2)"
+    assert all(len(f.encode()) <= 210 for f in folders.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("plain", "plain"), ("a\x1b[2Jb", "a\\x1b[2Jb"), ("two\nlines", "two\\nlines"), ("\udc80", "\\udc80"),
+     ("王 é", "王 é")],
+)  # fmt: skip
+def test_escape(text, shown):
+    assert utils.escape(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"), [("=cmd()", "'=cmd()"), ("+1", "'+1"), ("-x", "'-x"), ("@a", "'@a"), ("ok", "ok")]
+)
+def test_csv_cells_are_no_formulas(text, cell):
+    assert utils.csv_cell(text) == cell
+
+
+def test_listing_leaves_out_what_nobody_means(tmp_path):
+    root = tmp_path / "root"
+    for name in ["a/1.jpg", "a/b/c/2.jpg", "a/.hidden.jpg", ".git/3.jpg", "a/Thumbs.db", "__MACOSX/4.jpg"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "secret.jpg").write_bytes(b"")
+    (root / "a" / "out").symlink_to(tmp_path / "outside")
+    (root / "a" / "secret.jpg").symlink_to(tmp_path / "outside" / "secret.jpg")
+    (root / "a" / "loop").symlink_to(root)
+    (root / "a" / "again.jpg").symlink_to(root / "a" / "1.jpg")
+    found = [str(path.relative_to(root)) for path in utils.list_files(root)]
+    assert found == ["a/1.jpg", "a/again.jpg", "a/b/c/2.jpg"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), utils.whole_file(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+    with utils.whole_file(path) as part:
+        part.write_text("new")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_in_order_keeps_order_and_stops_early():
+    started = []
+
+    def slow(item):
+        started.append(item)
+        return item * 2
+
+    results = utils.in_order(slow, range(1000), workers=2)
+    assert [next(results) for _ in range(3)] == [0, 2, 4]
+    results.close()
+    assert len(started) < 20
