@@ -12,7 +12,9 @@ and model-labels.json, and after every round a confusion matrix made of the pict
 import argparse
 import collections
 import datetime
+import glob
 import hashlib
+import json
 import os
 import socket
 import statistics
@@ -38,6 +40,7 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
 FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=2, patience=4, views=2, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
+UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 5e-4  # peak for the top blocks; higher forgets what was learned, lower needs more rounds
 SCRATCH_RATE = 1e-3  # peak for a whole network
@@ -57,12 +60,17 @@ IMAGENET = (
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 )
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
+PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
 Picture = collections.namedtuple("Picture", "path label digest look")  # index in a list = row of the store
 Parts = collections.namedtuple("Parts", "trunk pool head top")
 Store = collections.namedtuple("Store", "file rows")
 Ring = collections.namedtuple("Ring", "features keys slots free")
+Data = collections.namedtuple("Data", "pictures store train validation labels targets weights")
+Nets = collections.namedtuple("Nets", "network full fast number_format source")  # Parts: full float32, fast to train
+Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
+Run = collections.namedtuple("Run", "args recipe data nets rings")
 
 
 # ---------------------------------------------------------------- arguments
@@ -96,11 +104,12 @@ def parse_arguments():
         key = name.replace("-", "_")
         text += f" (default: {FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch)"
         option(f"--{name}", type=whole(low, 10**6), help=text, default=argparse.SUPPRESS)
-    option("--unfreeze", type=whole(0, 10), default=2, help="how many top inception blocks are fine-tuned")
+    option("--unfreeze", type=whole(0, 10), default=UNFREEZE, help="how many top inception blocks are fine-tuned")
     option("--cache-dir", type=Path, help="keep the cache here for the next run (default: a temporary file)")
     option("--cache-gb", type=positive, default=CACHE_GB, help="how large the cache may be")
     option("--float32", action="store_true", help="never use bfloat16, faster or not")
     option("--class-weight", action="store_true", help="weigh classes by 1/frequency")
+    option("--resume", action="store_true", help="go on from the last whole round after a stop or a kill")
     option("--evaluate", action="store_true", help="no training: score the saved model on all of data_dir")
     option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower")
     option("--dry-run", action="store_true", help="read and summarise the data, write nothing")
@@ -384,14 +393,14 @@ def make_view(picture, digest, view, args):
     return augment(picture, rng, HEAVY if args.heavy_augmentation else LIGHT)
 
 
-def training_views(args, train, start, stop):
+def training_views(seed, train, start, stop):
     """Return [(index, view)] of places start..stop in the endless sequence in which views are made.
 
     All pictures once, in a random order, then all of them again as another view.
     """
     wanted = []
     for view in range(start // len(train), -(-stop // len(train))):
-        order = np.random.default_rng([args.seed, view]).permutation(train)
+        order = np.random.default_rng([seed, view]).permutation(train)
         first = view * len(train)
         wanted += [(int(i), view) for i in order[max(0, start - first) : stop - first]]
     return wanted
@@ -402,12 +411,13 @@ def view_key(pictures, index, view):
     return pictures[index].digest + view.to_bytes(4, "big")
 
 
-def fill_ring(ring, trunk, pictures, store, wanted, args, label):
+def fill_ring(run, ring, trunk, wanted, label):
     """Run those of the wanted [(index, view)] through the frozen part that the ring does not hold yet.
 
     The next batch is prepared while the network works on this one. trunk: a Keras model, or None to
     keep the views themselves. Raises UserError for features that the ring's number format cannot hold.
     """
+    args, _, (pictures, store, *_), _, _ = run
     keys = [view_key(pictures, *pair) for pair in wanted]
     missing = claim_slots(ring, keys)
     batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
@@ -417,7 +427,9 @@ def fill_ring(ring, trunk, pictures, store, wanted, args, label):
 
     ready = utils.in_order(views, batches, workers=1)
     for batch, pixels in zip(batches, utils.progress(ready, len(batches), label)):
-        features = pixels if trunk is None else predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
+        features = (
+            pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
+        )
         if not np.isfinite(features).all():
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
         slots = [ring.slots[keys[p]] for p in batch]
@@ -426,33 +438,14 @@ def fill_ring(ring, trunk, pictures, store, wanted, args, label):
         write_rows(ring.keys, slots, records)
 
 
-def predict(model, rows, batch_size):
-    """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
-
-    rows: array (n, …), may be a memory map. Returns float32 (n, …). (`predict` waits between batches.)
-    """
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        filled = np.resize(part, (batch_size, *part.shape[1:])) if len(part) < batch_size else part
-        parts.append(np.asarray(model.predict_on_batch(filled))[: len(part)].astype("float32"))
-    return np.concatenate(parts)
-
-
 def predict_slots(model, ring, keys):
     """Predict for the features of the given keys. Returns float32 (n, classes or units)."""
     slots = [ring.slots[key] for key in keys]
     chunks = [slots[i : i + PASS_BATCH] for i in range(0, len(slots), PASS_BATCH)]
-    return np.concatenate([predict(model, ring.features.rows[chunk], PASS_BATCH) for chunk in chunks])
+    return np.concatenate([utils.predict(model, ring.features.rows[chunk], PASS_BATCH) for chunk in chunks])
 
 
 # ---------------------------------------------------------------- the network
-
-
-def compiled(model, **settings):
-    """Compile a Keras model; XLA only where the backend is nothing else (measured: it slows TensorFlow down)."""
-    model.compile(jit_compile=utils.import_keras().config.backend() == "jax", **settings)
-    return model
 
 
 def fastest_format(args):
@@ -469,7 +462,7 @@ def fastest_format(args):
         for name in ("float32", "mixed_bfloat16"):
             inputs = keras.Input(batch.shape[1:])
             layers = keras.layers.Conv2D(192, 3, padding="same", dtype=name)(inputs)
-            models[name] = compiled(
+            models[name] = utils.compiled(
                 keras.Model(inputs, keras.layers.Conv2D(192, 3, padding="same", dtype=name)(layers))
             )
             models[name].predict_on_batch(batch)
@@ -531,55 +524,29 @@ def cut_network(network, args, scratch):
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = scratch  # frozen ones also keep their moving averages
             layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
-    trunk = None if scratch else compiled(keras.Model(network.input, cut))
-    return Parts(trunk, compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
+    trunk = None if scratch else utils.compiled(keras.Model(network.input, cut))
+    return Parts(trunk, utils.compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
 
 
 def prepare(model, steps, peak, warm_up):
     """Compile a model for training: AdamW, the rate rising to `peak` over warm_up steps, then a cosine to 0."""
     keras = utils.import_keras()
-    rate = keras.optimizers.schedules.CosineDecay(
-        0.0 if warm_up else peak, steps, warmup_target=peak if warm_up else None, warmup_steps=warm_up
+    schedule = keras.optimizers.schedules.CosineDecay(
+        peak / 100, max(1, steps - warm_up), warmup_target=peak, warmup_steps=warm_up
     )
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
     loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
-    optimizer = keras.optimizers.AdamW(rate, weight_decay=WEIGHT_DECAY)
-    compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
+    utils.compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
 
 
-# ---------------------------------------------------------------- training
+# ---------------------------------------------------------------- what a run works on
 
 
-def train_epoch(model, rows, order, targets, weights, batch_size):
-    """Train one epoch with bare `train_on_batch`. Returns Keras's {"loss", "accuracy"} of the epoch.
-
-    rows: features (slots, …). order: pairs (slot, index) as an int array (n, 2), the last batch is filled up from
-    the beginning. targets: float (pictures, classes) one-hot. weights: float (pictures,).
-    """
-    model.reset_metrics()
-    steps = -(-len(order) // batch_size)
-    batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
-    for batch, features in zip(batches, utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)):
-        logs = model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]], return_dict=True)
-    return {name: float(value) for name, value in logs.items()}
-
-
-def epoch_order(args, window, slot_of, round_number, epoch):
-    """Return (slot, index) pairs: every picture that has views in the ring once, a random one of them."""
-    rng = np.random.default_rng([args.seed, round_number, epoch])
-    mixed = np.array(window)[rng.permutation(len(window))]
-    _, first = np.unique(mixed[:, 0], return_index=True)
-    return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
-
-
-Data = collections.namedtuple("Data", "pictures store train validation labels targets weights")
-Nets = collections.namedtuple("Nets", "network full fast number_format source")  # full: float32 Parts; fast: to train
-Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented once
-
-
-def read_data(args, side, dry_run=False):
+def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
     files = find_files(args.data_dir)
-    store = None if dry_run else open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
+    shape = (side, side, 3)
+    store = None if args.dry_run else open_store(Path(args.model).parent, None, max(1, len(files)), shape, "uint8")
     pictures, skipped = read_pictures(files, side, store)
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
@@ -593,16 +560,15 @@ def read_data(args, side, dry_run=False):
     return Data(pictures, store, train, validation, labels, targets, weights)
 
 
-def build_networks(args, class_count, side):
-    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets and warnings."""
+def build_networks(args, path, class_count, side, number_format):
+    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
+
+    path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
+    """
     keras = utils.import_keras()
-    path, warnings = find_weights(args)
-    for line in warnings:
-        utils.warn(line)
-    keras.utils.clear_session()  # layer names enter the seeds
-    number_format = fastest_format(args)
+    number_format = number_format or fastest_format(args)
     utils.say(f"number format: {number_format}")
-    keras.utils.clear_session()
+    keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     network = utils.build_network(class_count, side)
     source = "none"
@@ -614,33 +580,80 @@ def build_networks(args, class_count, side):
         other = utils.build_network(class_count, side, number_format)
         other.set_weights(network.get_weights())
         fast = cut_network(other, args, path is None)
-    compiled(full.top)
-    return Nets(network, full, fast, number_format, source), warnings
+    utils.compiled(full.top)
+    return Nets(network, full, fast, number_format, source)
 
 
 def open_rings(args, data, nets, recipe):
     """Make room for views: as many as the whole run makes, or as --cache-gb allows. Returns Rings."""
-    cut = nets.full.top.input_shape[1:]
-    dtype = "uint8" if nets.full.trunk is None else "float32" if args.float32 else "float16"
-    plain_type = "uint8" if nets.full.trunk is None else "float32"
-    row, plain_row, picture = (int(np.prod(s)) * np.dtype(t).itemsize for s, t in (
-        (cut, dtype), (cut, plain_type), (data.store.rows.shape[1:], "uint8")))  # fmt: skip
+    cut, scratch = nets.full.top.input_shape[1:], nets.full.trunk is None
+    kind = "uint8" if scratch else "float32" if args.float32 else "float16"
+    plain_kind = "uint8" if scratch else "float32"
+    shapes = ((data.store.rows.shape[1:], "uint8"), (cut, kind), (cut, plain_kind))
+    row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
     wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
-    sizes = (picture, row, plain_row)
-    slots = plan_cache(args, sizes, len(data.pictures), len(data.train), len(data.validation), wanted)
-    settings = (nets.source, cut, dtype, nets.number_format, args.heavy_augmentation, args.seed)
+    slots = plan_cache(args, row_bytes, len(data.pictures), len(data.train), len(data.validation), wanted)
+    settings = (nets.source, cut, kind, nets.number_format, args.heavy_augmentation, args.seed)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-    if args.cache_dir:
-        args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return Rings(
-        open_ring(args, f"{name}-views", slots, cut, dtype),
-        open_ring(args, f"{name}-plain", len(data.validation), cut, plain_type),
-        open_ring(args, f"{name}-shaken", len(data.validation), cut, dtype),
+        open_ring(args, f"{name}-views", slots, cut, kind),
+        open_ring(args, f"{name}-plain", len(data.validation), cut, plain_kind),
+        open_ring(args, f"{name}-shaken", len(data.validation), cut, kind),
     )
 
 
-def train_head(args, data, nets, rings, recipe, window):
-    """Train the new dense layers on pooled features, computed once for each view. Returns history rows."""
+# ---------------------------------------------------------------- training
+
+
+def train_epoch(model, rows, order, targets, weights, batch_size):
+    """Train one epoch with bare `train_on_batch`. Returns the mean {"loss", "accuracy"} over its steps.
+
+    rows: features (slots, …). order: (slot, index) pairs, int (n, 2); the last batch is filled up from the
+    beginning. targets: float (pictures, classes), one-hot. weights: float (pictures,).
+    """
+    steps = -(-len(order) // batch_size)
+    batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
+    logs = []
+    for batch, features in zip(batches, utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)):
+        logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
+    return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist()))
+
+
+def epoch_order(seed, window, slot_of, round_number, epoch):
+    """Return (slot, index) pairs: every picture that has views in the window once, a random one of them."""
+    rng = np.random.default_rng([seed, round_number, epoch])
+    mixed = np.array(window)[rng.permutation(len(window))]
+    _, first = np.unique(mixed[:, 0], return_index=True)
+    return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
+
+
+def train_epochs(run, model, rows, slot_of, window, number, epochs, validate):
+    """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
+
+    rows, slot_of: where the features of a view (index, view) lie. validate: gives the probabilities of the
+    augmented validation pictures, (n, classes).
+    """
+    data = run.data
+    targets = np.eye(len(data.labels), dtype="float32")[data.targets]
+    history = []
+    for epoch in range(1, epochs + 1):
+        start = time.monotonic()
+        order = epoch_order(run.args.seed, window, slot_of, number, epoch)
+        logs = train_epoch(model, rows, order, targets, data.weights, run.recipe["batch_size"])
+        probabilities, actual = validate(), data.targets[data.validation]
+        logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
+        logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
+        seconds = time.monotonic() - start
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in logs.items())
+        utils.say(f"round {number} epoch {epoch}: {shown}, {seconds:.0f} s")
+        more = {"plain_accuracy": "", "learning_rate": float(model.optimizer.learning_rate), "seconds": seconds}
+        history.append({"round": number, "epoch": epoch} | logs | more)
+    return history
+
+
+def train_head(run, window):
+    """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
+    args, recipe, data, nets, rings = run
     pooled = open_store(Path(args.model).parent, None, len(window), (2048,), "float32")
     keys = [view_key(data.pictures, *pair) for pair in window]
     for start in range(0, len(keys), PASS_BATCH):
@@ -650,35 +663,26 @@ def train_head(args, data, nets, rings, recipe, window):
     validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
     place = {pair: n for n, pair in enumerate(window)}
     model, steps = nets.fast.head, -(-len(data.train) // recipe["batch_size"])
-    prepare(model, recipe["head_epochs"] * steps, HEAD_RATE, 0)
+    prepare(model, recipe["head_epochs"] * steps, HEAD_RATE, warm_up=steps)
     return train_epochs(
-        args, data, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"], recipe["batch_size"],
-        lambda: predict(model, validation, PASS_BATCH),
+        run, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"],
+        lambda: utils.predict(model, validation, PASS_BATCH),
     )  # fmt: skip
 
 
-def train_epochs(args, data, model, rows, slot_of, window, round_number, epochs, batch_size, validate):
-    """Train and report `epochs` epochs. Returns a list of rows of the history, dicts by column."""
-    targets = np.eye(len(data.labels), dtype="float32")[data.targets]
-    history = []
-    for epoch in range(1, epochs + 1):
-        start = time.monotonic()
-        order = epoch_order(args, window, slot_of, round_number, epoch)
-        logs = train_epoch(model, rows, order, targets, data.weights, batch_size)
-        probabilities, actual = validate(), data.targets[data.validation]
-        logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
-        logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
-        seconds = time.monotonic() - start
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in logs.items())
-        utils.say(f"round {round_number} epoch {epoch}: {shown}, {seconds:.0f} s")
-        rate = float(model.optimizer.learning_rate)
-        history.append({"round": round_number, "epoch": epoch} | logs
-                       | {"plain_accuracy": "", "learning_rate": rate, "seconds": round(seconds, 2)})  # fmt: skip
-    return history
+def train_top(run, window, number):
+    """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
+    epochs = run.recipe["head_epochs" if number == 0 else "round_epochs"]
+    slots, pictures = run.rings.views.slots, run.data.pictures
+    return train_epochs(
+        run, run.nets.fast.top, run.rings.views.features.rows, lambda i, v: slots[view_key(pictures, i, v)],
+        window, number, epochs, lambda: score(run)[1],
+    )  # fmt: skip
 
 
-def score(data, nets, rings):
+def score(run):
     """Score the float32 network. Returns probabilities (n, classes) of validation as it is and augmented."""
+    _, _, data, nets, rings = run
     if nets.fast is not nets.full:
         nets.full.top.set_weights(nets.fast.top.get_weights())
     plain = [view_key(data.pictures, int(i), PLAIN) for i in data.validation]
@@ -686,62 +690,58 @@ def score(data, nets, rings):
     return predict_slots(nets.full.top, rings.plain, plain), predict_slots(nets.full.top, rings.shaken, shaken)
 
 
-def run_rounds(args, data, nets, rings, recipe):
-    """Train round after round; save the best. Returns (best: dict, history rows)."""
-    scratch, n, batch = nets.full.trunk is None, len(data.train), recipe["batch_size"]
-    made, capacity = 0, len(rings.views.keys.rows)
-    window = collections.deque(maxlen=capacity)  # the (index, view) that the ring holds
-    shaken = [(int(i), 0) for i in data.validation]
-    fill_ring(rings.shaken, nets.fast.trunk, data.pictures, data.store, shaken, args, "validation")
-    plain = [(int(i), PLAIN) for i in data.validation]
-    fill_ring(rings.plain, nets.full.trunk, data.pictures, data.store, plain, args, "validation")
-    steps = -(-n // batch) * (recipe["rounds"] * recipe["round_epochs"] + scratch * recipe["head_epochs"])
-    best, history, stale = None, [], 0
-    for number in range(recipe["rounds"] + 1 if scratch or args.unfreeze else 1):
-        fresh = min(capacity, n * (recipe["fresh"] if number else recipe["views"]))
-        wanted = training_views(args, data.train, made, made + fresh)
-        made += fresh
-        fill_ring(rings.views, nets.fast.trunk, data.pictures, data.store, wanted, args, "views")
-        window.extend(wanted)
-        if number == 0 and not scratch:
-            rows = train_head(args, data, nets, rings, recipe, list(window))
-        else:
-            if number == (0 if scratch else 1):
-                warm_up = steps // 10
-                prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up)
-            rows = train_epochs(
-                args, data, nets.fast.top, rings.views.features.rows,
-                lambda i, v: rings.views.slots[view_key(data.pictures, i, v)], list(window), number,
-                recipe["head_epochs" if number == 0 else "round_epochs"], batch, lambda: score(data, nets, rings)[1],
-            )  # fmt: skip
-        probabilities, augmented = score(data, nets, rings)
-        better = finish_round(args, data, nets, number, rows, probabilities, augmented, best)
-        history += rows
-        write_history(args, history)
-        best, stale = (better, 0) if better else (best, stale + 1)
-        if recipe["patience"] and stale >= recipe["patience"]:
-            break
-    return best, history
+def train_rounds(run, state):
+    """Train round after round, save the best, until the rounds or the patience are used up. Returns the state.
+
+    state: of the last whole round of an interrupted run, or None.
+    """
+    args, recipe, data, nets, rings = run
+    scratch, capacity = nets.full.trunk is None, len(rings.views.keys.rows)
+    fill_ring(run, rings.shaken, nets.fast.trunk, [(int(i), 0) for i in data.validation], "validation views")
+    fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
+    epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
+    steps = epochs * -(-len(data.train) // recipe["batch_size"])
+    prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=steps // 10)
+    if state:
+        restore_weights(run, state)
+    state = state or {"round": -1, "made": 0, "stale": 0, "best": None, "history": []}
+    window = training_views(args.seed, data.train, max(0, state["made"] - capacity), state["made"])
+    last = recipe["rounds"] if scratch or args.unfreeze else 0
+    while state["round"] < last and not (recipe["patience"] and state["stale"] >= recipe["patience"]):
+        number = state["round"] + 1
+        made = state["made"] + min(capacity, len(data.train) * recipe["fresh" if number else "views"])
+        window = (window + training_views(args.seed, data.train, state["made"], made))[-capacity:]
+        fill_ring(run, rings.views, nets.fast.trunk, window, "views")
+        rows = train_head(run, window) if number == 0 and not scratch else train_top(run, window, number)
+        best = finish_round(run, number, rows, state["best"])
+        stale = 0 if best != state["best"] else state["stale"] + 1
+        state = {"round": number, "made": made, "stale": stale, "best": best, "history": state["history"] + rows}
+        write_history(args, state["history"])
+        save_state(run, state)
+    return state
 
 
-def finish_round(args, data, nets, number, rows, probabilities, augmented, best):
-    """Print the round's line, draw its mosaic, save the model if it is the best yet. Returns the new best or None."""
+def finish_round(run, number, rows, best):
+    """Print the round's line, draw its mosaic, save the model if it is the best yet.
+
+    best: {"round", "right", "loss"} of the best so far, or None. Returns the best now.
+    """
+    args, _, data, nets, _ = run
+    plain, augmented = score(run)
     actual = data.targets[data.validation]
-    predicted = probabilities.argmax(1)
-    right = int((predicted == actual).sum())
+    right = int((plain.argmax(1) == actual).sum())
     rows[-1]["plain_accuracy"] = right / len(actual)
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.say(line)
-    draw = dict(labels=data.labels, actual=actual, predicted=predicted)
-    remove_mosaics(args, number)
-    utils.draw_mosaic(
-        f"{number:03d}.png", args.model, line, pictures=lambda i: data.store.rows[data.validation[i]], **draw
-    )
-    temperature = fit_temperature(probabilities, augmented, actual)
-    merit = (right, -log_loss(soften(probabilities, temperature), actual))
-    if best and merit <= best["merit"]:
-        return None
-    calibrated = soften(probabilities, temperature)
+    if number == 0:
+        remove_mosaics(args.model)
+    path, picture = f"{number:03d}.png", lambda i: data.store.rows[data.validation[i]]
+    utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
+    temperature = fit_temperature(plain, augmented, actual)
+    calibrated = soften(plain, temperature)
+    loss = log_loss(calibrated, actual)
+    if best and (right, -loss) <= (best["right"], -best["loss"]):
+        return best
     info = {
         "labels": data.labels,
         "image_size": data.store.rows.shape[1],
@@ -749,7 +749,7 @@ def finish_round(args, data, nets, number, rows, probabilities, augmented, best)
         "temperature": temperature,
         "threshold": choose_threshold(calibrated, actual),
         "weights": nets.source,
-        "validation": {"accuracy": right / len(actual), "right": right, "total": len(actual)},
+        "accuracy": right / len(actual),
         "interval": interval(right, len(actual)),
         "number_format": nets.number_format,
         "seed": args.seed,
@@ -757,16 +757,21 @@ def finish_round(args, data, nets, number, rows, probabilities, augmented, best)
         "versions": versions(),
     }
     save_folded(nets.network, temperature, info, args.model)
-    return {"merit": merit, "round": number}
+    return {"round": number, "right": right, "loss": loss}
+
+
+# ---------------------------------------------------------------- calibration and scores
 
 
 def save_folded(network, temperature, info, prefix):
     """Save the network with its last layer divided by the temperature, and leave it undivided in memory."""
     layer = network.get_layer("probabilities")
-    unfolded = layer.get_weights()
+    unfolded = layer.get_weights()  # (w / T) * T is not always w
     layer.set_weights([array / np.float32(temperature) for array in unfolded])
-    utils.save_model(network, info, prefix)
-    layer.set_weights(unfolded)
+    try:
+        utils.save_model(network, info, prefix)
+    finally:
+        layer.set_weights(unfolded)
 
 
 def soften(probabilities, temperature):
@@ -833,27 +838,25 @@ def check_outputs(args, mosaics):
             pass
     for path in mosaics:
         if path.exists() and mosaic_owner(path) != args.model:
-            raise utils.UserError(
-                f"{path}: not a picture that training {utils.escape(args.model)} made: move it away or run in another folder"
-            )
+            raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
 
 
 def mosaic_owner(path):
     """Return the prefix named in one of our mosaics, None for any other file."""
+    mark = f"{utils.KIT}: "
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get("Software", "")
+            text = str(image.info.get("Software"))
     except (OSError, SyntaxError, ValueError):
         return None
-    return text.removeprefix(f"{utils.KIT}: ") if isinstance(text, str) and text.startswith(f"{utils.KIT}: ") else None
+    return text.removeprefix(mark) if text.startswith(mark) else None
 
 
-def remove_mosaics(args, number):
-    """Just before 000.png: remove the mosaics of an earlier run with the same prefix."""
-    if number == 0:
-        for path in Path().glob("[0-9][0-9][0-9].png"):
-            if mosaic_owner(path) == args.model:
-                path.unlink()
+def remove_mosaics(prefix):
+    """Remove the mosaics that an earlier run with the same prefix left in the current directory."""
+    for path in Path().glob("[0-9][0-9][0-9].png"):
+        if mosaic_owner(path) == prefix:
+            path.unlink()
 
 
 def write_history(args, history):
@@ -862,34 +865,138 @@ def write_history(args, history):
     utils.write_csv(f"{args.model}-history.csv", columns, [[row[name] for name in columns] for row in history])
 
 
-def report(args, data, history):
+def report(run, state):
     """Score the saved files as anybody would read them; print `best:`, draw the report. Returns the accuracy."""
+    args, _, data, _, _ = run
     model, info = utils.load_model(args.model)
+    utils.compiled(model)
     actual = data.targets[data.validation]
-    chunks = [data.validation[i : i + PASS_BATCH] for i in range(0, len(actual), PASS_BATCH)]
-    compiled(model)
-    probabilities = np.concatenate([predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in chunks])
-    predicted = probabilities.argmax(1)
-    right = int((predicted == actual).sum())
+    probabilities = predict_pictures(model, data.store, data.validation)
+    right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.say(f"best: round {info['round']}, {line}, 95% interval {low:.4f} to {high:.4f}")
-    write_mistakes(f"{args.model}-mistakes.csv", args, data, data.validation, probabilities, wrong_only=True)
+    rows = prediction_rows(args, data, data.validation, probabilities)
+    wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
+    utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
     title = f"{utils.escape(Path(args.model).name)}, round {info['round']}: {line}"
-    utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, history)
-    return right / len(actual), info
+    utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
+    return right / len(actual)
 
 
-def write_mistakes(path, args, data, indices, probabilities, wrong_only):
-    """Write file, actual, predicted, probability; only mistakes, the most confident first, or every picture."""
+def predict_pictures(model, store, indices):
+    """Return the probabilities (n, classes) that a compiled whole model gives for rows of the picture store."""
+    chunks = [indices[i : i + PASS_BATCH] for i in range(0, len(indices), PASS_BATCH)]
+    shown = utils.progress(chunks, len(chunks), "scoring")
+    return np.concatenate([utils.predict(model, store.rows[chunk], PASS_BATCH) for chunk in shown])
+
+
+def prediction_rows(args, data, indices, probabilities):
+    """Return rows of PREDICTION_COLUMNS: file below data_dir, actual, predicted, probability with six decimals."""
     rows = []
     for i, p in zip(indices, probabilities):
-        picture, best = data.pictures[i], int(p.argmax())
-        name = picture.path.relative_to(args.data_dir).as_posix()
-        rows.append([name, picture.label, data.labels[best], float(p[best])])
-    if wrong_only:
-        rows = sorted((row for row in rows if row[1] != row[2]), key=lambda row: -row[3])
-    utils.write_csv(path, ["file", "actual", "predicted", "probability"], [[*row[:3], f"{row[3]:.6f}"] for row in rows])
+        name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
+        rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
+    return rows
+
+
+# ---------------------------------------------------------------- stop and go on
+
+
+def state_files(prefix):
+    """Return the paths of what --resume needs: plain facts as JSON, the files of the split, numbers in one array."""
+    return Path(f"{prefix}-resume.json"), Path(f"{prefix}-resume-files.json"), Path(f"{prefix}-resume.npy")
+
+
+def settings_of(args, recipe, data):
+    """Return what must be the same when a run goes on, by the name to show."""
+    names = ("validation_split", "group_by_folder", "seed", "heavy_augmentation", "unfreeze", "class_weight", "float32")
+    settings = {name: getattr(args, name) for name in names}
+    return settings | recipe | {"image_size": data.store.rows.shape[1], "classes": data.labels}
+
+
+def file_list(args, data):
+    """Return [[file below data_dir, SHA-256, side of the split]] of all pictures used."""
+    validation = set(data.validation.tolist())
+    sides = ["validation" if i in validation else "train" for i in range(len(data.pictures))]
+    names = (picture.path.relative_to(args.data_dir).as_posix() for picture in data.pictures)
+    return [[utils.escape(n), p.digest.hex(), side] for n, p, side in zip(names, data.pictures, sides)]
+
+
+def unfolded_weights(run):
+    """Return the weights of the trained part and the variables of its optimizer, as Keras variables, in order."""
+    top = run.nets.fast.top
+    return [*top.weights, *top.optimizer.variables]
+
+
+def save_state(run, state):
+    """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
+    facts, files, numbers = state_files(run.args.model)
+    flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in unfolded_weights(run)])
+    numbers = numbers.with_suffix(f".{state['round']}.npy")
+    with utils.whole_file(numbers) as part:
+        np.save(part, flat)
+    if not files.exists() or state["round"] == 0:
+        with utils.whole_file(files) as part:
+            part.write_text(json.dumps(file_list(run.args, run.data)))
+    more = {"settings": settings_of(run.args, run.recipe, run.data), "number_format": run.nets.number_format}
+    with utils.whole_file(facts) as part:
+        part.write_text(json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)}))
+    for old in numbers.parent.glob(f"{glob.escape(Path(run.args.model).name)}-resume.*.npy"):
+        if old != numbers:
+            old.unlink()
+
+
+def read_state(args):
+    """Return the state of an interrupted run as plain data, or None if there is none. Raises UserError."""
+    facts, _, _ = state_files(args.model)
+    if not facts.exists():
+        utils.say("nothing to resume: starting from the beginning")
+        return None
+    state = utils.parse_json(facts, utils.read_capped(facts, utils.MAX_JSON * 10))
+    kinds = {"round": int, "made": int, "stale": int, "best": dict, "history": list, "settings": dict,
+             "number_format": str, "weights": str, "numbers": int}  # fmt: skip
+    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
+    return state
+
+
+def check_state(args, state, recipe, data):
+    """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
+    _, files, _ = state_files(args.model)
+    for name, value in settings_of(args, recipe, data).items():
+        if state["settings"].get(name) != value:
+            raise utils.UserError(
+                f"--resume: the interrupted run had other {name.replace('_', ' ')} "
+                f"({utils.escape(state['settings'].get(name))[:200]}): give it again, or train anew without --resume"
+            )
+    before = utils.parse_json(files, utils.read_capped(files, utils.MAX_JSON * 100))
+    now = file_list(args, data)
+    if before != now:
+        old, new = ({tuple(map(str, row)) for row in rows} for rows in (before, now))
+        name = min((old ^ new) or {("the order of files",)})[0]
+        raise utils.UserError(f"--resume: the data has changed ({utils.escape(name)}): train anew without --resume")
+
+
+def restore_weights(run, state):
+    """Give the trained part and its optimizer the numbers of the last whole round. Raises UserError."""
+    path = state_files(run.args.model)[2].with_suffix(f".{state['round']}.npy")
+    variables = unfolded_weights(run)
+    sizes = [int(np.prod(variable.shape)) for variable in variables]
+    try:
+        flat = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError):
+        flat = np.empty(0)
+    if flat.shape != (sum(sizes),) or flat.dtype != "float32" or zlib.crc32(flat) != state["numbers"]:
+        raise utils.UserError(f"{utils.escape(path)}: missing or damaged: train again without --resume")
+    for variable, numbers in zip(variables, np.split(flat, np.cumsum(sizes)[:-1])):
+        variable.assign(numbers.reshape(variable.shape))
+
+
+def remove_state(prefix):
+    """Remove what --resume needs, at the end of a run that needs it no more."""
+    for path in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}-resume*"):
+        path.unlink()
 
 
 # ---------------------------------------------------------------- the program
@@ -898,6 +1005,7 @@ def write_mistakes(path, args, data, indices, probabilities, wrong_only):
 def evaluate(args):
     """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
     model, info = utils.load_model(args.model)
+    utils.compiled(model)
     check_outputs(args, [Path("evaluate.png")])
     labels, side = info["labels"], info["image_size"]
     files = find_files(args.data_dir)
@@ -909,23 +1017,20 @@ def evaluate(args):
     if not pictures:
         raise utils.UserError(f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class")
     utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
-    pictures = [p._replace(label=p.label if p.label in labels else "unknown") for p in pictures]
-    actual = np.array([labels.index(p.label) for p in pictures])
-    compiled(model)
-    starts = utils.progress(range(0, len(pictures), PASS_BATCH), -(-len(pictures) // PASS_BATCH), "evaluating")
-    ends = [(s, min(s + PASS_BATCH, len(pictures))) for s in range(0, len(pictures), PASS_BATCH)]
-    probabilities = np.concatenate([predict(model, store.rows[s:e], PASS_BATCH) for (s, e), _ in zip(ends, starts)])
+    actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
+    indices = np.arange(len(pictures))
+    data = Data(pictures, store, None, indices, labels, actual, None)
+    probabilities = predict_pictures(model, store, indices)
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.say(f"evaluate: {line}, 95% interval {low:.4f} to {high:.4f}")
-    data = Data(pictures, store, None, None, labels, actual, None)
-    write_mistakes(f"{args.model}-evaluate.csv", args, data, range(len(pictures)), probabilities, wrong_only=False)
+    rows = prediction_rows(args, data, indices, probabilities)
+    utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
     title = f"{utils.escape(Path(args.model).name)} on {utils.escape(args.data_dir.name)}: {line}"
     utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    utils.draw_mosaic(
-        "evaluate.png", args.model, title, labels, actual, probabilities.argmax(1), lambda i: store.rows[i]
-    )
+    picture = store.rows.__getitem__
+    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1), picture)
     return gate(args, right / len(actual))
 
 
@@ -937,26 +1042,46 @@ def gate(args, accuracy):
     return 3
 
 
-def main():
-    args = parse_arguments()
-    if args.evaluate:
-        return evaluate(args)
-    scratch = args.weights == "none"
-    recipe = {name: getattr(args, name, value) for name, value in (FROM_SCRATCH if scratch else FINE_TUNING).items()}
-    recipe["fresh"] = recipe["round_epochs"] if scratch else 1
+def train(args):
+    """The whole way: folder → pictures → split → networks → rounds → report. Returns the exit code."""
+    path, warnings = (None, []) if args.dry_run else find_weights(args)
+    scratch = args.weights == "none" or (path is None and not args.dry_run)
+    for line in warnings:
+        utils.warn(line)
+    recipe = FROM_SCRATCH if scratch else FINE_TUNING
+    recipe = {name: getattr(args, name, value) for name, value in recipe.items()}
+    recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
     side = args.image_size or (96 if scratch else 224)
-    if not args.dry_run:
-        check_outputs(args, [Path(f"{n:03d}.png") for n in range(recipe["rounds"] + 1)])
-    data = read_data(args, side, args.dry_run)
     if args.dry_run:
+        read_data(args, side)
         return 0
-    nets, warnings = build_networks(args, len(data.labels), side)
-    rings = open_rings(args, data, nets, recipe)
-    _, history = run_rounds(args, data, nets, rings, recipe)
-    accuracy, info = report(args, data, history)
+    if args.cache_dir:
+        args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_outputs(args, [Path(f"{n:03d}.png") for n in range(recipe["rounds"] + 1)])
+    if scratch and args.unfreeze != UNFREEZE:
+        utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
+    state = read_state(args) if args.resume else None
+    data = read_data(args, side)
+    if state:
+        check_state(args, state, recipe, data)
+    nets = build_networks(args, path, len(data.labels), side, state and state["number_format"])
+    run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
+    state = train_rounds(run, state)
+    accuracy = report(run, state)
+    remove_state(args.model)
     for line in warnings:
         utils.warn(line)
     return gate(args, accuracy)
+
+
+def main():
+    args = parse_arguments()
+    try:
+        return evaluate(args) if args.evaluate else train(args)
+    except KeyboardInterrupt:
+        if state_files(args.model)[0].exists():
+            utils.say("stopped: the best whole round is saved; give the same command with --resume to go on")
+        raise
 
 
 if __name__ == "__main__":

@@ -1,0 +1,275 @@
+"""train.py before any network: what it reads, what it skips, how it divides, what it refuses."""
+
+import hashlib
+import os
+import re
+import stat
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+
+
+def dry_run(run_script, data, *options):
+    return run_script("train.py", data, "model", "--dry-run", *options)
+
+
+def test_help_shows_every_option_with_its_default_and_an_example(run_script):
+    done = run_script("train.py", "--help")
+    assert done.returncode == 0
+    assert "example: python train.py" in done.stdout
+    text = " ".join(done.stdout.split())
+    for option in re.findall(r"--[a-z0-9-]+", done.stdout.partition("options:")[2]):
+        assert option in text
+    for shown in ("default: 0.2", "default: 1337", "default: auto", "default: 20.0", "default: 224; 96 from scratch"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--image-size", "74"], ["--validation-split", "0"], ["--validation-split", "1"], ["--seed", "-1"],
+     ["--unfreeze", "11"], ["--batch-size", "0"], ["--cache-gb", "0"], ["--cache-gb", "nan"], ["--views", "0"],
+     ["--min-accuracy", "2"], ["--rounds", "x"], ["--no-such-option"], ["--patience", "-1"]],
+)  # fmt: skip
+def test_values_out_of_range_are_wrong_usage(run_script, options, tmp_path):
+    done = run_script("train.py", tmp_path, "model", *options)
+    assert done.returncode == 2 and "usage:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_summarises_and_writes_nothing(run_script, make_classes, tmp_path):
+    data = make_classes(cats=12, dogs=8)
+    (data / "stray.png").write_bytes(b"")
+    (data / "empty").mkdir()
+    (data / "cats" / "notes.txt").write_text("no picture")
+    Image.new("RGB", (201, 100)).save(data / "dogs" / "wide.png")
+    Image.new("RGB", (200, 100)).save(data / "dogs" / "just.png")
+    before = sorted(tmp_path.rglob("*"))
+    done = dry_run(run_script, data)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "images: 17 train, 4 validation, 2 classes, 2 skipped\n"
+    for part in ("data: 1 files lie beside", "empty: an empty class", "notes.txt: skipped: not a picture",
+                 "wide.png: skipped: the longer side"):  # fmt: skip
+        assert part in done.stderr
+    assert all(line.startswith("warning: ") for line in done.stderr.splitlines())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "fewer than two classes"),
+        ({"a": 5}, "fewer than two classes"),
+        ({"a": 1, "b": 1}, "no class can be divided"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_is_one_line(run_script, make_classes, tmp_path, classes, message):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    done = dry_run(run_script, make_classes(**classes))
+    assert done.returncode == 1
+    assert re.search(rf"^error: .*{message}", done.stderr, re.M) and "Traceback" not in done.stderr
+
+
+def test_a_missing_folder_and_an_unwritable_one_are_one_line(run_script, make_classes, tmp_path):
+    done = dry_run(run_script, tmp_path / "nowhere")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
+    data = make_classes(a=4, b=4)
+    done = run_script("train.py", data, tmp_path / "missing" / "model")
+    assert done.returncode == 1 and "missing: no such folder" in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may read and write everything")
+def test_permissions_are_one_line(run_script, make_classes, tmp_path):
+    data = make_classes(a=6, b=6)
+    (data / "a" / "000.png").chmod(0)
+    done = dry_run(run_script, data)
+    assert "a/000.png: skipped: Permission denied" in done.stderr
+    (tmp_path / "locked").mkdir(mode=stat.S_IRUSR | stat.S_IXUSR)
+    done = run_script("train.py", data, tmp_path / "locked" / "model")
+    assert done.returncode == 1 and re.search(r"^error: .*ermission", done.stderr, re.M)
+
+
+def test_control_characters_in_class_names_never_reach_the_terminal(run_script, make_classes):
+    data = make_classes(**{"a\x1b[31m": 5, "b\nc": 5, "=d": 5})
+    (data / "a\x1b[31m" / "bad\x1b.png").write_bytes(b"x")
+    done = dry_run(run_script, data)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "a\\x1b[31m" in done.stderr
+
+
+def pictures_of(spec):
+    """Make a list of Pictures from [(class, folder, content)]."""
+    return [
+        train.Picture(Path("data", label, folder, f"{n}.png"), label, hashlib.sha256(content.encode()).digest(), b"")
+        for n, (label, folder, content) in enumerate(spec)
+    ]
+
+
+def divide(pictures, by_folder=False, fraction=0.2, seed=1):
+    groups = train.group_pictures(pictures, Path("data"), by_folder)
+    return train.split(pictures, groups, fraction, seed)
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "expected"), [(10, 0.2, 2), (40, 0.25, 10), (3, 0.1, 1), (2, 0.9, 1), (5, 0.5, 2)]
+)
+def test_each_class_gives_its_share(n, fraction, expected):
+    pictures = pictures_of([(label, "", f"{label}{i}") for label in "ab" for i in range(n)])
+    fit, validation = divide(pictures, fraction=fraction)
+    assert Counter(pictures[i].label for i in validation) == {"a": expected, "b": expected}
+    assert sorted([*fit, *validation]) == list(range(2 * n))
+
+
+def test_added_pictures_move_only_those_at_the_boundary():
+    spec = [(label, "", f"{label}{i}") for label in "ab" for i in range(100)]
+    before = {spec[i] for i in divide(pictures_of(spec))[1]}
+    longer = spec + [("a", "", f"new{i}") for i in range(10)]
+    after = {longer[i] for i in divide(pictures_of(longer))[1]}
+    assert len(before - after) <= 2
+
+
+def test_another_seed_is_another_split():
+    pictures = pictures_of([(label, "", f"{label}{i}") for label in "ab" for i in range(50)])
+    assert set(divide(pictures, seed=1)[1]) != set(divide(pictures, seed=2)[1])
+
+
+def test_equal_bytes_stay_together_across_classes_and_are_warned_about(capsys):
+    spec = [(label, "", f"{label}{i}") for label in "ab" for i in range(10)]
+    spec += [("a", "", "twin"), ("b", "", "twin"), ("a", "", "twin")]
+    for seed in range(20):
+        _, validation = divide(pictures_of(spec), seed=seed)
+        assert len({20, 21, 22} & set(validation)) in (0, 3)
+    message = capsys.readouterr().err
+    assert os.path.join("data", "b", "21.png") in message and os.path.join("data", "a", "20.png") in message
+
+
+def test_folders_stay_together_and_loose_files_are_groups_of_one():
+    spec = [("a", f"clip{i % 4}", f"a{i}") for i in range(40)] + [("b", "", f"b{i}") for i in range(40)]
+    pictures = pictures_of(spec)
+    _, validation = divide(pictures, by_folder=True)
+    by_clip = Counter(spec[i][1] for i in validation if spec[i][0] == "a")
+    assert list(by_clip.values()) == [10]
+    assert sum(spec[i][0] == "b" for i in validation) == 8
+
+
+def test_a_class_of_one_group_only_trains(capsys):
+    spec = [("a", "clip", f"a{i}") for i in range(10)] + [("b", "", f"b{i}") for i in range(10)]
+    pictures = pictures_of(spec)
+    fit, validation = divide(pictures, by_folder=True)
+    assert all(pictures[i].label == "b" for i in validation) and len(fit) == 18
+    assert "a: its pictures all belong together" in capsys.readouterr().err
+
+
+def test_no_class_ever_loses_its_last_group_to_twins_in_another():
+    for seed in range(30):
+        spec = [("a", "", "x"), ("b", "", "x"), ("a", "", "y"), ("b", "", "y"), ("a", "", "z")]
+        pictures = pictures_of(spec)
+        fit, _ = divide(pictures, seed=seed, fraction=0.9)
+        assert {pictures[i].label for i in fit} == {"a", "b"}
+
+
+def test_the_warnings_of_a_careful_colleague(run_script, make_classes, tmp_path):
+    data = make_classes(few=5, many=120, twins=25)
+    picture = np.kron(np.random.default_rng(0).integers(0, 255, (10, 10, 3)), np.ones((16, 16, 1))).astype("uint8")
+    for n in range(30):  # the same scene again and again, other bytes
+        Image.fromarray(picture).save(data / "twins" / f"copy{n}.jpg", quality=50 + n)
+    (data / "many" / "stolen.png").write_bytes((data / "few" / "000.png").read_bytes())
+    done = dry_run(run_script, data)
+    assert "few: only 5 pictures" in done.stderr
+    assert "many: 24 times as many pictures as few" in done.stderr
+    assert "such a near copy in training" in done.stderr and "--group-by-folder" in done.stderr
+    assert "the same bytes as" in done.stderr
+    assert "validation pictures: the accuracy is a rough figure" not in done.stderr
+    few = dry_run(run_script, make_classes("small", a=6, b=6))
+    assert "only 2 validation pictures" in few.stderr
+
+
+@pytest.mark.parametrize("heavy", [True, False])
+def test_views_depend_on_seed_picture_and_view_alone(heavy):
+    class Args:
+        seed, heavy_augmentation = 5, heavy
+
+    picture = np.random.default_rng(0).integers(0, 255, (75, 75, 3)).astype("uint8")
+    one = train.make_view(picture, b"a" * 32, 3, Args)
+    assert one.shape == (75, 75, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, train.make_view(picture, b"a" * 32, 3, Args))
+    assert not np.array_equal(one, train.make_view(picture, b"b" * 32, 3, Args))
+    assert not np.array_equal(one, train.make_view(picture, b"a" * 32, 4, Args))
+    assert np.array_equal(picture, train.make_view(picture, b"a" * 32, train.PLAIN, Args))
+
+
+def test_light_views_are_not_turned_and_heavy_ones_are():
+    stripes = np.zeros((80, 80, 3), "uint8")
+    stripes[::8] = stripes[1::8] = stripes[2::8] = stripes[3::8] = 200
+    rows_vary = [
+        np.mean([train.augment(stripes, np.random.default_rng(i), kind).std(1).mean() for i in range(20)])
+        for kind in (train.LIGHT, train.HEAVY)
+    ]
+    assert rows_vary[0] < 1 < 20 < rows_vary[1]
+
+
+def test_the_ring_overwrites_the_oldest_and_knows_what_it_holds(tmp_path):
+    class Args:
+        model, cache_dir = str(tmp_path / "m"), None
+
+    ring = train.open_ring(Args, "x", 3, (2,), "float16")
+    keys = [bytes([n]) * 36 for n in range(5)]
+    assert train.claim_slots(ring, keys[:3]) == [0, 1, 2]
+    assert train.claim_slots(ring, [keys[0], keys[3]]) == [1]  # 0 is used again, so 1 is the oldest
+    assert set(ring.slots) == {keys[0], keys[2], keys[3]}
+    assert sorted(ring.slots.values()) == [0, 1, 2]
+
+
+def test_a_kept_ring_is_found_again_and_a_damaged_slot_is_not(tmp_path):
+    class Args:
+        model, cache_dir = str(tmp_path / "m"), tmp_path
+
+    ring = train.open_ring(Args, "x", 4, (2,), "float32")
+    keys = [bytes([n + 1]) * 36 for n in range(2)]
+    rows = np.array([[1, 2], [3, 4]], "float32")
+    slots = [ring.slots[key] for key in keys if train.claim_slots(ring, [key]) == [0]]
+    train.write_rows(ring.features, slots, rows)
+    train.write_rows(ring.keys, slots, [np.frombuffer(k + train.checksum(r), "uint8") for k, r in zip(keys, rows)])
+    again = train.open_ring(Args, "x", 4, (2,), "float32")
+    assert {key: again.features.rows[slot].tolist() for key, slot in again.slots.items()} == {
+        keys[0]: [1, 2], keys[1]: [3, 4]}  # fmt: skip
+    train.write_rows(ring.features, slots[:1], rows[1:] + 1)
+    assert list(train.open_ring(Args, "x", 4, (2,), "float32").slots) == keys[1:]
+
+
+def test_every_epoch_takes_every_picture_once_with_a_random_view():
+    window = [(i, v) for v in range(4) for i in range(50)]
+    orders = [train.epoch_order(1, window, lambda i, v: 100 * v + i, 1, epoch) for epoch in (1, 2)]
+    for order in orders:
+        assert sorted(order[:, 1]) == list(range(50))
+        assert len(set(order[:, 0] // 100)) == 4
+    assert not np.array_equal(*orders)
+
+
+def test_temperature_of_a_perfect_set_stays_bounded():
+    perfect = np.eye(4)[np.arange(40) % 4] * (1 - 4e-6) + 1e-6
+    temperature = train.fit_temperature(perfect, perfect, np.arange(40) % 4)
+    assert 1 / 8 <= temperature <= 8
+    assert train.soften(perfect, temperature).max() < 1
+
+
+def test_temperature_mends_what_is_too_sure():
+    rng = np.random.default_rng(0)
+    actual = rng.integers(0, 5, 400)
+    guess = np.where(rng.random(400) < 0.7, actual, rng.integers(0, 5, 400))
+    sure = np.eye(5)[guess] * (1 - 5e-4) + 1e-4
+    temperature = train.fit_temperature(sure, sure, actual)
+    before, after = (train.log_loss(p, actual) for p in (sure, train.soften(sure, temperature)))
+    assert temperature > 2 and after < before / 2
+
+
+@pytest.mark.parametrize(
+    ("right", "total", "low", "high"), [(88, 89, 0.9390, 0.9997), (0, 10, 0, 0.3085), (10, 10, 0.6915, 1)]
+)
+def test_the_interval_is_exact(right, total, low, high):
+    assert train.interval(right, total) == pytest.approx([low, high], abs=1e-4)
