@@ -1,0 +1,459 @@
+"""Draws a training set of cartoon faces, and a film in which two of the people move about.
+
+    python tests/sample_faces.py people
+    python tests/sample_faces.py people --people 5 --pictures 40 --clip people.mp4
+
+Every picture is people/<name>/<number>.jpg, framed as the tagger frames faces: a square about twice as wide as
+the face box. What makes a person (hair, skin, glasses, beard…) stays; pose, expression, light, clothes and room
+change. The same numbers give the same pictures. Beside the film, people.json holds the true face boxes.
+"""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageColor, ImageDraw, ImageFilter
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils
+
+SIDE = 160  # pixels of a training picture
+FRAME = (640, 480)  # pixels of the film
+FPS = 25
+SECONDS = 6
+SEED = 1
+CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
+SMOOTH = 3  # shapes are drawn this many times larger and then reduced, for soft edges
+BOX = 1.14  # side in head units of the box in which a Haar detector sees the face: the median over all people
+
+SKINS = {"fair": "#f8dcc6", "rosy": "#f0c09c", "olive": "#dcae7f"}
+SKINS |= {"tan": "#c48c5e", "brown": "#a06a45", "dark": "#7d4f34"}
+HAIRS = {"black": "#2b262e", "brown": "#5c3a26", "chestnut": "#8f4b28", "ginger": "#cf6a2c", "blond": "#e3ba62"}
+HAIRS |= {"grey": "#9b9aa1", "white": "#d6d3d0"}
+SHIRTS = "#2f6f8f #c8553d #588157 #e0a030 #6d597a #34495e #d88c9a #8d99ae #3f8f86 #f0e6d6".split()
+WALLS = "#cfd8d3 #e8dcc8 #b9cbd9 #d9c2b4 #9fb3a8 #c9c3d6 #8496a9 #efe9df #a89f91".split()
+
+# width and jaw: half the face's width, and 0.7 (square) to 1.05 (pointed); brow: half its thickness.
+TRAITS = ("name", "skin", "hair", "style", "glasses", "beard", "width", "jaw", "brow")
+PEOPLE = (
+    ("Ann", "fair", "ginger", "long", "none", "none", 0.40, 0.95, 0.018),
+    ("Ben", "dark", "black", "short", "none", "full", 0.42, 0.80, 0.026),
+    ("Cleo", "olive", "black", "bob", "round", "none", 0.40, 0.95, 0.018),
+    ("Dan", "rosy", "blond", "quiff", "none", "none", 0.42, 0.75, 0.024),
+    ("Eva", "brown", "brown", "curls", "none", "none", 0.41, 0.95, 0.020),
+    ("Mihály", "rosy", "grey", "bald", "square", "moustache", 0.42, 0.85, 0.026),
+    ("Ελένη", "fair", "brown", "bun", "none", "none", 0.40, 0.95, 0.018),
+    ("Omar", "tan", "black", "quiff", "square", "full", 0.42, 0.80, 0.026),
+    ("王", "fair", "black", "fringe", "none", "none", 0.42, 0.90, 0.020),
+    ("Lars Olav", "fair", "white", "short", "none", "full", 0.42, 0.90, 0.026),
+    ("Zoë", "tan", "chestnut", "bun", "round", "none", 0.40, 0.95, 0.018),
+    ("Иван", "olive", "brown", "bald", "none", "goatee", 0.42, 0.80, 0.026),
+)
+# Names of further people, whose traits are drawn by lot.
+MORE_NAMES = """Grace Hugo Ida Jack Kaja Liam Maria Noah Olga Paul Rosa Sami Tina Uwe Vera Will Xenia Yusuf Zara Axel
+Bea Carl Dora Émile Fay Gus Ines Håkon""".split()
+
+# Outlines, as "x,y x,y …" in hundredths of a head unit: (0, 0) is the middle of the face, y points down; the brows
+# lie at -21, the eyes at -10, the mouth at 29, the chin at 51. Hair is partly behind, partly before the head.
+HAIR_BACK = {
+    "long": "-48,-30 -54,20 -58,75 0,85 58,75 54,20 48,-30 0,-70",
+    "bob": "-50,-30 -55,10 -54,46 0,50 54,46 55,10 50,-30 0,-70",
+    "bun": "-20,-86 0,-100 20,-86 10,-68 -10,-68 / -44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
+    "short": "-44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
+    "quiff": "-44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
+    "bald": "-44,-10 -46,-20 -44,-30 0,-30 44,-30 46,-20 44,-10 0,0",
+    "fringe": "-50,-30 -50,16 0,20 50,16 50,-30 0,-70",
+    "curls": "0,-78 -16,-85 -26,-75 -42,-73 -45,-60 -57,-53 -54,-39 -64,-28 -56,-16 -62,-2 -52,8 -52,22 -40,24 -30,34 "
+    "30,34 40,24 52,22 52,8 62,-2 56,-16 64,-28 54,-39 57,-53 45,-60 42,-73 26,-75 16,-85",
+}
+HAIR_FRONT = {
+    "bald": "35,-4 35,-22 31,-40 37,-50 46,-36 49,-18 46,-4 / -35,-4 -35,-22 -31,-40 -37,-50 -46,-36 -49,-18 -46,-4",
+    "long": "-45,20 -50,-30 -38,-66 0,-78 38,-66 50,-30 45,20 40,-15 28,-38 -10,-60 -30,-38 -40,-15",
+    "bob": "-47,35 -51,-30 -38,-66 0,-78 38,-66 51,-30 47,35 40,-10 34,-32 0,-36 -34,-32 -40,-10",
+    "fringe": "-46,2 -50,-30 -38,-66 0,-78 38,-66 50,-30 46,2 40,-20 32,-42 5,-52 -25,-34 -40,-18",
+    "bun": "-42,-12 -46,-38 -34,-64 0,-75 34,-64 46,-38 42,-12 36,-36 20,-50 0,-55 -20,-50 -36,-36",
+    "short": "-43,-10 -47,-35 -36,-64 0,-75 36,-64 47,-35 43,-10 38,-32 26,-47 0,-50 -26,-47 -38,-32",
+    "quiff": "-43,-10 -47,-40 -46,-62 -28,-80 10,-86 40,-74 47,-45 43,-10 38,-34 24,-47 0,-48 -22,-42 -36,-34",
+    "curls": "-44,-5 -53,-20 -50,-38 -50,-56 -36,-64 -24,-78 -8,-76 8,-82 24,-74 38,-68 48,-52 52,-34 52,-18 44,-5 "
+    "38,-30 27,-36 15,-46 0,-43 -15,-48 -27,-38 -38,-28",
+}
+BEARDS = {
+    "full": "-42,-2 -42,20 -30,44 0,56 30,44 42,20 42,-2 34,12 20,20 0,17 -20,20 -34,12",
+    "goatee": "-12,37 -15,45 0,56 15,45 12,37 0,34",
+    "moustache": "-22,28 -16,19 0,17 16,19 22,28 10,25 0,23 -10,25",
+}
+GLASSES = {
+    "round": "-13,0 -9,-9 0,-12 9,-9 13,0 9,9 0,12 -9,9",
+    "square": "-13,-7 0,-8 13,-7 14,0 11,8 0,9 -11,8 -14,0",
+}
+BODY = "-110,900 -108,500 -106,300 -104,200 -99,125 -82,91 -30,74 30,74 82,91 99,125 104,200 106,300 108,500 110,900"
+
+
+# ---------------------------------------------------------------- people and poses
+
+
+@functools.cache
+def person(index):
+    """Return who number `index` (from 0) is: a namespace with the TRAITS, always the same.
+
+    The first dozen are chosen by hand. Of the others each is, of many drawn by lot, the least like anybody before;
+    hair is darker than the skin, because a Haar detector finds few faces where it is not.
+    """
+    if index < len(PEOPLE):
+        return SimpleNamespace(**dict(zip(TRAITS, PEOPLE[index])))
+    rng, bearded = np.random.default_rng(index), index % 2
+    styles = ("short", "quiff", "curls") if bearded else ("long", "bob", "bun", "curls", "fringe")
+    name = (*MORE_NAMES, f"Person {index + 1}")[min(index - len(PEOPLE), len(MORE_NAMES))]
+    kinds = (tuple(SKINS), tuple(HAIRS), styles, ("none", *GLASSES), ("none", *BEARDS) if bearded else ("none",))
+    others = [tuple(vars(person(i)).values())[1:6] for i in range(index)]
+    lots = [[str(rng.choice(kind)) for kind in kinds] for _ in range(100)]
+    lots = [lot for lot in lots if brightness(HAIRS[lot[1]]) < brightness(SKINS[lot[0]])]
+    best = max(lots, key=lambda lot: min(sum(a != b for a, b in zip(lot, other)) for other in others))
+    return SimpleNamespace(**dict(zip(TRAITS, (name, *best, *rng.uniform((0.39, 0.75, 0.018), (0.43, 0.95, 0.026))))))
+
+
+def random_pose(rng, x, y, side):
+    """Return a pose whose face box has its centre near (x, y) and is `side` pixels wide.
+
+    angle in degrees; turn and nod shift the features on the head, gaze the pupils, lift the brows (head units);
+    smile from 0.05 to 1; gape, how far the mouth is open, from 0 to 0.08.
+    """
+    low = {"angle": -7, "turn": -0.05, "nod": -0.03, "smile": 0.05, "gape": -0.08, "lift": -0.02, "gaze": -0.02}
+    high = {"angle": 7, "turn": 0.05, "nod": 0.03, "smile": 1, "gape": 0.08, "lift": 0.03, "gaze": 0.02}
+    drawn = {key: rng.uniform(low[key], high[key]) for key in low}
+    return SimpleNamespace(x=x, y=y, side=side, **drawn | {"gape": max(0, drawn["gape"])})
+
+
+def face_box(pose):
+    """Return {"x", "y", "w", "h"}, whole pixels: the square in which a Haar detector sees the face, brows to chin."""
+    x, y = place([(0, 0)], pose, 1)[0] - pose.side / 2
+    return {"x": round(x), "y": round(y), "w": round(pose.side), "h": round(pose.side)}
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def place(points, pose, depth=0):
+    """Turn points in head units into pixels; `depth` is 0 for the outline of the head, 1 for what is on the face."""
+    x, y = (np.asarray(points, float) + (pose.turn * depth, pose.nod * depth)).T
+    angle = np.radians(pose.angle)
+    turned = np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1)
+    return turned * pose.side / BOX + (pose.x, pose.y)
+
+
+def fill(image, pose, points, colour, depth=0):
+    """Fill a polygon given in head units, on an image SMOOTH times larger than the pose says."""
+    ImageDraw.Draw(image).polygon((place(points, pose, depth) * SMOOTH).ravel().tolist(), fill=colour)
+
+
+def glow(image, pose, x, y, width, height, colour, strength):
+    """Blend a colour into the face: `strength` (0 to 1) in the middle of an ellipse, nothing at its edge."""
+    half = np.array((width, height)) * pose.side / BOX
+    left, top, right, bottom = np.round((place([(x, y)], pose, 1) + ([-half], [half])).ravel() * SMOOTH).astype(int)
+    image.paste(colour, (left, top), soft_disc(strength).resize((right - left, bottom - top)))
+
+
+@functools.cache
+def soft_disc(strength):
+    """Return a mask of 64 x 64 pixels: `strength` (0 to 1) in the middle, falling to nothing at the edge."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    return Image.fromarray((255 * strength * np.clip(1 - x * x - y * y, 0, 1)).astype("uint8"))
+
+
+@functools.cache
+def curve(text, scale=1.0):
+    """Return a closed curve (Catmull-Rom spline) through "x,y x,y …" in hundredths, x scaled: (8 n, 2)."""
+    p = np.array([pair.split(",") for pair in text.split()], float) * (scale / 100, 0.01)
+    a, b, c, d = (np.roll(p, n, 0) for n in (1, 0, -1, -2))
+    t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
+    spline = b + t * (c - a) / 2 + t**2 * (a - 2.5 * b + 2 * c - d / 2) + t**3 * (1.5 * (b - c) + (d - a) / 2)
+    return spline.transpose(1, 0, 2).reshape(-1, 2)
+
+
+def oval(x, y, width, height):
+    """Return the outline of an ellipse with the given half axes."""
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    return np.stack([x + width * np.cos(t), y + height * np.sin(t)], 1)
+
+
+def stroke(x0, y0, x1, y1, sag, thick):
+    """Return the outline of a brush stroke that sags by `sag` in the middle and is pointed at both ends."""
+    t = np.linspace(0, 1, 16)
+    swell = 4 * t * (1 - t)
+    upper, lower = (
+        np.stack([x0 + (x1 - x0) * t, y0 + (y1 - y0) * t + sag * swell + half * np.sqrt(swell)], 1)
+        for half in (-thick, thick)
+    )
+    return np.concatenate([upper, lower[::-1]])
+
+
+def shade(colour, factor):
+    """Make a colour "#rrggbb" darker (factor 0 to 1) or lighter (1 to 2); three factors change the hue."""
+    rgb, factor = np.array(ImageColor.getrgb(colour)), np.array(factor)
+    rgb = np.where(factor <= 1, rgb * factor, 255 - (255 - rgb) * (2 - factor))
+    return "#{:02x}{:02x}{:02x}".format(*rgb.astype(int))
+
+
+def brightness(colour):
+    """Return how bright a colour "#rrggbb" is in grey, 0 to 255."""
+    return np.array(ImageColor.getrgb(colour)) @ (0.299, 0.587, 0.114)
+
+
+# ---------------------------------------------------------------- a person
+
+
+def draw_figure(image, who, pose, shirt):
+    """Draw a person from hair to shirt on an image SMOOTH times larger than `pose` says."""
+    upright = SimpleNamespace(**vars(pose) | {"angle": pose.angle / 3})
+    shape, soft = functools.partial(fill, image, pose), functools.partial(glow, image, pose)
+    for lock in HAIR_BACK[who.style].split(" / "):
+        shape(curve(lock, who.width / 0.42), shade(HAIRS[who.hair], 0.8), -0.3)
+    draw_body(functools.partial(fill, image, upright), SKINS[who.skin], shirt)
+    draw_head(shape, who, SKINS[who.skin])
+    draw_light(soft, SKINS[who.skin])
+    draw_face(shape, who, pose)
+    draw_eyes(shape, who, pose)
+    for lock in HAIR_FRONT[who.style].split(" / "):
+        shape(curve(lock, who.width / 0.42), HAIRS[who.hair], 0.3)
+    if who.style != "bald":
+        shape(stroke(-0.28, -0.58, 0.16, -0.64, -0.05, 0.018), shade(HAIRS[who.hair], 1.14), 0.3)
+    if who.glasses != "none":
+        draw_glasses(shape, soft, who)
+
+
+def draw_body(shape, skin, shirt):
+    """Draw shirt and neck, down to far below any picture."""
+    shape(curve(BODY), shirt)
+    for side in (-1, 1):
+        shape([(side * 0.76, 1.35), (side * 0.73, 9), (side * 0.79, 9)], shade(shirt, 0.8))
+    shape(curve("-34,74 -20,90 0,99 20,90 34,74 0,60"), shade(shirt, 0.8))
+    shape(curve("-20,30 -21,62 -29,76 -16,87 0,93 16,87 29,76 21,62 20,30"), shade(skin, 0.96))
+    shape(curve("-20,30 -20,56 0,68 20,56 20,30"), shade(skin, 0.8))
+
+
+def draw_head(shape, who, skin):
+    """Draw ears and the bare face."""
+    for side in (-1, 1):
+        shape(oval(side * (who.width + 0.015), -0.03, 0.065, 0.11), shade(skin, 0.92), -0.3)
+        shape(oval(side * (who.width + 0.025), -0.03, 0.03, 0.065), shade(skin, 0.76), -0.3)
+    t = np.linspace(0, 2 * np.pi, 80)
+    below = np.sin(t) > 0
+    x = who.width * np.sign(np.cos(t)) * np.abs(np.cos(t)) ** np.where(below, who.jaw, 1)
+    shape(np.stack([x, np.where(below, 0.53, 0.62) * np.sin(t) - 0.02], 1), skin)
+
+
+def draw_light(soft, skin):
+    """Darken the eye sockets and lighten nose, cheeks and forehead: what a Haar detector looks for."""
+    for side in (-1, 1):
+        soft(side * 0.19, -0.12, 0.2, 0.14, shade(skin, (0.64, 0.5, 0.48)), 0.8)
+        soft(side * 0.22, 0.13, 0.15, 0.12, shade(skin, 1.3), 0.6)
+        soft(side * 0.25, 0.15, 0.13, 0.1, "#e0685a", 0.25)
+    soft(0, -0.36, 0.32, 0.14, shade(skin, 1.3), 0.6)
+    soft(0, -0.04, 0.08, 0.2, shade(skin, 1.35), 0.9)
+
+
+def draw_face(shape, who, pose):
+    """Draw beard, nose and mouth."""
+    skin = SKINS[who.skin]
+    if who.beard != "none":
+        shape(curve(BEARDS[who.beard], who.width / 0.42), HAIRS[who.hair], 0.7)
+    shape(stroke(-0.085, 0.115, 0.085, 0.115, 0.045, 0.018), shade(skin, 0.62), 1.5)
+    shape(oval(0, 0.09, 0.055, 0.045), shade(skin, 1.12), 1.6)
+    half, sag = 0.14 + 0.03 * pose.smile, 0.05 * pose.smile
+    shape(stroke(-half, 0.285, half, 0.285, sag + pose.gape / 2, 0.018 + pose.gape / 2), "#8a3038", 1)
+    if pose.gape > 0.02:
+        shape(stroke(-half * 0.8, 0.28, half * 0.8, 0.28, sag + 0.008, 0.013), "#fbf6ee", 1)
+
+
+def draw_eyes(shape, who, pose):
+    """Draw eyes and brows; the brows of fair hair are darker than it, as most people's are."""
+    brow = shade(HAIRS[who.hair], 0.6 if who.hair in ("blond", "grey", "white") else 0.75)
+    for side in (-1, 1):
+        x = side * 0.19
+        shape(curve("-9,0 -5,-5 0,-6 5,-5 9,0 0,5") + (x, -0.09), "#f3eee8", 1)
+        shape(oval(x + pose.gaze, -0.097, 0.046, 0.05), "#33231f", 1)
+        shape(oval(x + pose.gaze - 0.014, -0.115, 0.014, 0.014), "#ffffff", 1)
+        shape(stroke(x - 0.1, -0.085, x + 0.1, -0.085, -0.062, 0.013), "#2a2023", 1)
+        shape(stroke(x - side * 0.1, -0.205 - pose.lift, x + side * 0.13, -0.2 - pose.lift, -0.035, who.brow), brow, 1)
+
+
+def draw_glasses(shape, soft, who):
+    """Draw thin grey frames: black ones hide the face from a Haar detector."""
+    frame = "#62606a"
+    for side in (-1, 1):
+        soft(side * 0.195, -0.1, 0.14, 0.12, "#ffffff", 0.12)
+        outer = curve(GLASSES[who.glasses]) * (side, 1)
+        ring = np.concatenate([outer, outer[:1], outer[:1] * 0.88, outer[::-1] * 0.88])
+        shape(ring + (side * 0.195, -0.09), frame, 1.2)
+        shape(stroke(side * 0.32, -0.11, side * who.width, -0.1, 0, 0.014), frame, 1)
+    shape(stroke(-0.08, -0.1, 0.08, -0.1, -0.03, 0.014), frame, 1.2)
+
+
+# ---------------------------------------------------------------- pictures and film
+
+
+def draw_room(rng, width, height):
+    """Return a wall with windows, pictures and shelves, out of focus, as an RGB image of width x height pixels."""
+    image = Image.new("RGB", (width, height), rng.choice(WALLS))
+    draw = ImageDraw.Draw(image)
+    count = round(3 * width / height)
+    for x in (np.arange(-1, count) + rng.uniform(0, 1)) * width / count:
+        w, h = rng.uniform(0.6, 0.85, 2) * width / count
+        draw_thing = (draw_picture, draw_window, draw_shelf)[rng.integers(3)]
+        draw_thing(rng, draw, x, rng.uniform(-0.05, 0.55) * height, w, h)
+    return image.filter(ImageFilter.GaussianBlur(height / 100))
+
+
+def draw_picture(rng, draw, x, y, w, h):
+    """Hang a framed picture."""
+    frame, paper, hill = rng.choice(SHIRTS, 3, replace=False)
+    draw.rectangle((x, y, x + w, y + h), shade(frame, 0.7))
+    draw.rectangle((x + w * 0.06, y + w * 0.06, x + w * 0.94, y + h - w * 0.06), "#f2ede2")
+    draw.rectangle((x + w * 0.18, y + w * 0.18, x + w * 0.82, y + h - w * 0.18), shade(paper, 1.3))
+    draw.rectangle((x + w * 0.18, y + h * 0.55, x + w * 0.82, y + h - w * 0.18), hill)
+
+
+def draw_window(rng, draw, x, y, w, h):
+    """Draw a window of four panes."""
+    draw.rectangle((x, y, x + w, y + h), "#f4efe6")
+    for column in (0.06, 0.53):
+        for row in (0.06, 0.53):
+            pane = x + w * column, y + h * row, x + w * (column + 0.41), y + h * (row + 0.41)
+            draw.rectangle(pane, shade("#a9cfe6", rng.uniform(0.9, 1.3)))
+
+
+def draw_shelf(rng, draw, x, y, w, h):
+    """Draw a row of books on a board."""
+    left = x
+    while left < x + w * 0.85:
+        wide, high = rng.uniform(0.07, 0.13) * w, rng.uniform(0.5, 0.9) * h
+        draw.rectangle((left, y + h - high, left + wide, y + h), shade(rng.choice(SHIRTS), rng.uniform(0.75, 1.1)))
+        left += wide * 1.05
+    draw.rectangle((x - w * 0.1, y + h, x + w * 1.1, y + h * 1.07), "#8a6544")
+
+
+def light(rng, width, height, strength=1.0):
+    """Return factors (height, width, 3) for a picture's pixels: brightness, warmth, one side lit more."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    side_x, side_y, gain, warm = strength * rng.uniform((-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06))
+    return (np.exp(gain) * (1 + side_x * x + side_y * y))[..., None] * (1 + warm, 1, 1 - warm)
+
+
+def draw_scene(room, lit, noise, faces):
+    """Draw people into a room.
+
+    room: RGB image; lit: the factors of `light`; noise: (height, width, 1), added; faces: a list of
+    (person's index, pose in pixels of the room, shirt colour). Returns an RGB image of the room's size.
+    """
+    image = room.resize((room.width * SMOOTH, room.height * SMOOTH), Image.Resampling.NEAREST)
+    for index, pose, shirt in faces:
+        draw_figure(image, person(index), pose, shirt)
+    return Image.fromarray(np.clip(np.asarray(image.reduce(SMOOTH)) * lit + noise, 0, 255).astype("uint8"))
+
+
+def draw_person(index, rng, size=SIDE):
+    """Return a training picture of person number `index`: RGB, size x size pixels, all else drawn by lot from `rng`."""
+    side = size / rng.uniform(1.8, 2.2)
+    pose = random_pose(rng, *(size / 2 + rng.uniform(-0.06, 0.06, 2) * side), side)
+    noise = rng.normal(0, rng.uniform(0, 5), (size, size, 1))
+    face = index, pose, rng.choice(SHIRTS)
+    image = draw_scene(draw_room(rng, size, size), light(rng, size, size), noise, [face])
+    return image.filter(ImageFilter.GaussianBlur(rng.uniform(0, size / 160)))
+
+
+def draw_set(folder, people=5, pictures=40, seed=SEED):
+    """Draw folder/<name>/<nnn>.jpg, `pictures` of each of the first `people`.
+
+    Raises UserError if the folder holds files that this would not write: they are somebody's, or of a larger set.
+    """
+    wanted = {Path(folder, person(i).name, f"{n:03}.jpg"): (i, n) for i in range(people) for n in range(pictures)}
+    if others := set(utils.list_files(folder)) - set(wanted):
+        raise utils.UserError(f"{utils.escape(min(others))}: is not of this set: choose a new folder or remove it")
+    for path, (index, number) in utils.progress(wanted.items(), len(wanted), "drawing"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw_person(index, np.random.default_rng([seed, index, number])).save(path, quality=92)
+
+
+def film_poses(rng, frames, left, right):
+    """Return a pose for each frame of somebody between two x in pixels, who stands nearly still and moves in turn."""
+    from scipy.interpolate import PchipInterpolator
+
+    largest = min(120, (right - left) / 2.2)
+    keys, times = [], []
+    while not times or times[-1] < frames:
+        side = rng.uniform(0.66, 1) * largest
+        pose = random_pose(rng, rng.uniform(left + largest * 0.8, right - largest * 0.8), rng.uniform(170, 250), side)
+        keys += [tuple(vars(pose).values()), np.array(tuple(vars(pose).values())) * rng.uniform(0.98, 1.02)]
+        times += [times[-1] + rng.uniform(15, 30) if times else 0]
+        times += [times[-1] + rng.uniform(10, 25)]
+    return [SimpleNamespace(**dict(zip(vars(pose), row))) for row in PchipInterpolator(times, keys)(range(frames))]
+
+
+def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
+    """Write a film (.mp4 or .avi) in which the people of these numbers move side by side, and its truth as .json.
+
+    Returns the truth: for each frame a list of {"name", "x", "y", "w", "h"}, face boxes in pixels.
+    Raises UserError where OpenCV cannot write such a film.
+    """
+    import cv2
+
+    rng, frames, (width, height) = np.random.default_rng([seed, *people]), round(seconds * FPS), FRAME
+    room, lit, shirts = draw_room(rng, width, height), light(rng, width, height, 0.5), rng.permutation(SHIRTS)
+    zone = width / len(people)
+    poses = [film_poses(rng, frames, zone * n, zone * (n + 1)) for n in range(len(people))]
+    truth = []
+    with utils.whole_file(path) as part:
+        film = cv2.VideoWriter(str(part), cv2.VideoWriter.fourcc(*CODECS[Path(path).suffix]), FPS, FRAME)
+        if not film.isOpened():
+            raise utils.UserError(f"{utils.escape(path)}: OpenCV cannot write this kind of film: try .avi")
+        for now in zip(*poses):
+            image = draw_scene(room, lit, rng.normal(0, 2, (height, width, 1)), list(zip(people, now, shirts)))
+            film.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
+            truth.append([{"name": person(i).name} | face_box(pose) for i, pose in zip(people, now)])
+        film.release()
+    Path(path).with_suffix(".json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
+    return truth
+
+
+# ---------------------------------------------------------------- the command
+
+
+def positive(text):
+    """Read a whole number of at least 1."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def film_name(text):
+    """Read a path that ends as a film can."""
+    if Path(text).suffix not in CODECS:
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(CODECS)}")
+    return Path(text)
+
+
+def main():
+    """Draw what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description="Draw a training set of cartoon faces, to try the kit with.",
+        epilog="example: python tests/sample_faces.py people --clip people.mp4",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("out_dir", type=Path, help="the folder that gets a folder of pictures for each person")
+    parser.add_argument("--people", type=positive, default=5, metavar="N", help="how many people")
+    parser.add_argument("--pictures", type=positive, default=40, metavar="N", help="pictures of each person")
+    parser.add_argument("--clip", type=film_name, metavar="FILE", help="also a film (.mp4 or .avi) of the first two")
+    args = parser.parse_args()
+    draw_set(args.out_dir, args.people, args.pictures)
+    utils.say(f"{args.people * args.pictures} pictures of {args.people} people in {utils.escape(args.out_dir)}")
+    if args.clip:
+        draw_clip(args.clip, range(min(2, args.people)))
+        utils.say(f"film in {utils.escape(args.clip)}, its true face boxes beside it as .json")
+
+
+if __name__ == "__main__":
+    utils.run(main)
