@@ -649,7 +649,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
     cell = int(np.clip(2400 // len(shown), 94, 560))
-    text = 20 if cell > 150 else 16
+    text = 20
     names = [ImageFont.truetype(font_file(labels[i]), text).getlength(labels[i]) for i in shown]
     left, top = 190, 150 if max(names) < cell - 8 else 270
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")

@@ -21,30 +21,60 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED.name}/ is not beside the project"))
 
 
+TINY = "--weights none --image-size 75 --head-epochs 2 --round-epochs 1 --views 2 --batch-size 16".split()
+
+
+def run_process(script, cwd, *arguments, **environment):
+    """Run a script as a user does: a process of its own."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", env=os.environ | environment)
+
+
+def draw_classes(folder, classes, side=80):
+    """Draw {class: number of pictures}, of one colour a class, each picture different."""
+    rng = np.random.default_rng(len(classes))
+    for n, (name, count) in enumerate(classes.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            color = np.array([(230, 60, 40), (40, 200, 80), (60, 80, 220), (220, 210, 50)][n % 4])
+            pixels = np.clip(color + rng.normal(0, 30, (side, side, 3)), 0, 255).astype("uint8")
+            Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
+    return folder
+
+
 @pytest.fixture
 def run_script(tmp_path):
-    """Run one of the scripts as a user does: a process of its own, in an empty folder."""
-
-    def run(script, *arguments, cwd=tmp_path, **environment):
-        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=os.environ | environment)
-
-    return run
+    """Run one of the scripts in an empty folder."""
+    return lambda script, *arguments, cwd=tmp_path, **env: run_process(ROOT / script, cwd, *arguments, **env)
 
 
 @pytest.fixture
 def make_classes(tmp_path):
-    """Draw a data_dir: {class: number of pictures} of one colour a class, each picture different."""
+    """Draw a data_dir in the test's folder."""
+    return lambda folder="data", **classes: draw_classes(tmp_path / folder, classes)
 
-    def make(folder="data", side=80, **classes):
-        rng = np.random.default_rng(len(classes))
-        for n, (name, count) in enumerate(classes.items()):
-            path = tmp_path / folder / name
-            path.mkdir(parents=True)
-            for i in range(count):
-                color = np.array([(230, 60, 40), (40, 200, 80), (60, 80, 220), (220, 210, 50)][n % 4])
-                pixels = np.clip(color + rng.normal(0, 30, (side, side, 3)), 0, 255).astype("uint8")
-                Image.fromarray(pixels).save(path / f"{i:03d}.png")
-        return tmp_path / folder
 
-    return make
+@pytest.fixture(scope="session")
+def scratch_run(tmp_path_factory):
+    """Train once from scratch on three colours; other tests look at what it left. Returns (folder, output)."""
+    folder = tmp_path_factory.mktemp("scratch run")
+    draw_classes(folder / "data", {"red": 14, "grün": 14, "unknown": 14})
+    done = run_process(ROOT / "train.py", folder, "data", "model", *TINY, "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+@pytest.fixture(scope="session")
+def weights_file(tmp_path_factory):
+    """Save InceptionV3's random weights without its top, in the layout that Keras offers for download."""
+    import keras
+    from keras.src.legacy.saving import legacy_h5_format
+
+    keras.utils.set_random_seed(0)
+    network = keras.applications.InceptionV3(weights=None, include_top=False, input_shape=(75, 75, 3))
+    path = tmp_path_factory.mktemp("weights") / "random_notop.h5"
+    import h5py
+
+    with h5py.File(path, "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, network)
+    return path

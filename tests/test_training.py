@@ -1,0 +1,298 @@
+"""train.py for real: short runs on small pictures, the files they leave, and what plain Keras makes of them."""
+
+import csv
+import json
+import re
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, draw_classes, run_process
+from PIL import Image
+
+import train
+import utils
+
+PLAIN_KERAS = """
+import json, os, sys
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import keras, numpy as np
+pixels, actual = np.load("pixels.npy"), np.load("actual.npy")
+one = keras.models.load_model("model.h5", compile=False)
+two = keras.models.model_from_json(open("model.json").read())
+two.load_weights("model.h5")
+print(json.dumps([int((m.predict(pixels, verbose=0).argmax(1) == actual).sum()) for m in (one, two)]))
+"""
+
+
+def accuracy_counts(output, start):
+    """Return [(right, total)] of the lines that begin with `start`."""
+    return [tuple(map(int, m)) for m in re.findall(rf"^{start}.*\((\d+)/(\d+)\)", output, re.M)]
+
+
+def test_the_lines_that_programs_read(scratch_run):
+    _, done = scratch_run
+    lines = done.stdout.splitlines()
+    assert lines[0] == "images: 33 train, 9 validation, 3 classes, 0 skipped"
+    number = r"\d+\.\d+"
+    assert any(re.fullmatch(r"round 0: validation accuracy \d\.\d{4} \(\d+/9\)", line) for line in lines)
+    epoch = rf"round 1 epoch 1: loss {number}, accuracy {number}, val_loss {number}, val_accuracy {number}, \d+ s"
+    assert any(re.fullmatch(epoch, line) for line in lines)
+    best = r"best: round \d, validation accuracy (\d\.\d{4}) \(\d/9\), 95% interval \d\.\d{4} to \d\.\d{4}"
+    assert re.fullmatch(best, lines[-1])
+    assert "oneDNN" not in done.stderr and "WARNING" not in done.stderr
+
+
+def test_the_best_line_is_the_best_round(scratch_run):
+    rounds, best = (accuracy_counts(scratch_run[1].stdout, start) for start in ("round", "best"))
+    assert len(rounds) == 3 and max(rounds) == best[0]
+
+
+def test_the_files(scratch_run):
+    folder, _ = scratch_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"data", "000.png", "001.png", "002.png", "model.h5", "model.json", "model-labels.json",
+                     "model-history.csv", "model-report.png", "model-mistakes.csv"}  # fmt: skip
+    assert json.loads((folder / "model-labels.json").read_text()) == ["grün", "red", "unknown"]
+    for name in ("000.png", "002.png"):
+        with Image.open(folder / name) as image:
+            assert image.info["Software"] == f"{utils.KIT}: model" and max(image.size) <= 4096
+    with open(folder / "model-history.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["round"], row["epoch"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("2", "1")]
+    assert [bool(row["plain_accuracy"]) for row in rows] == [False, True, True, True]
+    with h5py.File(folder / "model.h5") as file:
+        info = json.loads(file.attrs[utils.ATTRIBUTE])
+    assert info["labels"] == ["grün", "red", "unknown"] and info["image_size"] == 75 and info["seed"] == 1337
+    assert 0 <= info["threshold"] <= 1 and info["weights"] == "none" and len(info["interval"]) == 2
+
+
+def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
+    folder, done = scratch_run
+    args = train.parse_arguments.__globals__["argparse"].Namespace(
+        data_dir=folder / "data", model=str(folder / "model"), dry_run=False, group_by_folder=False,
+        validation_split=0.2, seed=1337, class_weight=False)  # fmt: skip
+    data = train.read_data(args, 75)
+    np.save(folder / "pixels.npy", data.store.rows[data.validation])
+    np.save(folder / "actual.npy", data.targets[data.validation])
+    plain = run_process("-c", folder, PLAIN_KERAS)
+    (folder / "pixels.npy").unlink(), (folder / "actual.npy").unlink()
+    assert plain.returncode == 0, plain.stderr
+    right = accuracy_counts(done.stdout, "best")[0][0]
+    assert json.loads(plain.stdout) == [right, right]
+
+
+def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run):
+    folder, _ = scratch_run
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = run_process(ROOT / "train.py", folder, "data", "model", "--evaluate", "--min-accuracy", "0.999999")
+    right, total = accuracy_counts(done.stdout, "evaluate")[0]
+    assert total == 42 and done.returncode == (0 if right == 42 else 3)
+    new = {path for path in folder.rglob("*") if path not in before}
+    assert {path.name for path in new} == {"evaluate.png", "model-evaluate.csv", "model-evaluate-report.png"}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if not path.is_dir())
+    with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 42 and sum(row["actual"] == row["predicted"] for row in rows) == right
+    assert all(re.fullmatch(r"[01]\.\d{6}", row["probability"]) for row in rows)
+    assert rows[0]["file"] == "grün/000.png"
+    for path in new:
+        path.unlink()
+
+
+def test_classes_that_the_model_does_not_know(scratch_run, tmp_path):
+    folder, _ = scratch_run
+    data = draw_classes(tmp_path / "other", {"red": 3, "stranger": 3})
+    done = run_process(ROOT / "train.py", tmp_path, data, folder / "model", "--evaluate")
+    assert done.returncode == 0 and "(" in done.stdout  # they count as `unknown`, a class of this model
+    with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
+        assert {row["actual"] for row in csv.DictReader(file)} == {"red", "unknown"}
+    (folder / "model-evaluate.csv").unlink(), (folder / "model-evaluate-report.png").unlink()
+
+
+def test_a_strangers_picture_of_the_name_is_not_overwritten(run_script, make_classes, tmp_path):
+    Image.new("RGB", (10, 10)).save(tmp_path / "001.png")
+    done = run_script("train.py", make_classes(a=6, b=6), "model", *TINY)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 001.png: not a picture of this")
+    assert list(tmp_path.glob("model*")) == []
+
+
+def arguments(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words)])
+
+
+def run_here(monkeypatch, folder, *words):
+    """Run train.py's main in this process, which has Keras loaded already."""
+    monkeypatch.chdir(folder)
+    arguments(monkeypatch, *words)
+    return train.main()
+
+
+PRETRAINED = "--image-size 75 --head-epochs 2 --rounds 1 --round-epochs 1 --views 1 --batch-size 16".split()
+
+
+@pytest.fixture
+def small(tmp_path):
+    return draw_classes(tmp_path / "data", {"a": 10, "b": 10})
+
+
+def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypatch, tmp_path, small, weights_file):
+    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--float32")
+    model, info = utils.load_model(tmp_path / "m")
+    fresh = utils.build_network(2, 75)
+    train.load_base(fresh, weights_file)
+    below = True
+    changed = {True: 0, False: 0}
+    for old, new in zip(fresh.layers, model.layers):
+        same = all(np.array_equal(x, y) for x, y in zip(old.get_weights(), new.get_weights()))
+        changed[below] += not same
+        if "moving" in str([w.path for w in new.weights]):
+            assert same, "batch normalisation is frozen whole"
+        below = below and new.name != "mixed8"
+    assert changed[True] == 0
+    assert changed[False] > 5 or info["round"] == 0
+    assert info["number_format"] == "float32" and weights_file.name in info["weights"]
+
+
+@pytest.mark.parametrize("unfreeze", [0, 10])
+def test_unfreeze(monkeypatch, tmp_path, small, weights_file, unfreeze, capsys):
+    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", unfreeze)
+    rounds = accuracy_counts(capsys.readouterr().out, "round")
+    assert len(rounds) == (1 if unfreeze == 0 else 2)
+
+
+def test_a_kept_cache_saves_the_frozen_pass(monkeypatch, tmp_path, small, weights_file):
+    passes = []
+    predict = utils.predict
+    monkeypatch.setattr(utils, "predict", lambda model, rows, n: passes.append(len(rows)) or predict(model, rows, n))
+    command = [small, "m", *PRETRAINED, "--weights", weights_file, "--cache-dir", tmp_path / "kept", "--float32"]
+    fills = []
+    original = train.fill_ring
+    monkeypatch.setattr(train, "write_rows", count_rows(fills, train.write_rows))
+    run_here(monkeypatch, tmp_path, *command)
+    first = sum(n for shape, n in fills if shape == (1, 1, 1280))
+    fills.clear()
+    Image.new("RGB", (80, 80), "navy").save(small / "a" / "new.png")
+    run_here(monkeypatch, tmp_path, *command)
+    again = sum(n for shape, n in fills if shape == (1, 1, 1280))
+    assert first == 16 * 2 + 4 * 2 and again <= 6
+    assert train.fill_ring is original and (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+
+
+def count_rows(log, write):
+    """Return write_rows that notes the shape and number of the rows."""
+
+    def counting(store, indices, values):
+        log.append((store.rows.shape[1:], len(indices)))
+        write(store, indices, values)
+
+    return counting
+
+
+def test_without_a_cache_dir_nothing_stays(monkeypatch, tmp_path, small, weights_file):
+    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
+    assert not [path.name for path in tmp_path.iterdir() if "cache" in path.name or path.name.startswith((".", "tmp"))]
+
+
+def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, weights_file):
+    with pytest.raises(utils.UserError, match=r"--cache-gb 1e-06.*needs at least .* GB.*--cache-dir"):
+        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--cache-gb", "0.000001")
+
+
+def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, capsys):
+    data = draw_classes(tmp_path / "many", {"a": 60, "b": 60})
+    row, fixed = 1280 * 2, 120 * 75 * 75 * 3 + 24 * 1280 * 6
+    room = (fixed + 70 * row) / 1e9  # 70 slots for 96 pictures
+    command = [data, "m", *PRETRAINED, "--rounds", "2", "--weights", weights_file, "--cache-gb", room]
+    assert run_here(monkeypatch, tmp_path, *command) == 0
+    assert len(accuracy_counts(capsys.readouterr().out, "round")) == 3
+
+
+@pytest.mark.parametrize("kind", ["legacy float32", "legacy float16", "weights.h5 float32", "weights.h5 float16"])
+def test_weights_of_every_layout(tmp_path, weights_file, kind):
+    import keras
+
+    path = weights_file
+    if kind.startswith("weights"):
+        network = keras.applications.InceptionV3(weights=weights_file, include_top=False, input_shape=(75, 75, 3))
+        path = tmp_path / "x.weights.h5"
+        network.save_weights(path)
+    if kind.endswith("16"):
+        path = halved(path, tmp_path)
+    network, plain = utils.build_network(2, 75), utils.build_network(2, 75)
+    train.load_base(network, path)
+    train.load_base(plain, weights_file)
+    for one, other in zip(network.get_weights()[:-4], plain.get_weights()[:-4]):
+        assert np.allclose(one, other, atol=1e-3)
+
+
+def halved(path, folder):
+    """Copy an HDF5 file with its arrays in float16, compressed."""
+    new = folder / f"half-{path.name}"
+    with h5py.File(path) as old, h5py.File(new, "w") as file:
+        for key, value in old.attrs.items():
+            file.attrs[key] = value
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                file.create_dataset(name, data=item[()].astype("float16"), compression="gzip" if item.size else None)
+            else:
+                file.require_group(name)
+            for key, value in item.attrs.items():
+                file[name].attrs[key] = value
+
+        old.visititems(copy)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(None, "no such file"), (lambda p: p.write_bytes(b"x" * 100), "not HDF5"),
+     (lambda p: h5py.File(p, "w").create_dataset("a", data=np.zeros(3, "float32")) and None, "another network")],
+)  # fmt: skip
+def test_wrong_weights_files_are_one_line(monkeypatch, tmp_path, small, make, message):
+    path = tmp_path / "wrong.h5"
+    if make:
+        make(path)
+    with pytest.raises(utils.UserError, match=message):
+        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", path)
+
+
+def test_without_a_connection_auto_says_what_is_lost_and_goes_on(run_script, make_classes, tmp_path):
+    tiny = [word for word in TINY if word not in ("--weights", "none")]
+    home = {"HOME": str(tmp_path / "home"), "KERAS_HOME": str(tmp_path / "keras"),
+            "https_proxy": "http://127.0.0.1:9"}  # fmt: skip
+    data = make_classes(a=8, b=8)
+    done = run_script("train.py", data, "m", *tiny, "--rounds", "0", **home)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "ImageNet" in line or "from scratch" in line]
+    assert len(lines) >= 4 and all(line.startswith("warning: ") for line in lines)
+    done = run_script("train.py", data, "m", *tiny, "--weights", "imagenet", **home)
+    assert done.returncode == 1 and "error: --weights imagenet: cannot be downloaded" in done.stderr
+
+
+def test_class_weights_and_light_views_and_seeds(monkeypatch, tmp_path, weights_file, capsys):
+    data = draw_classes(tmp_path / "data", {"a": 6, "b": 18})
+    base = [data, "m", *PRETRAINED, "--weights", weights_file, "--float32"]
+    results = []
+    for options in ([], ["--class-weight"], ["--no-heavy-augmentation"], ["--seed", "7"], []):
+        run_here(monkeypatch, tmp_path, *base, *options)
+        losses = re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)
+        results.append((losses, [array.tobytes() for array in utils.load_model(tmp_path / "m")[0].get_weights()]))
+    assert results[0] == results[4]  # same seed, data and machine: same bits
+    assert all(results[0][0] != other[0] for other in results[1:4])
+
+
+def test_features_too_large_for_16_bits_name_the_option(monkeypatch, tmp_path, small, weights_file):
+    monkeypatch.setattr(utils, "predict", lambda model, rows, n: np.full((len(rows), 1, 1, 1280), 1e6, "float32"))
+    with pytest.raises(utils.UserError, match="use --float32"):
+        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
+
+
+def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
+    args = type("Args", (), {"float32": False})
+    assert train.fastest_format(args) in ("float32", "mixed_bfloat16")
+    monkeypatch.setattr(utils, "compiled", lambda model: 1 / 0)
+    assert train.fastest_format(args) == "float32"
+    assert train.fastest_format(type("Args", (), {"float32": True})) == "float32"
