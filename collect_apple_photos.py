@@ -1,0 +1,452 @@
+"""Make a training set out of the people in an Apple Photos library, Photos 1 (2015) to Photos 11.
+
+    python collect_apple_photos.py "Photos Library.photoslibrary" people --dry-run
+    python collect_apple_photos.py "Photos Library.photoslibrary" people --min-images 20
+    python train.py people model
+
+Every face becomes a square picture in people/<person>/, one without a name in people/unknown/.
+The library is only read, never changed, and nothing leaves this machine.
+"""
+
+import argparse
+import collections
+import contextlib
+import math
+import os
+import shutil
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import utils
+
+UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
+THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
+SHAPE_TOLERANCE = 0.02  # a picture whose width / height differs more from Photos' own is another rendition
+LOCK = "collect_apple_photos.lock"  # marks the working folder as ours and, while locked, as in use
+# Other endings are films, or RAW files of which Pillow would give a thumbnail.
+ENDINGS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".heic", ".heif", ".avif", ".webp", ".gif", ".bmp"}
+# Photos 5 to 11: own originals, those of shared albums (until Photos 7, since Photos 8), those shared with you;
+ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
+ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")
+RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")  # edited pictures at full size;
+COPIES = ("{}_1_102_o.jpeg", "{}_1_102_a.jpeg", "{}_1_105_c.jpeg", "masters/{}_4_5005_c.jpeg")  # the largest first
+
+
+class Face(NamedTuple):
+    """A face as every generation of libraries gives it. Its box is a square."""
+
+    person: str | None
+    stem: str  # of the file to write
+    pictures: tuple  # paths where the full picture may be, the best first
+    copies: tuple  # the same for smaller copies of it
+    tile: Path | int | None  # a ready-made picture of the face: its path, or its key in ZFACECROP
+    is_film: bool
+    x: float  # the box's centre as a fraction of the picture's width,
+    y: float  # and of its height, from below
+    size: float  # the box's side as a fraction of the picture's longer side
+    width: float  # of the upright picture as Photos knows it, in pixels
+    height: float
+
+
+def read_library(library, folder, include_hidden):
+    """Return the faces of a library as a list of Face. Its databases are copied to `folder` and opened there."""
+    for is_last in (False, True):  # Photos may have written between the copying of a database and of its -wal
+        try:
+            return find_faces(library, folder, include_hidden)
+        except PermissionError as error:
+            advice = "on a Mac, allow your terminal in System Settings > Privacy & Security > Full Disk Access"
+            raise utils.UserError(f"{utils.escape(error.filename)}: may not be read: {advice}") from None
+        except sqlite3.DatabaseError as error:
+            if is_last:
+                problem = f"its database is damaged, incomplete or of an unknown layout ({utils.escape(error)})"
+                advice = "quit Photos; if this is a copy of a library, copy it again"
+                raise utils.UserError(f"{utils.escape(library)}: {problem}: {advice}") from None
+
+
+def find_faces(library, folder, include_hidden):
+    """Return the faces by the first reader whose database is there and has a table of faces."""
+    root = {path.name.lower(): path for path in library.iterdir()}.get("database", library / "database")
+    files = {path.name.lower(): path for path in (root.iterdir() if root.is_dir() else ())}
+    # Photos.sqlite before photos.db, for its libraries also hold a photos.db, a stub without faces.
+    for reader, table, *names in (
+        (read_photos_5, "ZDETECTEDFACE", "photos.sqlite"),
+        (read_photos_2, "RKFace", "photos.db"),
+        (read_photos_1, "RKFace", "person.db", "imageproxies.apdb", "library.apdb"),
+    ):
+        if names[0] in files:
+            with contextlib.closing(open_copies(files, names, folder)) as db:
+                if columns(db, table):
+                    return list(reader(library, db, include_hidden))
+    problem = "this is no Apple Photos library: give the folder whose name ends in .photoslibrary"
+    if {"photos.sqlite", "photos.db", "person.db"} & files.keys():
+        problem = "its database has no table of faces: copy the library again, whole, with Photos closed"
+    elif {"apdb", "faces.db", "library.apdb"} & files.keys():
+        problem = "this is a library of iPhoto or Aperture: open it with Photos, which makes one of its own"
+    raise utils.UserError(f"{utils.escape(library)}: {problem}")
+
+
+def open_copies(files, names, folder):
+    """Copy databases, each with its -wal, which may hold all that is new; open the first one and attach the others."""
+    folder.mkdir(exist_ok=True)
+    for name in [name + end for name in names for end in ("", "-wal")]:
+        (folder / name).unlink(missing_ok=True)
+        if name in files:
+            shutil.copyfile(files[name], folder / name)
+    db = sqlite3.connect(folder / names[0])
+    db.row_factory = sqlite3.Row
+    db.text_factory = lambda data: data.decode(errors="replace")
+    for name in names[1:]:
+        db.execute("ATTACH ? AS ?", (str(folder / name), name.partition(".")[0]))
+    return db
+
+
+def columns(db, table):
+    """Return the names of a table's columns, none if there is no such table."""
+    return {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}
+
+
+def optional(db, table, name):
+    """Return `name` (alias.column) for a query, or NULL where this version's table lacks the column."""
+    return name if name.partition(".")[2] in columns(db, table) else "NULL"
+
+
+def person_names(rows):
+    """Return {key: name or None} from rows (key, full name, display name, key of the person merged into)."""
+    persons, names = {row[0]: row[1:] for row in rows}, {}
+    for start in persons:
+        key, passed = start, set()
+        while key in persons and persons[key][2] and key not in passed:
+            passed.add(key)
+            key = persons[key][2]
+        full, shown, merged = persons.get(key, (None, None, None))
+        name = str(full or "").strip() or str(shown or "").strip()
+        names[start] = name if name and not merged else None  # merged in a circle: better unknown than wrong
+    return names
+
+
+def read_photos_5(library, db, include_hidden):
+    """Yield the faces of Photos 5 to 11. Columns are looked up: beta versions differ within one version number."""
+    photos = "ZASSET" if columns(db, "ZASSET") else "ZGENERICASSET"
+    is_new = "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE")
+    to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
+    edited = "ZADJUSTMENTSSTATE" if "ZADJUSTMENTSSTATE" in columns(db, photos) else "ZHASADJUSTMENTS"
+    names = person_names(db.execute("SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON"))
+    tiles = db.execute("SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP") if columns(db, "ZFACECROP") else ()
+    tiles = {(photo, names.get(person)): key for photo, person, key in tiles}
+    query = f"""
+        SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset, p.{edited} AS edited,
+               p.ZDIRECTORY AS folder, p.ZFILENAME AS file, p.ZSAVEDASSETTYPE = 10 AS referenced,
+               p.ZKIND = 1 AS is_film, f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
+               f.ZSOURCEWIDTH AS width, f.ZSOURCEHEIGHT AS height
+        FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.{to_photo}
+        WHERE f.ZSIZE > 0 AND IFNULL(f.ZISINTRASH, 0) = 0 AND IFNULL(f.ZHIDDEN, 0) = 0
+          AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
+          AND IFNULL({optional(db, "ZDETECTEDFACE", "f.ZDETECTIONTYPE")}, 1) IN (0, 1)"""
+    for row in db.execute(query):
+        person, uuid, file = names.get(row["person"]), str(row["asset"]), f"{row['folder']}/{row['file']}"
+        pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
+        if row["edited"]:  # never the original: the box belongs to the edited picture
+            pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
+        elif row["referenced"] and file.startswith("/"):
+            pictures = [file]
+        copies = [f"{library}/resources/derivatives/{end.format(f'{uuid[:1]}/{uuid}')}" for end in COPIES]
+        yield make_face(row, person, pictures, copies, person and tiles.pop((row["photo"], person), None))
+
+
+def read_photos_2(library, db, include_hidden):
+    """Return the faces of Photos 2 to 4."""
+    tiles, edits, edited_pictures = {}, {}, collections.defaultdict(list)
+    for path in sorted((library / "resources/media/version").rglob("fullsizeoutput_*")):
+        edited_pictures[path.stem].append(path)  # by name: some lie in another folder than their number says
+    query = """SELECT attachedModelType, resourceType, attachedModelId, resourceTag, CAST(modelId AS INTEGER)
+               FROM RKModelResource WHERE modelId IS NOT NULL"""
+    for of_type, kind, of, tag, number in db.execute(query):
+        if (of_type, kind) == (5, 6):  # of a face; photos (type 2) have the same numbers as faces
+            digits = f"{number:04x}"
+            place = f"{digits[-4:-2]}/{digits[:-4]:0>2}/facetile_{number:x}.jpeg"
+            tiles[of] = library / "resources/media/face" / place
+        elif (of_type, kind) == (2, 4):
+            edits[of, tag] = edited_pictures[f"fullsizeoutput_{number:x}"]
+    return faces_of_photos_1_to_4(library, db, "v.modelId = f.imageModelId", tiles, edits, include_hidden)
+
+
+def read_photos_1(library, db, include_hidden):
+    """Return the faces of Photos 1 from Person.db, to which ImageProxies.apdb and Library.apdb are attached."""
+    found, edits = [], {}
+    query = f"""SELECT attachedModelId, {optional(db, "RKModelResource", "r.attachedModelType")}, resourceType,
+                       resourceTag, resourceUuid, filename FROM RKModelResource r"""
+    for of, of_type, kind, tag, uuid, file in db.execute(query):
+        if len(str(uuid)) > 1 and Path(str(file)).suffix.lower() in ENDINGS:
+            codes = f"{ord(str(uuid)[0])}/{ord(str(uuid)[1])}"
+            found.append((of, of_type, Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}")))
+            if (of_type, kind) == (2, 4):
+                edits[of, tag] = [found[-1][2]]
+    tiles = [entry for entry in found if entry[1] == 5] or [entry for entry in found if "face" in entry[2].name.lower()]
+    if found and not tiles:
+        utils.warn(f"{utils.escape(library)}: does not say which of its pictures are faces: look through the result")
+        times = collections.Counter(of for of, _, _ in found)
+        tiles = [entry for entry in found if times[entry[0]] == 1]  # of several, one may show somebody else
+    tiles = {of: path for of, _, path in tiles}
+    return faces_of_photos_1_to_4(library, db, "v.uuid = f.imageId", tiles, edits, include_hidden)
+
+
+def faces_of_photos_1_to_4(library, db, link, tiles, edits, include_hidden):
+    """Yield the faces of an RKFace table.
+
+    link: SQL that joins a face to its version v of a photo. tiles: {face: path}. edits: {(version, tag): paths}.
+    """
+    has_photos = bool(columns(db, "RKVersion"))  # Photos 1 keeps them in Library.apdb, without which there are tiles
+    if not has_photos:
+        db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
+        db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
+    shown, merged = (optional(db, "RKPerson", f"p.{name}") for name in ("displayName", "mergeTargetPersonId"))
+    names = person_names(db.execute(f"SELECT modelId, name, {shown}, {merged} FROM RKPerson p"))
+    tag, edited, hidden, kind = (
+        optional(db, "RKVersion", f"v.{name}") for name in ("adjustmentUuid", "hasAdjustments", "isHidden", "type")
+    )
+    referenced = optional(db, "RKMaster", "m.fileIsReference")
+    query = f"""
+        SELECT IFNULL(f.uuid, '') || '-' || f.modelId AS uuid, f.modelId AS face, f.personId AS person,
+               IFNULL(v.uuid, f.{link.rpartition(".")[2]}) AS asset, v.modelId AS version, {tag} AS tag,
+               IFNULL({edited}, IFNULL({tag}, '') NOT IN ('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')) AS edited,
+               m.imagePath AS file, {referenced} AS referenced, {kind} = 8 AS is_film,
+               f.centerX AS x, f.centerY AS y, f.size, f.sourceWidth AS width, f.sourceHeight AS height
+        FROM RKFace f LEFT JOIN RKVersion v ON {link} LEFT JOIN RKMaster m ON m.uuid = v.masterUuid
+        WHERE f.size > 0 AND IFNULL(f.isInTrash, 0) = 0 AND IFNULL(f.hidden, 0) = 0
+          AND IFNULL(v.isInTrash, 0) = 0 AND (IFNULL({hidden}, 0) = 0 OR {include_hidden:d})
+          AND (v.modelId IS NOT NULL OR NOT {has_photos:d})"""
+    for row in db.execute(query):
+        pictures = [f"{library}/Masters/{row['file']}"]
+        if row["edited"]:
+            pictures = edits.get((row["version"], row["tag"]), ())
+        elif row["referenced"]:  # kept outside of the library, on this disk or another
+            pictures = [f"{disk}/{row['file']}" for disk in ("", *Path("/Volumes").glob("*"))]
+        yield make_face(row, names.get(row["person"]), pictures, (), tiles.get(row["face"]))
+
+
+def make_face(row, person, pictures, copies, tile):
+    """Return the Face of a database's row; what should be a number and is none becomes NaN."""
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in f"{row['asset']}-{row['uuid']}")
+    numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
+    numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
+    return Face(person, stem[:150], tuple(pictures), tuple(copies), tile, bool(row["is_film"]), *numbers)
+
+
+def collect(faces, library, folder, args):
+    """Cut the faces out into `folder`/dataset/<person>; return {person's folder: pictures} and {reason: faces}."""
+    folders = utils.folder_names({face.person for face in faces if face.person}, taken=[UNKNOWN]) | {None: UNKNOWN}
+    counts, skipped, smaller = collections.Counter(), collections.Counter(), 0
+    by_picture = collections.defaultdict(list)
+    for face in faces:
+        if args.no_unknown and not face.person:
+            skipped["without a name (--no-unknown)"] += 1
+            continue
+        target = folder / "dataset" / folders[face.person] / f"{face.stem}.jpg"
+        by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
+    pool = ThreadPoolExecutor(THREADS)  # Pillow decodes outside of Python's lock
+    try:
+        work = pool.map(lambda group: collect_picture(group, library, folder, args), by_picture.values())
+        for results in utils.progress(work, len(by_picture), "pictures"):
+            for target, reason, is_smaller in results:
+                (skipped if reason else counts)[reason or target.parent.name] += 1
+                smaller += is_smaller and not reason
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if smaller:
+        utils.warn(f"{utils.escape(library)}: {smaller} faces come from smaller copies: their pictures are not here")
+    return counts, skipped
+
+
+def collect_picture(faces, library, folder, args):
+    """Cut out one picture's faces, pairs (Face, file); return triples (file, reason or None, from a smaller copy)."""
+    try:
+        pixels, is_smaller = read_photo(faces[0][0], library)
+    except utils.PictureError as error:
+        return [(target, save_tile(face, str(error), library, folder, target, args), True) for face, target in faces]
+    return [(target, save_crop(face, pixels, args.context, target, args), is_smaller) for face, target in faces]
+
+
+def read_photo(face, library):
+    """Return the best picture there is of a face's photo, and whether it is a smaller copy.
+
+    Raises PictureError with the reason when there is none.
+    """
+    if face.is_film:  # its still pictures show another moment than the box
+        raise utils.PictureError("on a film")
+    reason = "no picture on this disk (perhaps only in iCloud)"
+    for path in (*face.pictures, *face.copies):
+        try:
+            pixels = read_picture(Path(path), library)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, MemoryError, utils.PictureError):
+            reason = "the picture cannot be read (RAW, damaged or of an unknown format)"
+            continue
+        height, width = pixels.shape[:2]
+        is_known = face.width > 0 and face.height > 0
+        if not is_known or abs(width * face.height / (height * face.width) - 1) <= SHAPE_TOLERANCE:
+            return pixels, path in face.copies
+        reason = "the picture has another shape than Photos says"
+    raise utils.PictureError(reason)
+
+
+def read_picture(path, library):
+    """Return a picture as uint8 (height, width, 3), upright; FileNotFoundError also for one that leaves the library."""
+    if not path.is_file() or (path.is_relative_to(library) and not path.resolve().is_relative_to(library)):
+        raise FileNotFoundError(path)
+    if path.suffix.lower() not in ENDINGS:
+        raise utils.PictureError("not a kind of picture that can be opened")
+    return decode(path.read_bytes())
+
+
+def decode(data):
+    """Return the picture in the bytes `data` as uint8 (height, width, 3), upright."""
+    image = utils.upright(utils.open_picture(data))
+    pixels = np.empty((image.height, image.width, 3), "uint8")
+    for top in range(0, image.height, 256):  # in strips: np.asarray(image) takes the memory three times
+        pixels[top : top + 256] = image.crop((0, top, image.width, min(top + 256, image.height)))
+    return pixels
+
+
+def save_tile(face, reason, library, folder, target, args):
+    """Save Photos' own small picture of a face; return None, or why not: `reason` if there is none."""
+    if face.tile is None:
+        return reason
+    try:
+        if isinstance(face.tile, Path):
+            pixels = read_picture(face.tile, library)
+        else:
+            with contextlib.closing(sqlite3.connect(folder / "databases" / "photos.sqlite")) as db:
+                query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
+                pixels = decode(db.execute(query, (face.tile,)).fetchone()[0])
+    except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, utils.PictureError):
+        return reason
+    size = min(pixels.shape[:2]) / max(pixels.shape[:2]) / 2  # tiles are about twice as large as the box
+    return save_crop(face._replace(x=0.5, y=0.5, size=size), pixels, 2, target, args)
+
+
+def save_crop(face, pixels, context, target, args):
+    """Save the square around a face, `context` times as large as its box; return None, or why not."""
+    height, width = pixels.shape[:2]
+    side = face.size * max(width, height)
+    if not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1) or (side * context) ** 2 > utils.MAX_PIXELS:
+        return "the face's box makes no sense"
+    if side < args.min_size:
+        return f"smaller than {args.min_size} pixels (--min-size)"
+    if target.exists():
+        return "twice in the database"
+    if not args.dry_run:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        utils.save_jpeg(target, utils.crop_square(pixels, face.x * width, (1 - face.y) * height, side * context))
+    return None
+
+
+def merge_rare(counts, skipped, dataset, args):
+    """Move persons with too few pictures into unknown, or leave them out: in both counts and, if written, on disk."""
+    for name in [name for name in counts if name != UNKNOWN and counts[name] < args.min_images]:
+        if args.no_unknown:
+            skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += counts.pop(name)
+        else:
+            counts[UNKNOWN] += counts.pop(name)
+            for path in list((dataset / name).glob("*.jpg")):
+                (dataset / UNKNOWN).mkdir(exist_ok=True)
+                path.rename(dataset / UNKNOWN / path.name)
+        shutil.rmtree(dataset / name, ignore_errors=True)
+
+
+def check_folders(library, out):
+    """Raise UserError unless `library` is a folder, and `out` absent or empty and outside of it."""
+    if not library.is_dir():
+        raise utils.UserError(f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary")
+    if any(path.exists() and path.samefile(library) for path in (out, *out.parents)):
+        raise utils.UserError(f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise utils.UserError(f"{utils.escape(out)}: is there already: choose another out_dir or move this one away")
+
+
+@contextlib.contextmanager
+def working_folder(out):
+    """Give a folder of mode 0700 beside `out`, cleared of what a killed run left, and gone at the end.
+
+    Only a folder with our mark is touched: an empty database, which stays locked for as long as a run lives.
+    """
+    folder = next(path for path in out.parents if path.is_dir()) / f".{out.name}-unfinished"
+    is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
+    if folder.is_symlink() or (folder.exists() and not is_ours):
+        raise utils.UserError(f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.chmod(0o700)
+    lock = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        raise utils.UserError(f"{utils.escape(folder)}: {error}: is another run writing there?") from None
+    try:
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        (folder / "work").mkdir()
+        yield folder / "work"
+    finally:
+        shutil.rmtree(folder / "work", ignore_errors=True)
+        lock.close()
+        (folder / LOCK).unlink()
+        folder.rmdir()
+
+
+def report(counts, skipped):
+    """Print the table of persons, the reasons for which faces were skipped, and the sum."""
+    utils.say("images  person")
+    for name, count in sorted(counts.items(), key=lambda item: (item[0] == UNKNOWN, item[0].casefold())):
+        utils.say(f"{count:6}  {utils.escape(name)}")
+    for reason, count in sorted(skipped.items()):
+        utils.say(f"{count} skipped: {reason}")
+    persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
+    named = f"{counts.total() - unknown} named ({persons} persons)"
+    utils.say(f"{counts.total() + left_out} faces: {named}, {unknown} unknown, {left_out} skipped")
+
+
+def parse_arguments():
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("library", help="the folder whose name ends in .photoslibrary")
+    add("out_dir", help="folder to write to, absent or empty")
+    add("--context", type=float, default=2.2, metavar="F", help="side of the crop / of the face's box (default: 2.2)")
+    add("--min-size", type=int, default=48, metavar="PX", help="skip faces with a smaller box (default: 48)")
+    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: 1)"
+    add("--min-images", type=int, default=1, metavar="N", help=text)
+    add("--no-unknown", action="store_true", help="leave out faces without a name (default: off)")
+    add("--include-hidden", action="store_true", help="also photos that the user hid (default: off)")
+    add("--dry-run", action="store_true", help="print the table as it would be, write nothing (default: off)")
+    args = parser.parse_args()
+    if not 0.5 <= args.context <= 10:
+        parser.error("argument --context: must be 0.5 to 10")
+    if min(args.min_size, args.min_images) < 1:
+        parser.error("arguments --min-size and --min-images: must be at least 1")
+    return args
+
+
+def main():
+    """Collect the faces of a library into a new folder."""
+    args = parse_arguments()
+    library, out = (Path(os.path.realpath(path)) for path in (args.library, args.out_dir))
+    check_folders(library, out)
+    with working_folder(out) as folder:
+        faces = read_library(library, folder / "databases", args.include_hidden)
+        counts, skipped = collect(faces, library, folder, args)
+        merge_rare(counts, skipped, folder / "dataset", args)
+        if counts and not args.dry_run:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                out.rmdir()
+            (folder / "dataset").rename(out)
+    if not faces:
+        utils.say("no faces: Photos has found none in this library, so nothing was written")
+    report(counts, skipped)
+
+
+if __name__ == "__main__":
+    utils.run(main)

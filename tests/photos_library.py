@@ -1,0 +1,293 @@
+"""Draws small Apple Photos libraries of all three generations.
+
+    make_library("Test.photoslibrary", 10, [(image, [("Ann", (x, y, side)), (None, (x, y, side))])])
+
+A generation is a version of Photos: 1; 2 (to 4); 5, 6 (to 8), 9, 10 (to 11): the last four differ in the names of
+columns. For odd libraries, use the classes: rows are written as given, any column can be set. All rows lie in the
+databases' -wal only, as in a library that Photos has open.
+"""
+
+import io
+import shutil
+import sqlite3
+import tempfile
+from pathlib import Path
+from types import MappingProxyType
+
+from PIL import Image
+
+WAYS = Image.Transpose
+# How an upright picture is stored, by EXIF orientation: viewers turn it back.
+STORED = {2: WAYS.FLIP_LEFT_RIGHT, 3: WAYS.ROTATE_180, 4: WAYS.FLIP_TOP_BOTTOM, 5: WAYS.TRANSPOSE, 6: WAYS.ROTATE_90}
+STORED |= {7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
+
+
+def make_library(path, generation, photos):
+    """Make a library at `path` and return its path.
+
+    photos: list of (upright PIL image, faces), faces: list of (name or None, (x, y, side)): the box's centre and
+    side in pixels from the top left.
+    """
+    library = LIBRARIES[generation](path)
+    persons = {None: None}
+    for image, faces in photos:
+        photo = library.photo(image)
+        for name, box in faces:
+            if name not in persons:
+                persons[name] = library.person(name)
+            library.face(photo, persons[name], image.size, box)
+    return library.finish()
+
+
+def jpeg(image, orientation=1):
+    """Return an upright image as the bytes of a JPEG file with this EXIF orientation."""
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    stored = image.transpose(STORED[orientation]) if orientation in STORED else image
+    stored.save(file, "JPEG", quality=95, subsampling=0, exif=exif)
+    return file.getvalue()
+
+
+def fractions(size, box):
+    """Return Photos' three numbers for a box in an image of `size`: x, y from below, part of the longer side."""
+    return box[0] / size[0], 1 - box[1] / size[1], box[2] / max(size)
+
+
+class Library:
+    """A folder with databases that are filled through `insert` and put in place by `finish`."""
+
+    schemas = MappingProxyType({})  # {file in database/: {table: columns}}
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.made = tempfile.TemporaryDirectory()
+        self.open = {}
+        for file, tables in self.schemas.items():
+            db = self.open[file] = sqlite3.connect(Path(self.made.name, file), isolation_level=None)
+            db.execute("PRAGMA journal_mode = wal")
+            db.execute("PRAGMA wal_autocheckpoint = 0")
+            for table, columns in tables.items():
+                key = columns.split(",")[0]
+                db.execute(f"CREATE TABLE {table} ({key} INTEGER PRIMARY KEY{columns[len(key) :]})")
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def insert(self, table, **columns):
+        """Insert a row and return its key."""
+        db = next(self.open[file] for file, tables in self.schemas.items() if table in tables)
+        marks = ", ".join("?" * len(columns))
+        return db.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", [*columns.values()]).lastrowid
+
+    def write(self, place, data):
+        """Write a file of the library."""
+        file = self.path / place
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+
+    def finish(self):
+        """Copy the databases, with all rows still in their -wal, into the library and return its path."""
+        (self.path / "database").mkdir(parents=True, exist_ok=True)
+        for file in self.open:
+            for name in (file, file + "-wal"):
+                if Path(self.made.name, name).exists():
+                    shutil.copyfile(Path(self.made.name, name), self.path / "database" / name)
+        for db in self.open.values():
+            db.close()
+        self.made.cleanup()
+        return self.path
+
+
+class Photos10(Library):
+    """Photos 10 and 11. `photo` returns the key of the asset, whose uuid `uuid(key)` is."""
+
+    assets, to_photo, to_person, edited = "ZASSET", "ZASSETFORFACE", "ZPERSONFORFACE", "ZADJUSTMENTSSTATE"
+
+    def __init__(self, path):
+        face = "Z_PK, ZUUID, ZCENTERX, ZCENTERY, ZSIZE, ZSOURCEWIDTH, ZSOURCEHEIGHT, ZHIDDEN, ZISINTRASH, ZTRAININGTYPE"
+        face += f", ZMANUAL, {self.to_photo}, {self.to_person}"
+        if self.assets == "ZASSET":
+            face += ", ZDETECTIONTYPE"
+        if self.to_photo == "ZASSETFORFACE":
+            face += ", ZASSETFORTORSO, ZPERSONFORTORSO"
+        asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT, ZTRASHEDSTATE, ZHIDDEN"
+        tables = {"ZDETECTEDFACE": face, self.assets: f"{asset}, {self.edited}"}
+        tables["ZPERSON"] = "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT"
+        tables["ZFACECROP"] = "Z_PK, ZASSET, ZFACE, ZPERSON, ZUUID, ZRESOURCEDATA"
+        self.schemas = {"Photos.sqlite": tables, "photos.db": {"LiGlobals": "modelId, keyPath, value"}}
+        super().__init__(path)
+
+    def uuid(self, key):
+        return f"{key % 16:X}{key:07}-0000-4000-8000-000000000000"
+
+    def person(self, name, **columns):
+        row = {"ZFULLNAME": name, "ZDISPLAYNAME": name, "ZVERIFIEDTYPE": 1, "ZFACECOUNT": 0}
+        return self.insert("ZPERSON", **row | columns)
+
+    def photo(self, image=None, data=None, ending="jpeg", **columns):
+        """Add an asset; its original is `data`, else `image` as JPEG, else absent."""
+        key = self.insert(self.assets, ZKIND=0, ZSAVEDASSETTYPE=3, ZTRASHEDSTATE=0, ZHIDDEN=0, **{self.edited: 0})
+        uuid = self.uuid(key)
+        row = {"ZUUID": uuid, "ZDIRECTORY": uuid[0], "ZFILENAME": f"{uuid}.{ending}"} | columns
+        for column, value in row.items():
+            self.open["Photos.sqlite"].execute(f"UPDATE {self.assets} SET {column} = ? WHERE Z_PK = ?", (value, key))
+        if data or image:
+            self.write(f"originals/{uuid[0]}/{uuid}.{ending}", data or jpeg(image))
+        return key
+
+    def edit(self, photo, image=None, end="_1_201_a.jpeg"):
+        """Mark a photo as edited, and write the edited picture unless it is not there."""
+        self.open["Photos.sqlite"].execute(f"UPDATE {self.assets} SET {self.edited} = 1 WHERE Z_PK = ?", (photo,))
+        if image:
+            self.write(f"resources/renders/{self.uuid(photo)[0]}/{self.uuid(photo)}{end}", jpeg(image))
+
+    def smaller_copy(self, photo, image, place="resources/derivatives/{}_1_105_c.jpeg"):
+        self.write(place.format(f"{self.uuid(photo)[0]}/{self.uuid(photo)}"), jpeg(image))
+
+    def face(self, photo, person, size, box, /, **columns):
+        x, y, side = fractions(size, box)
+        row = {"ZCENTERX": x, "ZCENTERY": y, "ZSIZE": side, "ZSOURCEWIDTH": size[0], "ZSOURCEHEIGHT": size[1]}
+        row |= {"ZHIDDEN": 0, "ZISINTRASH": 0, "ZTRAININGTYPE": 0, self.to_photo: photo, self.to_person: person}
+        key = self.insert("ZDETECTEDFACE", **row)
+        row = {"ZUUID": f"{key:08X}-FACE-4000-8000-000000000000"} | columns
+        for column, value in row.items():
+            self.open["Photos.sqlite"].execute(f"UPDATE ZDETECTEDFACE SET {column} = ? WHERE Z_PK = ?", (value, key))
+        return key
+
+
+class Photos9(Photos10):
+    edited = "ZHASADJUSTMENTS"
+
+
+class Photos6(Photos9):
+    to_photo, to_person = "ZASSET", "ZPERSON"
+
+
+class Photos5(Photos6):
+    assets = "ZGENERICASSET"
+
+
+class Photos2(Library):
+    """Photos 2 to 4. Faces have tiles; uuids differ by case only."""
+
+    link = "imageModelId"
+    face_columns = (
+        "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, centerX, centerY, size, "
+    )
+    face_columns += "hidden, manual, adjustmentUuid, trainingType"
+    version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
+    master = "modelId, uuid, imagePath, fileIsReference, volumeId, isMissing"
+    schemas = {  # noqa: RUF012
+        "photos.db": {
+            "LiGlobals": "modelId, keyPath, value",
+            "RKFace": face_columns,
+            "RKPerson": "modelId, uuid, name, displayName, verifiedType, mergeTargetPersonId",
+            "RKVersion": version,
+            "RKMaster": master,
+            "RKModelResource": "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, UTI",
+        }
+    }
+
+    def uuid(self, number):
+        """Return a uuid: those of numbers that differ by 1 differ by case only."""
+        return f"{'aA'[number % 2]}bcdEFG%+{number // 2:013}"
+
+    def person(self, name, **columns):
+        return self.insert("RKPerson", **{"name": name, "displayName": name} | columns)
+
+    def photo(self, image=None, data=None, place=None, **columns):
+        """Add a version of a photo and its master, at `place` in Masters, and return the version's key."""
+        row = {"adjustmentUuid": "UNADJUSTEDNONRAW", "hasAdjustments": 0, "isInTrash": 0, "isHidden": 0, "type": 2}
+        row = {column: value for column, value in (row | columns).items() if column in self.version}
+        key = self.insert("RKVersion", **row)
+        place = place or f"2019/07/{key:04}.jpg"
+        self.insert("RKMaster", uuid=f"m{key}", imagePath=place, fileIsReference=columns.get("fileIsReference", 0))
+        self.execute("UPDATE RKVersion SET uuid = ?, masterUuid = ? WHERE modelId = ?", self.uuid(key), f"m{key}", key)
+        if data or image:
+            self.write(f"Masters/{place}", data or jpeg(image))
+        return key
+
+    def execute(self, query, *values):
+        table = query.split()[1]
+        file = next(file for file, tables in self.schemas.items() if table in tables)
+        self.open[file].execute(query, values)
+
+    def edit(self, photo, image=None, folder="00/00"):
+        """Mark a photo as edited, and write the edited picture to this folder."""
+        tag = f"edit{photo}"
+        self.execute("UPDATE RKVersion SET hasAdjustments = 1, adjustmentUuid = ? WHERE modelId = ?", tag, photo)
+        key = self.insert(
+            "RKModelResource", attachedModelId=photo, attachedModelType=2, resourceType=4, resourceTag=tag
+        )
+        if image:
+            self.write(f"resources/media/version/{folder}/fullsizeoutput_{key:x}.jpeg", jpeg(image))
+
+    def face(self, photo, person, size, box, /, **columns):
+        x, y, side = fractions(size, box)
+        row = {"isInTrash": 0, "hidden": 0, "personId": person, "centerX": x, "centerY": y, "size": side}
+        row |= {"sourceWidth": size[0], "sourceHeight": size[1], self.link: self.link_value(photo)}
+        key = self.insert("RKFace", **row | columns)
+        self.execute("UPDATE RKFace SET uuid = ? WHERE modelId = ?", self.uuid(key), key)
+        return key
+
+    def link_value(self, photo):
+        return photo
+
+    def tile(self, face, image, number=None):
+        """Add Photos' own picture of a face, as the resource of this number."""
+        row = {"attachedModelId": face, "attachedModelType": 5, "resourceType": 6}
+        key = self.insert("RKModelResource", **row | ({"modelId": number} if number else {}))
+        digits = f"{key:04x}"
+        place = f"{digits[-4:-2]}/{digits[:-4] or '0':0>2}"
+        self.write(f"resources/media/face/{place}/facetile_{key:x}.jpeg", jpeg(image))
+
+
+class Photos1(Photos2):
+    """Photos 1: three databases. `typed` says whether resources have the column attachedModelType."""
+
+    link = "imageId"
+    typed = True
+    resource = "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, resourceUuid, filename, UTI"
+    version = "modelId, uuid, masterUuid, adjustmentUuid, isInTrash, isHidden, type"
+
+    def __init__(self, path):
+        resource = self.resource if self.typed else self.resource.replace("attachedModelType, ", "")
+        face = self.face_columns.replace("imageModelId", "imageId").replace(", trainingType", "")
+        self.schemas = {
+            "Person.db": {"RKFace": face, "RKPerson": "modelId, name, searchName, representativeFaceId, personType"},
+            "ImageProxies.apdb": {"RKModelResource": resource},
+            "Library.apdb": {"RKVersion": self.version, "RKMaster": self.master},
+        }
+        super().__init__(path)
+
+    def person(self, name, **columns):
+        return self.insert("RKPerson", name=name, **columns)
+
+    def face(self, photo, person, size, box, /, **columns):
+        return super().face(photo, person or 0, size, box, **columns)
+
+    def link_value(self, photo):
+        return self.uuid(photo)
+
+    def resource_of(self, key, of_type, image, filename, **columns):
+        """Add a picture that hangs on the face (type 5) or the version (type 2) of this key."""
+        row = {"attachedModelId": key, "attachedModelType": of_type, "filename": filename, "resourceType": 6}
+        if not self.typed:
+            del row["attachedModelType"]
+        number = self.insert("RKModelResource", **row | columns)
+        uuid = f"é+{number}"
+        self.execute("UPDATE RKModelResource SET resourceUuid = ? WHERE modelId = ?", uuid, number)
+        self.write(f"resources/modelresources/{ord(uuid[0])}/{ord(uuid[1])}/{uuid}/{filename}", jpeg(image))
+
+    def tile(self, face, image, filename="facetile.jpg"):
+        self.resource_of(face, 5, image, filename)
+
+    def edit(self, photo, image=None):
+        self.execute("UPDATE RKVersion SET adjustmentUuid = ? WHERE modelId = ?", f"edit{photo}", photo)
+        if image:
+            self.resource_of(photo, 2, image, "fullsize.jpg", resourceType=4, resourceTag=f"edit{photo}")
+
+
+class Photos1Untyped(Photos1):
+    typed = False
+
+
+LIBRARIES = {1: Photos1, 2: Photos2, 5: Photos5, 6: Photos6, 9: Photos9, 10: Photos10, "1 untyped": Photos1Untyped}
