@@ -44,6 +44,7 @@ UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 5e-4  # peak for the top blocks; higher forgets what was learned, lower needs more rounds
 SCRATCH_RATE = 1e-3  # peak for a whole network
+WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
@@ -701,7 +702,7 @@ def train_rounds(run, state):
     fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
     epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
     steps = epochs * -(-len(data.train) // recipe["batch_size"])
-    prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=steps // 10)
+    prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=int(steps * WARM_UP))
     if state:
         restore_weights(run, state)
     state = state or {"round": -1, "made": 0, "stale": 0, "best": None, "history": []}

@@ -48,6 +48,11 @@ BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
 PARAMETERS = BASE_PARAMETERS + 2048 * 1024 + 1024  # with the hidden layer
 PARAMETERS_A_CLASS = 1025
 MAX_CLASSES = 10_000
+CLASSES = {
+    *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
+    *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
+    *("Zeros", "Ones", "__keras_tensor__"),
+}  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 
 MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
@@ -500,16 +505,18 @@ def load_model(prefix):
     texts = [read_capped(path, limit) for path, limit in ((architecture, MAX_JSON), (labels_path, MAX_JSON))]
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
     side = check_architecture(parse_json(architecture, texts[0]), architecture)
-    info = check_hdf5(weights, PARAMETERS + PARAMETERS_A_CLASS * len(labels))
+    ours, config = check_hdf5(weights, PARAMETERS + PARAMETERS_A_CLASS * len(labels))
+    info = parse_json(weights, ours)
+    check_architecture(parse_json(weights, config), weights)  # plain Keras would build the network from it
     sums = [hashlib.sha256(text).hexdigest() for text in texts]
-    known = info.get("sha256")
-    if not isinstance(known, dict) or [known.get("json"), known.get("labels")] != sums:
+    if not isinstance(info, dict) or info.get("sha256") != dict(zip(("json", "labels"), sums)):
         raise UserError(
             f"{escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
             "of one training run again, or finish that run with --resume"
         )
-    if info.get("labels") != labels or info.get("image_size") != side:
-        raise UserError(f"{escape(weights)}: labels or image size differ from the files beside it: train again")
+    threshold = info.get("threshold")
+    if info.get("labels") != labels or info.get("image_size") != side or not isinstance(threshold, float):
+        raise UserError(f"{escape(weights)}: what belongs to the model is damaged in it: train again")
     model = build_network(len(labels), side)
     load_weights(model, weights)
     return model, info
@@ -542,7 +549,7 @@ def parse_json(path, text):
     """Return the plain data in JSON bytes. Raises UserError for anything else, endless nesting included."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, TypeError):
         raise UserError(f"{escape(path)}: damaged, not JSON: copy it again or train again") from None
 
 
@@ -556,22 +563,36 @@ def check_labels(labels, path):
 
 
 def check_architecture(config, path):
-    """Return the image size that `model.json` names, read as plain data. Raises UserError."""
+    """Return the image size that an architecture names, read as plain data. Raises UserError.
+
+    The network is never made from it, but plain Keras would do so: whatever is not part of ours is refused.
+    """
     try:
         shape = config["config"]["layers"][0]["config"]["batch_shape"]
         _, height, width, channels = shape
     except (TypeError, KeyError, IndexError, ValueError):
         raise UserError(f"{escape(path)}: names no image size: it was not written by this kit") from None
-    if not (isinstance(height, int) and 75 <= height <= 1024 and width == height and channels == 3):
-        raise UserError(f"{escape(path)}: image size {escape(shape)} is not one this kit makes")
+    if type(height) is not int or not 75 <= height <= 1024 or width != height or channels != 3:
+        raise UserError(f"{escape(path)}: its image size is not one that this kit makes: do not use it")
+    pending = [config]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += item.values()
+            if not {item.get(key) for key in ("class_name", "registered_name") if item.get(key)} <= CLASSES:
+                raise UserError(f"{escape(path)}: has layers that this kit does not use: do not open it with Keras")
+        elif isinstance(item, list):
+            pending += item
+        elif isinstance(item, int | float) and abs(item) > MAX_CLASSES:
+            raise UserError(f"{escape(path)}: a layer is larger than this kit makes: do not open it with Keras")
     return height
 
 
 def check_hdf5(path, parameters):
-    """Check an HDF5 file of weights before anything is read from it; return what its attribute holds.
+    """Check an HDF5 file of weights before anything is read from it; return its two attributes of text.
 
     parameters: how many numbers it must declare, no more and no less, so that no bomb can hide in it;
-    links that leave the file, and data kept elsewhere, are refused. Returns {} if there is no attribute.
+    links, and data kept in other files, are refused. Returns (ours, Keras's `model_config`), None if absent.
     """
     import h5py
 
@@ -584,15 +605,12 @@ def check_hdf5(path, parameters):
     try:
         with h5py.File(path, "r") as file:
             count = count_numbers(file, path)
-            text = file.attrs.get(ATTRIBUTE, "{}") if count == parameters else None
+            if count != parameters:
+                reason = f"holds {count:,} numbers, not {parameters:,}: it belongs to another network"
+                raise UserError(f"{escape(path)}: {reason}")
+            return file.attrs.get(ATTRIBUTE), file.attrs.get("model_config")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None
-    if text is None:
-        raise UserError(f"{escape(path)}: holds {count:,} numbers, not {parameters:,}: it belongs to another network")
-    info = parse_json(path, text) if isinstance(text, str) and len(text) <= MAX_JSON else None
-    if not isinstance(info, dict):
-        raise UserError(f"{escape(path)}: what belongs to the model is damaged in it: copy it again or train again")
-    return info
 
 
 def count_numbers(group, path, depth=0):

@@ -1,0 +1,351 @@
+"""Model files from strangers: each is refused in one line, nothing in it runs, and it costs little to find out."""
+
+import base64
+import hashlib
+import json
+import marshal
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, run_process
+from PIL import Image
+
+import train
+import utils
+
+LABELS = ["Ann", "Ben", "Cleo"]
+
+
+@pytest.fixture(scope="session")
+def good_trio(tmp_path_factory):
+    """Save a whole, untrained model; every test spoils a copy. Returns its folder."""
+    import keras
+
+    folder = tmp_path_factory.mktemp("good")
+    keras.utils.clear_session()
+    info = {"labels": LABELS, "image_size": 75, "threshold": 0.5, "round": 0}
+    utils.save_model(utils.build_network(3, 75), info, folder / "m")
+    (folder / "data" / "Ann").mkdir(parents=True)
+    Image.new("RGB", (80, 80)).save(folder / "data" / "Ann" / "1.png")
+    return folder
+
+
+@pytest.fixture
+def trio(good_trio, tmp_path):
+    """Return a folder with a copy of the good trio, to spoil."""
+    shutil.copytree(good_trio, tmp_path / "trio")
+    return tmp_path / "trio"
+
+
+def sign(folder):
+    """Make the attribute fit the files again, as somebody who means harm would."""
+    with h5py.File(folder / "m.h5", "a") as file:
+        info = json.loads(file.attrs["kit"])
+        for key, name in (("json", "m.json"), ("labels", "m-labels.json")):
+            info["sha256"][key] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        file.attrs["kit"] = json.dumps(info)
+
+
+def edit_json(change, where="both"):
+    """Return a spoiler: the architecture in m.json and in the .h5 is changed by a function, and signed."""
+
+    def spoil(folder):
+        config = json.loads((folder / "m.json").read_text())
+        config = change(config) or config
+        if where in ("both", "json"):
+            (folder / "m.json").write_text(json.dumps(config))
+        if where in ("both", "h5"):
+            with h5py.File(folder / "m.h5", "a") as file:
+                file.attrs["model_config"] = json.dumps(config)
+        sign(folder)
+
+    return spoil
+
+
+def add_layer(config, layer, argument=None):
+    """Put a layer behind the last one, in the way a real file names it; `argument` goes in instead of its output."""
+    inner = config["config"]
+    last = inner["layers"][-1]
+    tensor = {"class_name": "__keras_tensor__", "config": {
+        "shape": [None, 3], "dtype": "float32", "keras_history": [last["name"], 0, 0]}}  # fmt: skip
+    node = {"args": [argument or tensor], "kwargs": {}}
+    inner["layers"].append(layer | {"name": "extra", "inbound_nodes": [node]})
+    inner["output_layers"] = ["extra", 0, 0]
+
+
+def lambda_layer(canary):
+    """A Lambda layer whose marshalled code makes a file when it is loaded or called."""
+    code = marshal.dumps(compile(f"lambda x: (open({str(canary)!r}, 'w').close(), x)[1]", "x", "eval").co_consts[0])
+    function = {"class_name": "__lambda__", "config": {
+        "code": base64.b64encode(code).decode(), "defaults": None, "closure": None}}  # fmt: skip
+    return {"module": "keras.layers", "class_name": "Lambda", "registered_name": None, "config": {
+        "name": "extra", "trainable": True, "dtype": "float32", "function": function, "arguments": {}}}  # fmt: skip
+
+
+def saved_model_layer(config, path):
+    """Add a Lambda around TFSMLayer: plain Keras 3.15.1 opens the SavedModel behind its argument."""
+    function = {"module": "keras.layers", "class_name": "function", "config": "TFSMLayer"}
+    function["registered_name"] = "function"
+    layer = {"module": "keras.layers", "class_name": "Lambda", "registered_name": None, "config": {
+        "name": "extra", "trainable": True, "dtype": "float32", "function": function, "arguments": {}}}  # fmt: skip
+    add_layer(config, layer, str(path))
+
+
+def set_units(value):
+    """Return a change: the last layer claims `value` units."""
+
+    def change(config):
+        config["config"]["layers"][-1]["config"]["units"] = value
+
+    return change
+
+
+def rewrite(change):
+    """Return a spoiler that opens m.h5 and hands over its group of weights."""
+
+    def spoil(folder):
+        with h5py.File(folder / "m.h5", "a") as file:
+            change(file["model_weights"])
+
+    return spoil
+
+
+def replace(name, **dataset):
+    """Return a change: the kernel of the last layer becomes another dataset."""
+
+    def change(weights):
+        del weights["probabilities/probabilities/kernel"]
+        weights["probabilities/probabilities"].create_dataset("kernel", **dataset)
+
+    change.__name__ = name
+    return change
+
+
+def link(weights, target):
+    """Replace the last kernel by a link."""
+    del weights["probabilities/probabilities/kernel"]
+    weights["probabilities/probabilities/kernel"] = target
+
+
+def external(weights):
+    """Keep the last kernel's numbers in another file."""
+    del weights["probabilities/probabilities/kernel"]
+    group = weights["probabilities/probabilities"]
+    group.create_dataset("kernel", (1024, 3), "float32", external=[("/etc/hostname", 0, 12288)])
+
+
+def virtual(weights):
+    """Make the last kernel a view of another file."""
+    layout = h5py.VirtualLayout((1024, 3), "float32")
+    layout[:] = h5py.VirtualSource("/etc/hostname", "x", (1024, 3))
+    del weights["probabilities/probabilities/kernel"]
+    weights["probabilities/probabilities"].create_virtual_dataset("kernel", layout)
+
+
+def not_finite(value):
+    """Return a change: one number of the first kernel is not finite."""
+
+    def change(weights):
+        weights["hidden/hidden/bias"][7] = value
+
+    return change
+
+
+def attribute(**values):
+    """Return a spoiler: what travels with the model says something else."""
+
+    def spoil(folder):
+        with h5py.File(folder / "m.h5", "a") as file:
+            file.attrs["kit"] = json.dumps(json.loads(file.attrs["kit"]) | values)
+
+    return spoil
+
+
+def labels(value):
+    """Return a spoiler: other labels, signed, and the same in the attribute."""
+
+    def spoil(folder):
+        (folder / "m-labels.json").write_text(json.dumps(value))
+        attribute(labels=value)(folder)
+        sign(folder)
+
+    return spoil
+
+
+def text(name, content):
+    """Return a spoiler: a file holds something else."""
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def linked(folder):
+    """Make the model a link to one elsewhere."""
+    (folder / "m.h5").rename(folder / "elsewhere.h5")
+    (folder / "m.h5").symlink_to(folder / "elsewhere.h5")
+
+
+def swapped(folder):
+    """The labels of another run, with as many classes."""
+    (folder / "m-labels.json").write_text('["Cleo", "Ben", "Ann"]')
+
+
+def size_claim(config):
+    config["config"]["layers"][0]["config"]["batch_shape"] = [None, 10**9, 10**9, 3]
+
+
+TRIOS = {
+    "lambda in json": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "json")(f),
+    "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(f),
+    "lambda in both": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")))(f),
+    "saved model layer": lambda f: edit_json(lambda c: saved_model_layer(c, f / "canary"))(f),
+    "units 1e10": edit_json(set_units(10**10)),
+    "units minus": edit_json(set_units(-(10**10))),
+    "image size 1e9": edit_json(size_claim),
+    "other class": edit_json(lambda c: c.update(class_name="Sequential2")),
+    "a list": edit_json(lambda c: [1, 2, 3]),
+    "deep json": text("m.json", b"[" * 200_000 + b"]" * 200_000),
+    "deep labels": text("m-labels.json", b"[" * 200_000 + b"]" * 200_000),
+    "no json": text("m.json", b"\xff\xfe\x00"),
+    "huge json": text("m.json", b"[" + b"0," * 3_000_000 + b"0]"),
+    "swapped labels": swapped,
+    "labels with escapes": labels(["Ann", "B\x1b[2Jen", "Cleo"]),
+    "labels twice": labels(["Ann", "Ann", "Cleo"]),
+    "labels of numbers": labels([1, 2, 3]),
+    "labels no list": labels({"Ann": 1}),
+    "label too long": labels(["Ann", "B" * 10_000, "Cleo"]),
+    "label of nothing": labels(["Ann", "", "Cleo"]),
+    "too many labels": labels([str(n) for n in range(20_000)]),
+    "one label more": labels(["Ann", "Ben", "Cleo", "Dan"]),
+    "cut h5": lambda f: os.truncate(f / "m.h5", 5_000_000),
+    "junk h5": text("m.h5", b"junk" * 1000),
+    "empty h5": text("m.h5", b""),
+    "2 GiB bomb": rewrite(replace("bomb", shape=(2**29,), dtype="float32", chunks=(2**20,), compression="gzip")),
+    "32 GiB bomb": rewrite(replace("bomb", shape=(2**33,), dtype="float32", chunks=(2**20,), compression="gzip")),
+    "bomb beside": rewrite(lambda w: w.create_dataset("x", (2**29,), "float32", chunks=(2**20,))),
+    "other shape": rewrite(replace("turned", data=np.zeros((3, 1024), "float32"))),
+    "integers": rewrite(replace("ints", data=np.zeros((1024, 3), "int64"))),
+    "objects": rewrite(lambda w: w.create_dataset("o", (1,), h5py.string_dtype())),
+    "nan": rewrite(not_finite(np.nan)),
+    "infinite": rewrite(not_finite(np.inf)),
+    "external link": rewrite(lambda w: link(w, h5py.ExternalLink("/etc/hostname", "/x"))),
+    "soft link": rewrite(lambda w: link(w, h5py.SoftLink("/model_weights/hidden/hidden/kernel"))),
+    "loop of groups": rewrite(lambda w: w.__setitem__("loop", w)),
+    "external storage": rewrite(external),
+    "virtual dataset": rewrite(virtual),
+    "no attribute": rewrite(lambda w: w.parent.attrs.pop("kit")),
+    "attribute no json": rewrite(lambda w: w.parent.attrs.__setitem__("kit", "{")),
+    "attribute a number": rewrite(lambda w: w.parent.attrs.__setitem__("kit", 3)),
+    "threshold a text": attribute(threshold="high"),
+    "no config": rewrite(lambda w: w.parent.attrs.pop("model_config")),
+    "a link": linked,
+    "missing labels": lambda f: (f / "m-labels.json").unlink(),
+    "a folder": lambda f: (f / "m.h5").unlink() or (f / "m.h5").mkdir(),
+}
+
+
+def measured(command, folder):
+    """Run a command; return (exit code, stderr, seconds, MB at most)."""
+    program = (
+        "import resource, subprocess, sys, time; start = time.monotonic(); "
+        "done = subprocess.run(sys.argv[1:], capture_output=True, encoding='utf-8'); "
+        "usage = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(done.returncode, time.monotonic() - start, usage.ru_maxrss / 1024); print(done.stderr, end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command], cwd=folder, capture_output=True, encoding="utf-8")
+    code, seconds, megabytes = done.stdout.splitlines()[0].split()
+    return int(code), done.stdout.partition("\n")[2], float(seconds), float(megabytes)
+
+
+@pytest.mark.parametrize("name", TRIOS)
+def test_a_bad_trio_is_refused_and_nothing_in_it_runs(trio, name):
+    TRIOS[name](trio)
+    code, stderr, _, megabytes = measured([sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], trio)
+    assert code == 1, stderr
+    assert len(stderr.splitlines()) == 1 and stderr.startswith("error: m") and "\x1b" not in stderr
+    assert not (trio / "canary").exists()
+    assert megabytes < 1500
+
+
+@pytest.mark.parametrize("name", ["lambda in both", "saved model layer", "swapped labels", "nan", "2 GiB bomb"])
+def test_the_tagger_refuses_them_too(trio, name):
+    TRIOS[name](trio)
+    done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--no-display", "--whole-picture")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: m")
+    assert not (trio / "canary").exists()
+
+
+def test_the_good_trio_is_not_refused(trio):
+    done = run_process(ROOT / "train.py", trio, "data", "m", "--evaluate")
+    assert done.returncode == 0, done.stderr
+
+
+PLAIN = """
+import os, sys
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+import keras
+if "unsafe" in sys.argv:
+    keras.config.enable_unsafe_deserialization()
+try:
+    if "h5" in sys.argv:
+        model = keras.models.load_model("m.h5", compile=False, safe_mode="unsafe" not in sys.argv)
+    else:
+        model = keras.models.model_from_json(open("m.json").read())
+    model(keras.ops.zeros((1, 75, 75, 3)))
+except Exception as error:
+    print(type(error).__name__, str(error)[:300])
+"""
+
+
+@pytest.mark.parametrize("where", ["json", "h5"])
+def test_the_lambda_does_fire_in_plain_keras_with_its_safe_mode_off(trio, where):
+    TRIOS[f"lambda in {where}"](trio)
+    done = subprocess.run([sys.executable, "-c", PLAIN, "unsafe", where], cwd=trio, capture_output=True, text=True)
+    assert (trio / "canary").exists(), done.stdout + done.stderr
+
+
+def test_the_saved_model_layer_does_reach_its_path_in_plain_keras(trio):
+    TRIOS["saved model layer"](trio)
+    done = subprocess.run([sys.executable, "-c", PLAIN, "json"], cwd=trio, capture_output=True, text=True)
+    assert "canary" in done.stdout  # it tried to open the SavedModel that the file names
+
+
+def test_bombs_do_open_in_plain_h5py(trio):
+    TRIOS["2 GiB bomb"](trio)
+    with h5py.File(trio / "m.h5") as file:
+        assert file["model_weights/probabilities/probabilities/kernel"].nbytes == 2**31
+    assert (trio / "m.h5").stat().st_size < 120e6
+
+
+WEIGHTS = {
+    "nan": lambda file, group: group[0].__setitem__(0, np.nan),
+    "bomb": lambda file, group: file.create_dataset("x", (2**29,), "float32", chunks=(2**20,)),
+    "external link": lambda file, group: file.__setitem__("x", h5py.ExternalLink("/etc/hostname", "/x")),
+    "virtual": lambda file, group: file.create_virtual_dataset("x", h5py.VirtualLayout((2,), "float32")),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_weights_from_strangers(tmp_path, weights_file, name):
+    path = tmp_path / "w.h5"
+    shutil.copy(weights_file, path)
+    with h5py.File(path, "a") as file:
+        arrays = []
+        file.visititems(lambda _, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+        WEIGHTS[name](file, [a for a in arrays if a.ndim == 1])
+    with pytest.raises(utils.UserError, match=r"w\.h5: "):
+        train.load_base(utils.build_network(2, 75), path)
+
+
+def test_memory_and_time_of_the_worst_ones(trio):
+    """A bomb must not even be begun: far below its size, with the address space limited."""
+    TRIOS["32 GiB bomb"](trio)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], cwd=trio, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (10, 10)),
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: m.h5: holds")
