@@ -380,20 +380,14 @@ def working_folder(out):
         raise utils.UserError(f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    lock = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error as error:
-        raise utils.UserError(f"{utils.escape(folder)}: {error}: is another run writing there?") from None
-    try:
+    with utils.only_run(folder / LOCK):
         shutil.rmtree(folder / "work", ignore_errors=True)
         (folder / "work").mkdir()
-        yield folder / "work"
-    finally:
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        lock.close()
-        (folder / LOCK).unlink()
-        folder.rmdir()
+        try:
+            yield folder / "work"
+        finally:
+            shutil.rmtree(folder / "work", ignore_errors=True)
+    folder.rmdir()
 
 
 def report(counts, skipped):

@@ -61,6 +61,7 @@ IMAGENET = (
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
 )
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
+MOSAICS = "[0-9][0-9][0-9].png"
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
@@ -829,15 +830,17 @@ def versions():
 # ---------------------------------------------------------------- files
 
 
-def check_outputs(args, mosaics):
+def check_outputs(args):
     """Raise UserError before any work where something the user has would be overwritten or cannot be written."""
     folder = Path(args.model).parent
     if not folder.is_dir():
         raise utils.UserError(f"{utils.escape(folder)}: no such folder: make it or choose another prefix")
-    for place in {folder, Path()}:
+    if args.cache_dir:
+        args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for place in {folder, Path(), args.cache_dir or folder}:
         with tempfile.TemporaryFile(dir=place):
             pass
-    for path in mosaics:
+    for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MOSAICS)):
         if path.exists() and mosaic_owner(path) != args.model:
             raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
 
@@ -855,7 +858,7 @@ def mosaic_owner(path):
 
 def remove_mosaics(prefix):
     """Remove the mosaics that an earlier run with the same prefix left in the current directory."""
-    for path in Path().glob("[0-9][0-9][0-9].png"):
+    for path in Path().glob(MOSAICS):
         if mosaic_owner(path) == prefix:
             path.unlink()
 
@@ -1007,7 +1010,7 @@ def evaluate(args):
     """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
     model, info = utils.load_model(args.model)
     utils.compiled(model)
-    check_outputs(args, [Path("evaluate.png")])
+    check_outputs(args)
     labels, side = info["labels"], info["image_size"]
     files = find_files(args.data_dir)
     store = open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
@@ -1043,29 +1046,27 @@ def gate(args, accuracy):
     return 3
 
 
+def summarise(args):
+    """The dry run: read the data, print its line and its warnings."""
+    read_data(args, args.image_size or 75)
+
+
 def train(args):
     """The whole way: folder → pictures → split → networks → rounds → report. Returns the exit code."""
-    path, warnings = (None, []) if args.dry_run else find_weights(args)
-    scratch = args.weights == "none" or (path is None and not args.dry_run)
+    path, warnings = find_weights(args)
     for line in warnings:
         utils.warn(line)
+    scratch = path is None
+    if scratch and args.unfreeze != UNFREEZE:
+        utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     recipe = FROM_SCRATCH if scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in recipe.items()}
     recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
-    side = args.image_size or (96 if scratch else 224)
-    if args.dry_run:
-        read_data(args, side)
-        return 0
-    if args.cache_dir:
-        args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_outputs(args, [Path(f"{n:03d}.png") for n in range(recipe["rounds"] + 1)])
-    if scratch and args.unfreeze != UNFREEZE:
-        utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     state = read_state(args) if args.resume else None
-    data = read_data(args, side)
+    data = read_data(args, args.image_size or (96 if scratch else 224))
     if state:
         check_state(args, state, recipe, data)
-    nets = build_networks(args, path, len(data.labels), side, state and state["number_format"])
+    nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])
     run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
     state = train_rounds(run, state)
     accuracy = report(run, state)
@@ -1078,7 +1079,13 @@ def train(args):
 def main():
     args = parse_arguments()
     try:
-        return evaluate(args) if args.evaluate else train(args)
+        if args.evaluate:
+            return evaluate(args)
+        if args.dry_run:
+            return summarise(args)
+        check_outputs(args)
+        with utils.only_run(f"{args.model}.lock"):
+            return train(args)
     except KeyboardInterrupt:
         if state_files(args.model)[0].exists():
             utils.say("stopped: the best whole round is saved; give the same command with --resume to go on")

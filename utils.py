@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import sqlite3
 import sys
 import tempfile
 import time
@@ -234,6 +235,24 @@ def list_files(root):
 def is_ignored(name):
     """Say whether a file or folder name is one that people do not mean: hidden, or left by a system."""
     return name.startswith(".") or name.lower() in SKIPPED_NAMES
+
+
+@contextlib.contextmanager
+def only_run(path):
+    """Hold a lock, the file `path`, while the block runs. A killed process holds it no more.
+
+    Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows.)
+    """
+    lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+    try:
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error:
+        raise UserError(f"{escape(path)}: another run is at work here: wait for it or choose another name") from None
+    try:
+        yield
+    finally:
+        lock.close()
+        Path(path).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -483,12 +502,18 @@ def save_model(model, info, prefix):
     import h5py
 
     weights, architecture, labels = trio(prefix)
+    texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
+    sums = {key: hashlib.sha256(text).hexdigest() for key, text in zip(("json", "labels"), texts.values())}
     with whole_file(weights) as weights_part:
-        model.save(weights_part)
-        texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
-        sums = {key: hashlib.sha256(text).hexdigest() for key, text in zip(("json", "labels"), texts.values())}
-        with h5py.File(weights_part, "a") as file:
-            file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
+        try:
+            model.save(weights_part)
+            with h5py.File(weights_part, "a") as file:
+                file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
+        except (OSError, RuntimeError, ValueError) as error:  # HDF5 wraps what the system said
+            reason = escape(error).partition("\\n")[0][:200]
+            raise UserError(
+                f"{escape(weights)}: cannot be written ({reason}): free some space, then --resume"
+            ) from None
         for path, text in texts.items():
             with whole_file(path) as part:
                 part.write_bytes(text)
@@ -669,7 +694,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     cell = int(np.clip(2400 // len(shown), 94, 560))
     text = 20
     names = [ImageFont.truetype(font_file(labels[i]), text).getlength(labels[i]) for i in shown]
-    left, top = 190, 150 if max(names) < cell - 8 else 270
+    left, top = round(np.clip(max(names) + 40, 130, 340)), 150 if max(names) < cell - 8 else 270
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -680,8 +705,8 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     for row, a in enumerate(shown):
         y, x = top + row * cell, left + row * cell
         total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
-        draw_text(draw, (left - 12, y + cell // 2 - text), labels[a], text, INK, "ra", left - 24)
-        draw_text(draw, (left - 12, y + cell // 2 + 4), f"{right} of {total}", text - 4, GREY, "ra")
+        draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], text, INK, "rs", left - 24)
+        draw_text(draw, (left - 12, y + cell // 2 + 20), f"{right} of {total}", text - 4, GREY, "rs")
         draw_column_name(canvas, (x, top - 12), labels[a], text, cell)
         for column, p in enumerate(shown):
             inside = np.flatnonzero((actual == a) & (predicted == p))
@@ -761,7 +786,8 @@ def plot_history(axes, history):
     for key, label, colour, line in (*curves, ("plain_accuracy", "validation", "#000000", "o")):
         points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
         axes.plot(*zip(*points), line, color=colour, label=label)
-    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03), title="Learning curves")
+    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
+    axes.set_title("Learning curves", loc="left")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
@@ -775,7 +801,7 @@ def plot_reliability(axes, actual, probabilities, bins=10):
     x, y, n = ([f(g) for g in groups] for f in (lambda g: sure[g].mean(), lambda g: right[g].mean(), len))
     axes.plot(x, y, "o-", color="#0072b2", label=f"bins of about {round(np.mean(n))} pictures")
     axes.set(xlabel="probability given", ylabel="share that is right", ylim=(-0.03, 1.03), xlim=(0, 1.02))
-    axes.set_title("Reliability of the probabilities")
+    axes.set_title("Reliability of the probabilities", loc="left")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
 
@@ -783,12 +809,12 @@ def plot_reliability(axes, actual, probabilities, bins=10):
 def plot_classes(axes, labels, recall, precision, class_count):
     """Plot recall and precision of classes, the weakest on top."""
     y = np.arange(len(labels))
-    families = {ImageFont.truetype(font_file(label)).getname()[0] for label in labels} - {"DejaVu Sans"}
-    axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall: share of its pictures found")
-    axes.plot(precision, y, "D", color="#d55e00", markersize=5, label="precision: share of its tags that are right")
+    axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall (pictures found)")
+    axes.plot(precision, y, "D", color="#d55e00", markersize=5, label="precision (tags that are right)")
     axes.set_yticks(y, [label if len(label) < 30 else label[:29] + "…" for label in labels])
-    for tick in axes.get_yticklabels():
-        tick.set(fontfamily=["DejaVu Sans", *sorted(families)], parse_math=False)
+    for tick, label in zip(axes.get_yticklabels(), labels):
+        tick.set(font=Path(font_file(label)), parse_math=False)
     axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5))
-    axes.set_title("Classes" if len(labels) == class_count else f"The weakest {len(labels)} of {class_count} classes")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08 - 0.6 / (len(labels) + 3)), ncols=2, frameon=False)
+    title = "Classes" if len(labels) == class_count else f"The weakest {len(labels)} of {class_count} classes"
+    axes.set_title(title, loc="left")
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)

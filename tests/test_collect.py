@@ -813,7 +813,7 @@ def test_what_is_unfinished_is_private_and_in_one_folder(tmp_path, large):
     assert os.listdir(tmp_path) == [".people-unfinished"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     _, errors = collect(large, tmp_path / "people", code=1)  # a second run does not disturb the first
-    assert "is another run writing there?" in errors[0]
+    assert "another run is at work here" in errors[0]
     other, _ = collect(large, tmp_path / "others")
     out, _ = process.communicate()
     assert process.returncode == 0 and out.decode().splitlines() == other

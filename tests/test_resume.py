@@ -1,0 +1,393 @@
+"""Stops of every kind: a run that goes on ends with the same bits, and the model on disk is always a whole one."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ROOT, TINY, draw_classes, run_process
+from PIL import Image
+
+import train
+import utils
+
+SHORT = "--image-size 75 --head-epochs 2 --rounds 3 --round-epochs 1 --views 1 --batch-size 8 --float32".split()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory, weights_file):
+    """Return the arguments of a short run on a small set of drawn pictures."""
+    data = draw_classes(tmp_path_factory.mktemp("set") / "data", {"a": 10, "b": 10, "c": 10})
+    return [str(data), "m", *SHORT, "--weights", str(weights_file)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    """Run without a stop; return what it left."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    done = run_process(ROOT / "train.py", folder, *command)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def numbers(prefix):
+    """Return the bytes of all arrays in a model file, with the labels that it says it has."""
+    found = []
+    with h5py.File(f"{prefix}.h5") as file:
+        file["model_weights"].visititems(
+            lambda name, item: found.append((name, item[()].tobytes())) if isinstance(item, h5py.Dataset) else None
+        )
+        return found, json.loads(file.attrs["kit"])["labels"]
+
+
+def same_result(one, other):
+    """Compare all that two runs left, save dates and seconds."""
+    assert numbers(one / "m") == numbers(other / "m")
+    names = [sorted(p.name for p in folder.iterdir() if p.name != "data") for folder in (one, other)]
+    assert names[0] == names[1]
+    for name in names[0]:
+        if name.startswith("0") or name in ("m.json", "m-labels.json", "m-mistakes.csv"):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    rows = [[line.rpartition(",")[0] for line in (f / "m-history.csv").read_text().splitlines()] for f in (one, other)]
+    assert rows[0] == rows[1]
+
+
+def start(command, folder, *more):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command, *more], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def wait_for(process, text):
+    """Read the process's output up to a line that begins with `text`."""
+    for line in process.stdout:
+        if line.startswith(text):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("line", ["round 0:", "round 1:", "best:"])
+def test_a_killed_run_goes_on_to_the_same_bits(command, undisturbed, tmp_path, line):
+    process = start(command, tmp_path)
+    wait_for(process, line)
+    process.kill()
+    process.wait()
+    done = run_process(ROOT / "train.py", tmp_path, *command, "--resume")
+    assert done.returncode == 0, done.stderr
+    same_result(undisturbed, tmp_path)
+
+
+def test_from_scratch_too(tmp_path):
+    data = draw_classes(tmp_path / "set", {"a": 8, "b": 8})
+    command = [str(data), "m", *TINY, "--rounds", "2"]
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    assert run_process(ROOT / "train.py", tmp_path / "whole", *command).returncode == 0
+    process = start(command, tmp_path / "stopped")
+    wait_for(process, "round 1 epoch 1")
+    process.kill()
+    process.wait()
+    assert run_process(ROOT / "train.py", tmp_path / "stopped", *command, "--resume").returncode == 0
+    same_result(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_ctrl_c_keeps_the_best_round_and_says_how_to_go_on(command, undisturbed, tmp_path):
+    process = start(command, tmp_path)
+    wait_for(process, "round 1:")
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in output and "Traceback" not in errors
+    assert utils.load_model(tmp_path / "m")[1]["labels"] == ["a", "b", "c"]
+    assert run_process(ROOT / "train.py", tmp_path, *command, "--resume").returncode == 0
+    same_result(undisturbed, tmp_path)
+
+
+def test_nothing_to_resume_is_said(command, tmp_path):
+    done = run_process(ROOT / "train.py", tmp_path, *command, "--resume", "--rounds", "0")
+    assert done.returncode == 0 and done.stdout.startswith("nothing to resume")
+    assert not list(tmp_path.glob("m-resume*")) and not list(tmp_path.glob("*.lock"))
+
+
+@pytest.fixture(scope="module")
+def stopped(command, tmp_path_factory):
+    """Return the folder of a run that was killed after its first round, its data beside it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    shutil.copytree(command[0], folder / "data")
+    process = start(["data", *command[1:]], folder)
+    wait_for(process, "round 1 epoch")
+    process.kill()
+    process.wait()
+    return folder
+
+
+def add_picture(folder):
+    Image.new("RGB", (80, 80), "teal").save(folder / "data" / "a" / "new.png")
+
+
+def add_class(folder):
+    (folder / "data" / "d").mkdir()
+    for n in range(4):
+        Image.new("RGB", (80, 80), (n * 9, 0, 99)).save(folder / "data" / "d" / f"{n}.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "reason"),
+    [(add_picture, [], "data has changed.*new.png"), (add_class, [], "other classes"),
+     (None, ["--image-size", "80"], "other image size"), (None, ["--seed", "2"], "other seed"),
+     (None, ["--rounds", "5"], "other rounds")],
+)  # fmt: skip
+def test_another_run_is_not_gone_on_with(stopped, command, tmp_path, change, options, reason):
+    shutil.copytree(stopped, tmp_path / "copy")
+    if change:
+        change(tmp_path / "copy")
+    before = numbers(tmp_path / "copy" / "m")
+    done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume", *options)
+    assert done.returncode == 1 and re.search(rf"^error: --resume: .*{reason}", done.stderr, re.M), done.stderr
+    assert numbers(tmp_path / "copy" / "m") == before
+
+
+def spoil_state(folder, kind):
+    facts, array = folder / "m-resume.json", next(folder.glob("m-resume.*.npy"))
+    if kind == "facts":
+        facts.write_text("[1, 2")
+    elif kind == "types":
+        facts.write_text(json.dumps({**json.loads(facts.read_text()), "round": "1"}))
+    elif kind == "pickle":
+        np.save(array, np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    elif kind == "cut":
+        os.truncate(array, array.stat().st_size // 2)
+    elif kind == "bomb":
+        array.write_bytes(
+            b"\x93NUMPY\x01\x00v\x00"
+            + b"{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999999,), }".ljust(117)
+            + b"\n"
+        )
+    else:
+        array.unlink()
+
+
+@pytest.mark.parametrize("kind", ["facts", "types", "pickle", "cut", "bomb", "missing"])
+def test_a_damaged_state_is_one_line(stopped, command, tmp_path, kind):
+    shutil.copytree(stopped, tmp_path / "copy")
+    spoil_state(tmp_path / "copy", kind)
+    done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: m-resume"), done.stderr
+
+
+def old_model(folder, labels=("x", "y", "z")):
+    """Put an older, untrained model of other classes, but the same number of them, in place."""
+    import keras
+
+    keras.utils.clear_session()
+    info = {"labels": list(labels), "image_size": 75, "threshold": 0.5, "round": 0}
+    utils.save_model(utils.build_network(3, 75), info, folder / "m")
+    return numbers(folder / "m")
+
+
+def check_whole(folder, allowed):
+    """The three files are one of the allowed models, or the reader says that they do not belong together."""
+    try:
+        _, info = utils.load_model(folder / "m")
+    except utils.UserError as error:
+        assert "does not belong" in str(error)
+        return False
+    found = numbers(folder / "m")
+    assert found[1] == info["labels"] == json.loads((folder / "m-labels.json").read_text())
+    assert found in allowed or found[1] == ["a", "b", "c"]
+    return True
+
+
+def kill_at_random(command, undisturbed, tmp_path, count, seed):
+    rng, whole = random.Random(seed), numbers(undisturbed / "m")
+    clock = time.monotonic()
+    reference = tmp_path / "reference"
+    reference.mkdir()
+    assert run_process(ROOT / "train.py", reference, *command).returncode == 0
+    longest = time.monotonic() - clock
+    for n in range(count):
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        old = old_model(folder)
+        process = start(command, folder)
+        time.sleep(rng.uniform(0, longest))
+        process.kill()
+        process.communicate()
+        check_whole(folder, [old, whole])
+        done = run_process(ROOT / "train.py", folder, *command, "--resume")
+        assert done.returncode == 0, done.stderr
+        same_result(undisturbed, folder)
+
+
+def test_kills_at_random_moments(command, undisturbed, tmp_path):
+    kill_at_random(command, undisturbed, tmp_path, 3, seed=os.getpid())
+
+
+@pytest.mark.long
+def test_thirty_kills_at_random_moments(command, undisturbed, tmp_path):
+    kill_at_random(command, undisturbed, tmp_path, 30, seed=1)
+
+
+COUNTER = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <sys/types.h>
+#include <unistd.h>
+static long left = -1, seen = 0;
+void die_after(long n) { left = n; seen = 0; }
+long seen_so_far(void) { return seen; }
+static void step(void) { seen++; if (left >= 0 && left-- == 0) kill(getpid(), SIGKILL); }
+#define NEXT(name) ((typeof(&name)) dlsym(RTLD_NEXT, #name))
+ssize_t write(int f, const void *b, size_t n) { step(); return NEXT(write)(f, b, n); }
+ssize_t pwrite(int f, const void *b, size_t n, off_t o) { step(); return NEXT(pwrite)(f, b, n, o); }
+ssize_t pwrite64(int f, const void *b, size_t n, off64_t o) { step(); return NEXT(pwrite64)(f, b, n, o); }
+int fsync(int f) { step(); return NEXT(fsync)(f); }
+int ftruncate(int f, off_t n) { step(); return NEXT(ftruncate)(f, n); }
+int ftruncate64(int f, off64_t n) { step(); return NEXT(ftruncate64)(f, n); }
+int rename(const char *a, const char *b) { step(); return NEXT(rename)(a, b); }
+int renameat(int x, const char *a, int y, const char *b) { step(); return NEXT(renameat)(x, a, y, b); }
+int unlink(const char *a) { step(); return NEXT(unlink)(a); }
+#define OPEN(name) int name(const char *p, int flags, ...) { va_list v; va_start(v, flags); \
+    mode_t m = va_arg(v, mode_t); va_end(v); step(); return NEXT(name)(p, flags, m); }
+OPEN(open) OPEN(open64)
+"""
+
+SAVER = """
+import ctypes, json, os, sys
+os.environ["KERAS_BACKEND"] = "numpy"
+import h5py, keras, numpy as np
+import utils
+lib = ctypes.CDLL(None)
+folder, labels, value = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
+inputs = keras.Input((4,), name="pixels")
+hidden = keras.layers.Dense(300, name="hidden")(inputs)
+model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="probabilities")(hidden))
+model.set_weights([np.full(w.shape, value, "float32") for w in model.get_weights()])
+info = {"labels": labels, "image_size": 75, "threshold": 0.5}
+def save():
+    utils.save_model(model, info, os.path.join(folder, "m"))
+save()  # whatever is imported or opened once only
+for k in map(int, sys.argv[4:]):
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        folder = str(k)
+        lib.die_after(ctypes.c_long(k))
+        save()
+        lib.die_after(ctypes.c_long(-1))
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print(k, status, flush=True)
+"""
+
+
+@pytest.mark.skipif(not shutil.which("gcc") or not sys.platform.startswith("linux"), reason="needs gcc on Linux")
+def test_ending_at_every_write_of_a_save_leaves_the_old_or_the_new_model(tmp_path):
+    (tmp_path / "count.c").write_text(COUNTER)
+    library = tmp_path / "count.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c", "-ldl"], check=True)
+    environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
+
+    def save(folder, labels, value, *steps):
+        command = [sys.executable, "-c", SAVER, str(folder), json.dumps(labels), str(value), *map(str, steps)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+
+    folder = tmp_path / "models"
+    folder.mkdir()
+    save(folder, ["x", "y", "z"], 1)
+    old, steps = numbers(folder / "m"), range(120)
+    for k in steps:
+        (folder / str(k)).mkdir()
+        for path in folder.glob("m*.*"):
+            shutil.copy(path, folder / str(k))
+    results = dict(save(folder, ["a", "b", "c"], 2, *steps))
+    new = numbers(folder / "m")
+    killed = [k for k in steps if results[k] == signal.SIGKILL]
+    finished = [k for k in steps if results[k] == 0]
+    assert len(killed) > 20 and finished and max(killed) < min(finished)
+    outcomes = {"old": 0, "new": 0, "mixed": 0}
+    for k in steps:
+        outcomes[state_of(folder / str(k), old, new)] += 1
+        if k in finished:
+            assert state_of(folder / str(k), old, new) == "new"
+    assert outcomes["old"] > 10 and outcomes["mixed"] <= 12, outcomes  # only between the renames
+
+
+def state_of(folder, old, new):
+    """Say which model the three files are, by the reader's own rule: the sums in the attribute."""
+    with h5py.File(folder / "m.h5") as file:
+        sums = json.loads(file.attrs["kit"])["sha256"]
+    texts = [(folder / name).read_bytes() for name in ("m.json", "m-labels.json")]
+    if [train.hashlib.sha256(text).hexdigest() for text in texts] != [sums["json"], sums["labels"]]:
+        return "mixed"
+    found = numbers(folder / "m")
+    assert found in (old, new)
+    return "old" if found == old else "new"
+
+
+def limited(limit, value):
+    """Return a function for the child: set a limit of its own."""
+    import resource
+
+    return lambda: resource.setrlimit(getattr(resource, limit), (value, value))
+
+
+def as_nobody():
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+
+
+@pytest.mark.parametrize("size", [10_000, 5_000_000], ids=["while reading", "while saving"])
+def test_a_full_disk_is_one_line_and_the_last_model_stays(command, tmp_path, size):
+    old = old_model(tmp_path)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *command], cwd=tmp_path, capture_output=True,
+                          text=True, preexec_fn=limited("RLIMIT_FSIZE", size))  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "Traceback" not in done.stderr
+    check_whole(tmp_path, [old])
+    assert numbers(tmp_path / "m") == old
+    assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="needs to become another user")
+def test_a_folder_that_may_not_be_written_is_one_line(command, tmp_path):
+    tmp_path.chmod(0o755)
+    shutil.copytree(command[0], tmp_path / "data")
+    for path in (tmp_path, *tmp_path.parents):
+        if path.stat().st_mode & 0o055 != 0o055:
+            pytest.skip("the temporary folder is closed to other users")
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "data", *command[1:3], *SHORT], cwd=tmp_path,
+                          capture_output=True, text=True, preexec_fn=as_nobody)  # fmt: skip
+    assert done.returncode == 1 and re.match(r"error: .*ermission", done.stderr), done.stderr
+
+
+def test_two_runs_at_once_with_one_prefix(command, undisturbed, tmp_path):
+    first = start(command, tmp_path)
+    wait_for(first, "images:")
+    second = run_process(ROOT / "train.py", tmp_path, *command)
+    assert second.returncode == 1 and "another run is at work" in second.stderr
+    first.communicate()
+    assert first.returncode == 0
+    same_result(undisturbed, tmp_path)
+
+
+def test_a_kept_cache_that_is_deleted_while_running_does_not_matter(command, undisturbed, tmp_path):
+    process = start(command, tmp_path, "--cache-dir", str(tmp_path / "kept"))
+    wait_for(process, "round 0:")
+    shutil.rmtree(tmp_path / "kept")
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert numbers(tmp_path / "m") == numbers(undisturbed / "m")
