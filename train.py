@@ -44,7 +44,7 @@ UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 5e-4  # peak for the top blocks; higher forgets what was learned, lower needs more rounds
 SCRATCH_RATE = 1e-3  # peak for a whole network
-WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
+WARM_UP = 0.05  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
@@ -374,17 +374,17 @@ def augment(picture, rng, kind):
     """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3)."""
     import cv2
 
-    side = len(picture)
-    angle = np.deg2rad(rng.uniform(-kind.rotation, kind.rotation))
-    zoom = np.exp(rng.uniform(*np.log(kind.zoom)))
+    side, strength = len(picture), rng.random()
+    angle = np.deg2rad(rng.uniform(-kind.rotation, kind.rotation)) * strength
+    zoom = np.exp(rng.uniform(*np.log(kind.zoom)) * strength)
     flip = rng.choice((-1.0, 1.0))
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom * (flip, 1)
     center = np.array([side - 1, side - 1]) / 2
-    offset = center - turn @ (center + rng.uniform(-kind.shift, kind.shift, 2) * side)
+    offset = center - turn @ (center + rng.uniform(-kind.shift, kind.shift, 2) * side * strength)
     matrix = np.column_stack([turn, offset])
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     view = cv2.warpAffine(picture, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-    return cv2.add(view, (*rng.uniform(-kind.colour, kind.colour, 3), 0)) if kind.colour else view
+    return cv2.add(view, (*rng.uniform(-kind.colour, kind.colour, 3) * strength, 0)) if kind.colour else view
 
 
 def make_view(picture, digest, view, args):
@@ -595,7 +595,7 @@ def open_rings(args, data, nets, recipe):
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
     wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
     slots = plan_cache(args, row_bytes, len(data.pictures), len(data.train), len(data.validation), wanted)
-    settings = (nets.source, cut, kind, nets.number_format, args.heavy_augmentation, args.seed)
+    settings = (nets.source, cut, kind, nets.number_format, HEAVY if args.heavy_augmentation else LIGHT, args.seed)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),
@@ -863,6 +863,17 @@ def remove_mosaics(prefix):
             path.unlink()
 
 
+def remove_unfinished(prefix):
+    """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
+    folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
+    ends = ("", "-labels", "-history", "-report", "-mistakes", "-resume", "-resume.*", "-resume-files")
+    for pattern in [f".{name}{end}-unfinished-*" for end in ends]:
+        for path in folder.glob(pattern):
+            path.unlink()
+    for path in Path().glob(f".{MOSAICS.replace('.', '-unfinished-*.')}"):
+        path.unlink()
+
+
 def write_history(args, history):
     """Write model-history.csv, a row an epoch."""
     columns = "round epoch loss accuracy val_loss val_accuracy plain_accuracy learning_rate seconds".split()
@@ -1085,6 +1096,7 @@ def main():
             return summarise(args)
         check_outputs(args)
         with utils.only_run(f"{args.model}.lock"):
+            remove_unfinished(args.model)
             return train(args)
     except KeyboardInterrupt:
         if state_files(args.model)[0].exists():

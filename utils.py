@@ -259,7 +259,7 @@ def only_run(path):
 def whole_file(path):
     """Give a path beside `path` to write to, and rename it to `path` when the block ends without error."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-unfinished-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
