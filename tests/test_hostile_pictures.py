@@ -1,0 +1,174 @@
+"""Broken and hostile pictures: a picture or a reason, never a crash, a hang or gigabytes."""
+
+import io
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, TINY, draw_classes, run_process
+from PIL import Image
+
+import utils
+
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
+
+
+def originals():
+    """Return [bytes] of small pictures of every format, with and without what makes parsing harder."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 255, (40, 56, 3)).astype("uint8"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    found = []
+    for kind in KINDS:
+        options = {"exif": exif} if kind in ("JPEG", "PNG", "WEBP", "TIFF", "HEIF", "AVIF") else {}
+        for one in (image, image.convert("L")):
+            buffer = io.BytesIO()
+            one.save(buffer, kind, **options)
+            found.append(buffer.getvalue())
+    for kind, options in (("JPEG", {"progressive": True}), ("PNG", {"bits": 4}), ("TIFF", {"compression": "tiff_lzw"})):
+        buffer = io.BytesIO()
+        (image.quantize(16) if kind == "PNG" else image).save(buffer, kind, **options)
+        found.append(buffer.getvalue())
+    frames = [image.rotate(90 * n) for n in range(3)]
+    for kind in ("GIF", "WEBP", "PNG"):
+        buffer = io.BytesIO()
+        frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
+        found.append(buffer.getvalue())
+    return found
+
+
+def mutate(data, others, rng):
+    """Return a spoilt copy: cut, bits flipped, bytes overwritten, sizes blown up, parts of another format."""
+    data = bytearray(data)
+    way = rng.randrange(6)
+    if way == 0:
+        del data[rng.randrange(len(data)) :]
+    elif way == 1:
+        for _ in range(rng.randrange(1, 12)):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif way == 2:
+        for _ in range(rng.randrange(1, 6)):
+            data[rng.randrange(min(len(data), 64))] = rng.choice((0, 255, 127, 128))
+    elif way == 3:
+        start = rng.randrange(min(len(data) - 4, 200))
+        data[start : start + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", bytes(4)))
+    elif way == 4:
+        other = rng.choice(others)
+        data[rng.randrange(len(data)) :] = other[rng.randrange(len(other)) :]
+    else:
+        start = rng.randrange(len(data))
+        data[start:start] = data[rng.randrange(len(data)) :][: rng.randrange(1, 2000)]
+    return bytes(data)
+
+
+def decode_mutants(count, seed):
+    """Decode mutants; return how many gave a picture, how many a reason, and the slowest in seconds."""
+    rng, sources = random.Random(seed), originals()
+    pictures = reasons = 0
+    slowest = 0.0
+    for n in range(count):
+        data = mutate(sources[n % len(sources)], sources, rng)
+        start = time.monotonic()
+        try:
+            pixels = utils.square(utils.open_picture(data), 75)
+            assert pixels.shape == (75, 75, 3) and pixels.dtype == np.uint8
+            utils.upright(utils.open_picture(data))
+            pictures += 1
+        except utils.PictureError as error:
+            assert str(error) and str(error).isprintable()
+            reasons += 1
+        slowest = max(slowest, time.monotonic() - start)
+    return pictures, reasons, slowest
+
+
+def check(count, seed):
+    pictures, reasons, slowest = decode_mutants(count, seed)
+    assert pictures > count / 20 and reasons > count / 20  # both ways out were taken
+    assert slowest < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3e6  # kB, of the whole test session
+
+
+def test_mutated_pictures():
+    check(300, seed=1)
+
+
+@pytest.mark.long
+def test_thousands_of_mutated_pictures():
+    check(6000, seed=2)
+
+
+LARGEST = """
+import io, resource, sys
+import numpy as np
+from PIL import Image
+import utils
+Image.MAX_IMAGE_PIXELS = None
+buffer = io.BytesIO()
+Image.new(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])), 0).save(buffer, sys.argv[4])
+Image.MAX_IMAGE_PIXELS = utils.MAX_PIXELS
+data = buffer.getvalue()
+del buffer
+print(utils.square(utils.open_picture(data), 224).shape)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "JPEG")]
+)
+def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
+    program = LARGEST.replace("print", "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, end=' '); print")
+    done = subprocess.run([sys.executable, "-c", program, mode, "16000", "11100", kind], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert "(224, 224, 3)" in done.stdout, done.stderr
+    assert int(done.stdout.split()[0]) < 2_000_000  # kB, encoding included
+
+
+def test_a_file_that_blows_up_is_refused_before_it_is_decoded():
+    program = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
+        + """
+import struct, zlib, utils
+body = b"\\x89PNG\\r\\n\\x1a\\n"
+header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6)))):
+    body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+try:
+    utils.square(utils.open_picture(body), 75)
+except utils.PictureError as error:
+    print(error)
+"""
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout, done.stderr
+
+
+@pytest.mark.needs_shared
+def test_the_dirty_folder():
+    answers = {}
+    for path in sorted((SHARED / "data" / "dirty").rglob("*")):
+        if path.is_file():
+            try:
+                answers[path.name] = utils.square(utils.open_picture(path.read_bytes()), 224).shape
+            except utils.PictureError as reason:
+                answers[path.name] = str(reason)
+    assert answers["yes.mkv"] == answers["ORL_README"] == "not a picture of a known format"
+    assert sum(answer == (224, 224, 3) for answer in answers.values()) >= 17
+
+
+def test_a_training_run_over_a_set_of_which_a_third_is_broken(tmp_path):
+    data = draw_classes(tmp_path / "data", {"a": 20, "b": 20})
+    rng, sources = random.Random(3), originals()
+    for n in range(20):
+        (data / "ab"[n % 2] / f"broken{n}.jpg").write_bytes(sources[n % len(sources)][: rng.randrange(1, 60)])
+    done = run_process(ROOT / "train.py", tmp_path, "data", "m", *TINY, "--rounds", "0")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("images: 32 train, 8 validation, 2 classes, 20 skipped")
+    listed = [line for line in done.stderr.splitlines() if "skipped: " in line]
+    assert len(listed) == 20 and all(line.startswith("warning: data/") for line in listed)
+    assert len(done.stderr.splitlines()) <= 22
