@@ -16,6 +16,7 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import socket
 import statistics
 import sys
@@ -896,7 +897,26 @@ def report(run, state):
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
     title = f"{utils.escape(Path(args.model).name)}, round {info['round']}: {line}"
     utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
+    tell_what_next(args, data, info, actual, probabilities)
     return right / len(actual)
+
+
+def tell_what_next(args, data, info, actual, probabilities):
+    """Say on stderr, in words, how good the model is, what it confuses, what to look at and what to run next."""
+    predicted, name = probabilities.argmax(1), utils.escape(args.model)
+    right, (low, high) = int((predicted == actual).sum()), interval(int((predicted == actual).sum()), len(actual))
+    lines = [f"{name}.h5 names {right} of {len(actual)} pictures rightly that it was not trained on;"]
+    lines.append(f"on more pictures like these, expect {low:.0%} to {high:.0%}.")
+    pairs = Counter((data.labels[a], data.labels[p]) for a, p in zip(actual, predicted) if a != p)
+    if pairs:
+        confused = ", ".join(f"{a} for {p} ({n})" for (a, p), n in pairs.most_common(3))
+        lines.append(f"Taken for another most often: {confused}.")
+    lines.append(f"Below a probability of {info['threshold']:.2f} the tagger says unknown.")
+    if "unknown" not in data.labels:
+        lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
+    lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
+    lines.append(f"    python webcam.py {shlex.quote(name)}")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def predict_pictures(model, store, indices):

@@ -78,3 +78,17 @@ def weights_file(tmp_path_factory):
     with h5py.File(path, "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, network)
     return path
+
+
+@pytest.fixture(scope="session")
+def drawn_model(tmp_path_factory):
+    """Draw faces and a film of two of the people, and train on the faces. Returns the folder of it all."""
+    import sample_faces
+
+    folder = tmp_path_factory.mktemp("drawn faces")
+    sample_faces.draw_set(folder / "people", 5, 40)
+    sample_faces.draw_clip(folder / "film.mp4")
+    recipe = "--weights none --image-size 75 --head-epochs 6 --rounds 1".split()
+    done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
+    assert done.returncode == 0, done.stderr
+    return folder
