@@ -1,0 +1,186 @@
+"""Compare webcam.py with the loop of 2016: speed from a film, detection, and life from a source of 30 frames a second.
+
+    python benchmarks/webcam_speed.py
+    python benchmarks/webcam_speed.py film.mp4 --image-size 224
+
+Without a film it draws one. The network has random weights: speed does not depend on them. Where a film has its
+true boxes beside it (film.json, as tests/sample_faces.py writes), faces are counted against these, else against what
+the detector of 2016 is sure of. With a display the paced source is shown in a window, as it would be used.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
+import sample_faces  # noqa: E402
+
+import utils  # noqa: E402
+import webcam  # noqa: E402
+
+SURE = 15  # finds: every box with so many lay on a head in the films that the settings were chosen on
+SECONDS = 20  # of the paced source
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("films", nargs="*", type=Path, help="films (default: a drawn one)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the network's input")
+    parser.add_argument("--frames", type=int, default=150, help="frames of each film")
+    return parser.parse_args()
+
+
+def read_film(path, most):
+    """Return the first frames of a film, a list of uint8 BGR arrays."""
+    import cv2
+
+    capture, frames = cv2.VideoCapture(str(path)), []
+    while len(frames) < most and (read := capture.read())[0]:
+        frames.append(read[1])
+    return frames
+
+
+def detect_2016(cascade, frame):
+    """Search a frame as the tool of 2016 did. Returns [(box, finds)] and the seconds it took."""
+    import cv2
+
+    start = time.perf_counter()
+    boxes, counts = cascade.detectMultiScale2(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), 1.1, 3, minSize=(30, 30))
+    return [(tuple(map(int, box)), int(n)) for box, n in zip(boxes, counts)], time.perf_counter() - start
+
+
+def loop_2016(model, side, cascade, frames):
+    """As in 2016: detect at full size, one `predict` a face. Returns boxes, seconds, seconds of detection."""
+    import cv2
+
+    found, searching, start = [], 0.0, time.perf_counter()
+    for frame in frames:
+        hits, seconds = detect_2016(cascade, frame)
+        searching += seconds
+        for (x, y, w, h), _ in hits:
+            face = cv2.resize(frame[y : y + h, x : x + w], (side, side)).astype("float32")
+            model.predict(face[None], verbose=0)
+        found.append(hits)
+    return found, time.perf_counter() - start, searching
+
+
+def new_state(model, side, kind):
+    """Return webcam.py's state as its `prepare` makes it, with our network."""
+    args = SimpleNamespace(model=None, whole_picture=False, threshold=None, min_face=None, context=2.0, save_faces=None)
+    state = webcam.prepare(args, kind)
+    state.model, state.side, state.labels, state.threshold = model, side, [f"person {n}" for n in range(5)], 0.0
+    return state
+
+
+def our_loop(model, side, frames):
+    """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, and the state."""
+    state, found, start = new_state(model, side, "film"), [], time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for number, frame in enumerate(frames):
+            webcam.handle(state, frame, number, number / 30)
+            found.append([track.box for track in state.tracks])
+    return found, time.perf_counter() - start, state
+
+
+def kept(truth, found):
+    """Return (faces, how many of them have a box that overlaps by 0.5 or more)."""
+    hits = [
+        any(webcam.overlap(face, box) >= 0.5 for box in boxes) for faces, boxes in zip(truth, found) for face in faces
+    ]
+    return len(hits), sum(hits)
+
+
+class Paced:
+    """A camera that gives the frames of a film, 30 a second, round and round."""
+
+    def __init__(self, frames):
+        self.frames, self.number, self.start = frames, 0, time.monotonic()
+
+    def read(self):
+        self.number = max(self.number + 1, int((time.monotonic() - self.start) * 30))  # one that came too late is lost
+        time.sleep(max(0.0, self.start + self.number / 30 - time.monotonic()))
+        if self.number >= SECONDS * 30:
+            return False, None
+        return True, self.frames[self.number % len(self.frames)].copy()
+
+    def get(self, _):
+        return self.number * (self.number >= SECONDS * 30) and 1
+
+    def isOpened(self):
+        return True
+
+
+def paced(model, side, frames):
+    """Tag a paced source as a camera is tagged, and print what its user would see."""
+    state = new_state(model, side, "camera")
+    state.args.no_display, state.write = False, lambda picture: None
+    webcam.open_window(state)
+    camera = Paced(frames)
+    webcam.open_live = lambda state: camera
+    with contextlib.redirect_stdout(io.StringIO()):
+        webcam.tag_live(state)
+    rate = (state.counts["shown"] - 1) / (state.shown[-1] - state.first)
+    ages = np.percentile(state.times["label age"], [50, 95])
+    utils.say(
+        f"  paced, 30 a second, {'window' if state.window else 'drawn, no window'}: {rate:.1f} shown a second, "
+        f"{state.frames} of {state.counts['shown']} frames handled, {state.counts['classifications']} classifications, "
+        f"label age median {ages[0]:.2f} s, 95th percentile {ages[1]:.2f} s"
+    )
+
+
+def compare(path, frames, model, side):
+    """Run both loops over the same frames and print speed, detection time and recall."""
+    cascade = webcam.load_cascade()
+    loop_2016(model, side, cascade, frames[:2])  # warm both up
+    our_loop(model, side, frames[:2])
+    old, old_seconds, old_search = loop_2016(model, side, cascade, frames)
+    new, new_seconds, state = our_loop(model, side, frames)
+    search = sum(state.times["detection"]) / 1000
+    old_boxes = [[box for box, _ in hits] for hits in old]
+    truth_path = path.with_suffix(".json")
+    truth = [[box for box, count in hits if count >= SURE] for hits in old]
+    if truth_path.is_file():
+        faces = json.loads(truth_path.read_text(encoding="utf-8"))[: len(frames)]
+        truth = [[(f["x"], f["y"], f["w"], f["h"]) for f in frame] for frame in faces]
+    large = [[face for face in faces if face[2] >= state.smallest] for faces in truth]
+    theirs = [[f for f in faces if kept([[f]], [boxes])[1]] for faces, boxes in zip(large, old_boxes)]
+    (total, by_old), (_, by_new), (found, still) = kept(large, old_boxes), kept(large, new), kept(theirs, new)
+    n = len(frames)
+    utils.say(f"{path.name}: {n} frames of {frames[0].shape[1]}x{frames[0].shape[0]}, network of {side} px")
+    utils.say(f"  2016: {n / old_seconds:6.1f} frames a second, detection {1000 * old_search / n:6.2f} ms a frame")
+    utils.say(f"  ours: {n / new_seconds:6.1f} frames a second, detection {1000 * search / n:6.2f} ms a frame")
+    utils.say(
+        f"  {old_seconds / new_seconds:.1f} times as many frames; detection takes {search / old_search:.1%} of the time"
+    )
+    utils.say(
+        f"  {total} faces of {state.smallest} px or more: 2016 finds {by_old}, ours {by_new}; of those that 2016 finds "
+        f"ours keeps {still / max(1, found):.1%}; boxes: 2016 {sum(map(len, old_boxes))}, ours {sum(map(len, new))}"
+    )
+
+
+def main():
+    args = parse_arguments()
+    webcam.import_cv2()
+    model = utils.compiled(utils.build_network(5, args.image_size))
+    for n in (1, 2):
+        model.predict_on_batch(np.zeros((n, args.image_size, args.image_size, 3), "uint8"))
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.films:
+            args.films = [Path(folder, "drawn.mp4")]
+            sample_faces.draw_clip(args.films[0])
+        for path in args.films:
+            frames = read_film(path, args.frames)
+            compare(path, frames, model, args.image_size)
+        paced(model, args.image_size, frames)
+
+
+if __name__ == "__main__":
+    utils.run(main)
