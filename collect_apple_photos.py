@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
+import utils  # first: it says which Python and packages are needed
 
-import utils
+# isort: split
+import numpy as np
 
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB

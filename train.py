@@ -26,10 +26,11 @@ import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import utils  # first: it says which Python and packages are needed
+
+# isort: split
 import numpy as np
 from PIL import Image
-
-import utils
 
 # ---------------------------------------------------------------- settings
 

@@ -1,0 +1,88 @@
+"""Claim: with its own threshold and no option, the model knows its friends and calls most strangers unknown.
+
+    python benchmarks/strangers.py DATA_DIR [--friends 30] [--seeds 5] [options of train.py]
+
+Trains on `--friends` classes drawn by lot, all but two pictures of each; scores the two kept out, which no choice has
+seen, and all pictures of the other classes. Beside it the nearest neighbour on 16 x 16 thumbnails, its limit set so
+that as many friends keep their name.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import ROOT, machine, print_table, train, utils
+from PIL import Image
+
+
+def divide(data_dir, folder, friends, seed):
+    """Copy DATA_DIR into known/, held/ and strangers/ of `folder`."""
+    rng, classes = np.random.default_rng(seed), sorted(p.name for p in data_dir.iterdir() if p.is_dir())
+    for n, name in enumerate(rng.permutation(classes)):
+        files = utils.list_files(data_dir / name)
+        files = [path for path in files if train.read_picture(path, 75)[0] is not None]
+        for i, k in enumerate(rng.permutation(len(files))):
+            part = "strangers" if n >= friends else "held" if i < 2 else "known"
+            (folder / part / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[k], folder / part / name / f"{k}-{files[k].name}")
+
+
+def pixels(folder, side):
+    """Return squares uint8 (n, side, side, 3) and class names of all pictures in a folder."""
+    files = train.find_files(folder)
+    return np.stack([train.read_picture(path, side)[0] for path, _ in files]), np.array([label for _, label in files])
+
+
+def nearest(folder, share):
+    """Return the share of strangers that the nearest neighbour rejects where `share` of friends keep their name."""
+    sets = {}
+    for part in ("known", "held", "strangers"):
+        squares, labels = pixels(folder / part, 64)
+        small = [np.asarray(Image.fromarray(s).resize((16, 16), Image.Resampling.BOX)).ravel() for s in squares]
+        sets[part] = np.array(small, "float32"), labels
+    found = {}
+    for part in ("held", "strangers"):
+        distance = np.sqrt(((sets[part][0][:, None] - sets["known"][0][None]) ** 2).sum(-1))
+        found[part] = distance.min(1), sets["known"][1][distance.argmin(1)] == sets[part][1]
+    near, right = found["held"]
+    limits = [limit for limit in np.sort(near) if (right & (near <= limit)).mean() >= share]
+    return float((found["strangers"][0] > (limits[0] if limits else near.max())).mean())
+
+
+def one_seed(args, options, seed):
+    """Train and score once. Returns friends right, strangers unknown, and that of the nearest neighbour."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        divide(Path(args.data_dir), folder, args.friends, seed)
+        command = [sys.executable, str(ROOT / "train.py"), "known", "m", "--seed", str(seed), *options]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        model, info = utils.load_model(folder / "m")
+        utils.compiled(model)
+        answers = []
+        for part in ("held", "strangers"):
+            squares, labels = pixels(folder / part, info["image_size"])
+            p = utils.predict(model, squares, 32)
+            answers.append((p.max(1) >= info["threshold"], np.array(info["labels"])[p.argmax(1)] == labels))
+        friends = float((answers[0][0] & answers[0][1]).mean())
+        return friends, float((~answers[1][0]).mean()), nearest(folder, friends)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir")
+    parser.add_argument("--friends", type=int, default=30)
+    parser.add_argument("--seeds", type=int, default=5)
+    args, options = parser.parse_known_args()
+    rows = [one_seed(args, options, seed) for seed in range(1, args.seeds + 1)]
+    print(machine(), f"n = {args.seeds} seeds, options: {' '.join(options)}", sep="\n")
+    names = ["seed", "friends right", "strangers unknown", "nearest neighbour: strangers unknown"]
+    print_table(names, [[s + 1, *(f"{x:.3f}" for x in row)] for s, row in enumerate(rows)])
+    print_table(names, [["mean", *(f"{x:.3f}" for x in np.mean(rows, axis=0))]])
+
+
+if __name__ == "__main__":
+    main()
