@@ -15,7 +15,6 @@ import math
 import os
 import shutil
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -248,15 +247,11 @@ def collect(faces, library, folder, args):
             continue
         target = folder / "dataset" / folders[face.person] / f"{face.stem}.jpg"
         by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
-    pool = ThreadPoolExecutor(THREADS)  # Pillow decodes outside of Python's lock
-    try:
-        work = pool.map(lambda group: collect_picture(group, library, folder, args), by_picture.values())
-        for results in utils.progress(work, len(by_picture), "pictures"):
-            for target, reason, is_smaller in results:
-                (skipped if reason else counts)[reason or target.parent.name] += 1
-                smaller += is_smaller and not reason
-    finally:
-        pool.shutdown(cancel_futures=True)
+    work = utils.in_order(lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS)
+    for results in utils.progress(work, len(by_picture), "pictures"):
+        for target, reason, is_smaller in results:
+            (skipped if reason else counts)[reason or target.parent.name] += 1
+            smaller += is_smaller and not reason
     if smaller:
         utils.warn(f"{utils.escape(library)}: {smaller} faces come from smaller copies: their pictures are not here")
     return counts, skipped

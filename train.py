@@ -40,13 +40,13 @@ HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # deg
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
-FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=2, patience=4, views=2, batch_size=32)
+FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=2, patience=6, views=2, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
-ROUND_RATE = 1e-3  # peak for the top blocks; half of it was slower by a round and no better in the end
+ROUND_RATE = 7e-4  # peak for the top blocks; higher jumps about in the first rounds, lower needs more of them
 SCRATCH_RATE = 1e-3  # peak for a whole network
-WARM_UP = 0.05  # share of the steps in which the rate rises to its peak
+WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
