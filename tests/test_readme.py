@@ -1,0 +1,122 @@
+"""The README never lies: its options exist and are all there, its snippet gives our probabilities, its commands run."""
+
+import csv
+import io
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sample_faces
+from conftest import ROOT, run_process
+from PIL import Image
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
+
+
+def blocks(language):
+    """Return the texts of README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.M | re.S)
+
+
+def options_of(script, folder):
+    done = run_process(ROOT / script, folder, "--help")
+    assert done.returncode == 0
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", done.stdout)) - {"--help"}
+
+
+def test_every_option_is_in_the_readme_and_every_option_in_it_exists(tmp_path):
+    known = set().union(*(options_of(script, tmp_path) for script in SCRIPTS))
+    text = README.replace("--people", "").replace("--clip", "").replace("--quiet", "")
+    assert {option for option in known if option not in text} == set()
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= known
+
+
+def test_every_file_that_the_table_names_is_made(scratch_run):
+    folder, _ = scratch_run
+    table = README.partition("## What comes out")[2].partition("**Reading")[0]
+    names = [name for name in re.findall(r"`([\w.-]+\.\w+)`", table)]
+    assert len(names) >= 8
+    assert [name for name in names if not (folder / name).exists()] == []
+
+
+def test_files_and_pictures_that_the_readme_points_to_are_in_the_repository():
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["LICENSE", "requirements.txt", "benchmarks/README.md"]:
+        assert (ROOT / name).is_file(), name
+    pictures = [ROOT / name for name in re.findall(r"!\[[^\]]*\]\(([\w./-]+)\)", README)]
+    assert pictures and sum(path.stat().st_size for path in pictures) < 400_000
+
+
+def snippet_pictures():
+    """Return {name: bytes}: what photographs are like at their worst."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3)).astype("uint8"))
+    large = coarse.resize((4000, 3000), Image.Resampling.BICUBIC)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    kinds = {
+        "twelve.jpg": (large, "JPEG", {}),
+        "turned.jpg": (large.resize((1600, 1200)), "JPEG", {"exif": turned}),
+        "cmyk.jpg": (large.resize((900, 700)).convert("CMYK"), "JPEG", {}),
+        "phone.heic": (large.resize((801, 600)), "HEIF", {}),
+        "grey.png": (large.resize((300, 211)).convert("L"), "PNG", {}),
+    }
+    found = {}
+    for name, (image, kind, options) in kinds.items():
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        found[name] = buffer.getvalue()
+    return found
+
+
+def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path):
+    folder, _ = scratch_run
+    code = next(block for block in blocks("python") if "load_model" in block)
+    assert len(code.splitlines()) <= 12 and "utils" not in code
+    for name in ("model.h5", "model.json", "model-labels.json"):
+        shutil.copy(folder / name, tmp_path)
+    (tmp_path / "set" / "red").mkdir(parents=True)
+    for name, data in snippet_pictures().items():
+        (tmp_path / "set" / "red" / name).write_bytes(data)
+    assert run_process(ROOT / "train.py", tmp_path, "set", "model", "--evaluate").returncode == 0
+    with open(tmp_path / "model-evaluate.csv", encoding="utf-8") as file:
+        expected = {row["file"]: float(row["probability"]) for row in csv.DictReader(file)}
+    program = "import pillow_heif; pillow_heif.register_heif_opener()\n"
+    for name in expected:
+        program += code.replace("photo.jpg", f"set/{name}").replace("print(model.predict(", "print('P', model.predict(")
+        program = re.sub(r"(print\('P', model.predict\(.*\))\)$", r"\1.max())", program, flags=re.M)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    found = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("P")]
+    assert found == pytest.approx(list(expected.values()), abs=0.001), done.stderr
+
+
+@pytest.mark.long
+def test_the_first_command_on_a_drawn_set(tmp_path):
+    """All of the first block but the installation, in an empty folder."""
+    lines = next(block for block in blocks("sh") if "sample_faces" in block).splitlines()
+    for line in lines[2:]:
+        line = line.replace(".venv/bin/python ", f"{sys.executable} ")
+        for script in (*SCRIPTS, "tests/sample_faces.py"):
+            line = line.replace(f" {script}", f" {ROOT / script}")
+        done = subprocess.run(line, shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        if "train.py" in line:
+            best = re.search(r"^best: .* validation accuracy (\S+)", done.stdout, re.M)
+            assert float(best[1]) >= 0.9
+    for name in ("model.h5", "000.png", "model-report.png", "tagged.mp4", "tags.tsv"):
+        assert (tmp_path / name).stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a Unix system")
+def test_the_lines_for_small_classes(tmp_path):
+    sample_faces.draw_set(tmp_path / "people", 3, 6)
+    small = sorted(path.name for path in (tmp_path / "people").iterdir())[0]
+    (tmp_path / "people" / small).rename(tmp_path / "people" / "small_class")
+    (tmp_path / "people" / "unknown").mkdir()
+    for line in re.findall(r"`((?:mv|rmdir) [^`]*)`", README):
+        subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    done = run_process(ROOT / "train.py", tmp_path, "people", "model", "--dry-run")
+    assert done.returncode == 0 and "3 classes" in done.stdout
