@@ -376,14 +376,17 @@ def working_folder(out):
         raise utils.UserError(f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
-    with utils.only_run(folder / LOCK):
-        shutil.rmtree(folder / "work", ignore_errors=True)
-        (folder / "work").mkdir()
-        try:
-            yield folder / "work"
-        finally:
+    try:
+        with utils.only_run(folder / LOCK):
             shutil.rmtree(folder / "work", ignore_errors=True)
-    folder.rmdir()
+            (folder / "work").mkdir()
+            try:
+                yield folder / "work"
+            finally:
+                shutil.rmtree(folder / "work", ignore_errors=True)
+    finally:
+        with contextlib.suppress(OSError):  # another run is at work in it
+            folder.rmdir()
 
 
 def report(counts, skipped):

@@ -11,6 +11,7 @@ and model-labels.json, and after every round a confusion matrix made of the pict
 
 import argparse
 import collections
+import contextlib
 import datetime
 import glob
 import hashlib
@@ -40,7 +41,7 @@ HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # deg
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
-FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=2, patience=6, views=2, batch_size=32)
+FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=2, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
@@ -85,7 +86,6 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
         epilog="example: python train.py people model --heavy-augmentation --rounds 10",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
     option("data_dir", type=Path, help="a folder with a folder of pictures for each class")
@@ -152,7 +152,7 @@ def find_files(data_dir):
     """Return [(path, label)] of everything below data_dir/<class>/, labels safe to print and sorted.
 
     Warns about files beside the class folders and classes without files. Raises UserError if the folder
-    is missing or has fewer than two classes.
+    is missing.
     """
     if not data_dir.is_dir():
         raise utils.UserError(f"{utils.escape(data_dir)}: no such folder: give one with a folder for each class")
@@ -376,7 +376,7 @@ def augment(picture, rng, kind):
     """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3)."""
     import cv2
 
-    side, strength = len(picture), rng.random()
+    side, strength = len(picture), np.sqrt(rng.random())
     angle = np.deg2rad(rng.uniform(-kind.rotation, kind.rotation)) * strength
     zoom = np.exp(rng.uniform(*np.log(kind.zoom)) * strength)
     flip = rng.choice((-1.0, 1.0))
@@ -487,12 +487,14 @@ def find_weights(args):
     if args.weights == "none":
         return None, []
     if args.weights not in ("auto", "imagenet"):
+        utils.check_hdf5(Path(args.weights), utils.BASE_PARAMETERS)
         return Path(args.weights), []
     keras = utils.import_keras()
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
         name = IMAGENET.rpartition("/")[2]
-        return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
+        with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
+            return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
         reason = utils.escape(error)[:200]
     finally:
@@ -541,6 +543,7 @@ def prepare(model, steps, peak, warm_up):
     optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
     loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
     utils.compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
+    optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
 
 
 # ---------------------------------------------------------------- what a run works on
@@ -597,7 +600,16 @@ def open_rings(args, data, nets, recipe):
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
     wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
     slots = plan_cache(args, row_bytes, len(data.pictures), len(data.train), len(data.validation), wanted)
-    settings = (nets.source, cut, kind, nets.number_format, HEAVY if args.heavy_augmentation else LIGHT, args.seed)
+    settings = (
+        args.unfreeze,
+        data.store.rows.shape,
+        nets.source,
+        cut,
+        kind,
+        nets.number_format,
+        HEAVY if args.heavy_augmentation else LIGHT,
+        args.seed,
+    )
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),
@@ -680,18 +692,23 @@ def train_top(run, window, number):
     slots, pictures = run.rings.views.slots, run.data.pictures
     return train_epochs(
         run, run.nets.fast.top, run.rings.views.features.rows, lambda i, v: slots[view_key(pictures, i, v)],
-        window, number, epochs, lambda: score(run)[1],
+        window, number, epochs, lambda: score_shaken(run),
     )  # fmt: skip
 
 
 def score(run):
     """Score the float32 network. Returns probabilities (n, classes) of validation as it is and augmented."""
-    _, _, data, nets, rings = run
-    if nets.fast is not nets.full:
-        nets.full.top.set_weights(nets.fast.top.get_weights())
-    plain = [view_key(data.pictures, int(i), PLAIN) for i in data.validation]
-    shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
-    return predict_slots(nets.full.top, rings.plain, plain), predict_slots(nets.full.top, rings.shaken, shaken)
+    shaken = score_shaken(run)
+    keys = [view_key(run.data.pictures, int(i), PLAIN) for i in run.data.validation]
+    return predict_slots(run.nets.full.top, run.rings.plain, keys), shaken
+
+
+def score_shaken(run):
+    """Bring the float32 network up to date; return its probabilities (n, classes) of augmented validation."""
+    if run.nets.fast is not run.nets.full:
+        run.nets.full.top.set_weights(run.nets.fast.top.get_weights())
+    keys = [view_key(run.data.pictures, int(i), 0) for i in run.data.validation]
+    return predict_slots(run.nets.full.top, run.rings.shaken, keys)
 
 
 def train_rounds(run, state):
@@ -739,6 +756,7 @@ def finish_round(run, number, rows, best):
     utils.say(line)
     if number == 0:
         remove_mosaics(args.model)
+        remove_state(args.model)
     path, picture = f"{number:03d}.png", lambda i: data.store.rows[data.validation[i]]
     utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
     temperature = fit_temperature(plain, augmented, actual)
@@ -825,8 +843,9 @@ def versions():
     """Return the versions of what made a model."""
     from importlib.metadata import version
 
-    packages = ("keras", "numpy", "pillow", utils.import_keras().config.backend())
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in packages}
+    found = {"python": sys.version.split()[0]} | {name: version(name) for name in ("keras", "numpy", "pillow")}
+    backend = utils.import_keras().config.backend()
+    return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
 
 
 # ---------------------------------------------------------------- files
@@ -837,6 +856,10 @@ def check_outputs(args):
     folder = Path(args.model).parent
     if not folder.is_dir():
         raise utils.UserError(f"{utils.escape(folder)}: no such folder: make it or choose another prefix")
+    if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
+        raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
+    if not args.evaluate and not args.resume and not utils.is_ours(args.model):
+        raise utils.UserError(f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix")
     if args.cache_dir:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in {folder, Path(), args.cache_dir or folder}:
@@ -959,7 +982,7 @@ def file_list(args, data):
     return [[utils.escape(n), p.digest.hex(), side] for n, p, side in zip(names, data.pictures, sides)]
 
 
-def unfolded_weights(run):
+def training_variables(run):
     """Return the weights of the trained part and the variables of its optimizer, as Keras variables, in order."""
     top = run.nets.fast.top
     return [*top.weights, *top.optimizer.variables]
@@ -968,7 +991,7 @@ def unfolded_weights(run):
 def save_state(run, state):
     """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
     facts, files, numbers = state_files(run.args.model)
-    flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in unfolded_weights(run)])
+    flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in training_variables(run)])
     numbers = numbers.with_suffix(f".{state['round']}.npy")
     with utils.whole_file(numbers) as part:
         np.save(part, flat)
@@ -1017,11 +1040,11 @@ def check_state(args, state, recipe, data):
 def restore_weights(run, state):
     """Give the trained part and its optimizer the numbers of the last whole round. Raises UserError."""
     path = state_files(run.args.model)[2].with_suffix(f".{state['round']}.npy")
-    variables = unfolded_weights(run)
+    variables = training_variables(run)
     sizes = [int(np.prod(variable.shape)) for variable in variables]
     try:
         flat = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         flat = np.empty(0)
     if flat.shape != (sum(sizes),) or flat.dtype != "float32" or zlib.crc32(flat) != state["numbers"]:
         raise utils.UserError(f"{utils.escape(path)}: missing or damaged: train again without --resume")
@@ -1100,6 +1123,8 @@ def train(args):
         check_state(args, state, recipe, data)
     nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])
     run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
+    if state and state["weights"] != nets.source:
+        raise utils.UserError(f"--resume: the interrupted run had other --weights ({utils.escape(state['weights'])})")
     state = train_rounds(run, state)
     accuracy = report(run, state)
     remove_state(args.model)
@@ -1120,8 +1145,8 @@ def main():
             remove_unfinished(args.model)
             return train(args)
     except KeyboardInterrupt:
-        if state_files(args.model)[0].exists():
-            utils.say("stopped: the best whole round is saved; give the same command with --resume to go on")
+        if not args.evaluate and not args.dry_run and state_files(args.model)[0].exists():
+            print("The best whole round is saved; the same command with --resume goes on.", file=sys.stderr)
         raise
 
 

@@ -134,7 +134,11 @@ def run(main):
         print(f"error: {advice(error)}", file=sys.stderr)
         code = 1
     except MemoryError:
-        print("error: out of memory: close other programs or use a smaller --batch-size", file=sys.stderr)
+        print("error: out of memory: close other programs", file=sys.stderr)
+        code = 1
+    except ImportError as error:
+        print(f"error: {error}: run `pip install -r requirements.txt`; the README names what a bare system lacks",
+              file=sys.stderr)  # fmt: skip
         code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -218,7 +222,7 @@ def list_files(root):
     """
     root = Path(root)
     inside, found, seen = root.resolve(), [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=lambda error: warn(advice(error))):
         real = Path(folder).resolve()
         if real in seen or not real.is_relative_to(inside):
             subfolders.clear()
@@ -252,7 +256,8 @@ def only_run(path):
         yield
     finally:
         lock.close()
-        Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else may have opened it already
+            Path(path).unlink()
 
 
 @contextlib.contextmanager
@@ -357,7 +362,6 @@ def grey_8_bit(image):
 def with_orientation_of(image, copy):
     """Give `copy` what tells how to turn it: converting through NumPy drops it."""
     copy.info.update(image.info)
-    copy.getexif().update(image.getexif())
     return copy
 
 
@@ -425,7 +429,7 @@ def import_keras():
                 import keras
 
                 keras.ops.zeros(1)  # what the first operation has to say is said here
-        except ImportError as error:
+        except (ImportError, ValueError) as error:  # ValueError: no such backend
             raise UserError(
                 f"{error}: run `pip install -r requirements.txt` in the folder of this script (TensorFlow has "
                 "no packages for Intel Macs and Windows on ARM: there `pip install jax`, then KERAS_BACKEND=jax)"
@@ -519,6 +523,22 @@ def save_model(model, info, prefix):
                 part.write_bytes(text)
 
 
+def is_ours(prefix):
+    """Say whether a model of this prefix may be replaced: there is none, or it is one of this kit's."""
+    import h5py
+
+    weights, architecture, _ = trio(prefix)
+    try:
+        if weights.exists():
+            with h5py.File(weights, "r") as file:
+                return ATTRIBUTE in file.attrs
+        if architecture.exists():  # a kill between the renames of a first save leaves it alone
+            check_architecture(parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture)
+        return True
+    except (OSError, UserError):
+        return False
+
+
 def load_model(prefix):
     """Load a model of ours: returns (Keras model, info) with info as given to `save_model`.
 
@@ -539,8 +559,9 @@ def load_model(prefix):
             f"{escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
             "of one training run again, or finish that run with --resume"
         )
-    threshold = info.get("threshold")
-    if info.get("labels") != labels or info.get("image_size") != side or not isinstance(threshold, float):
+    threshold = info.setdefault("threshold", 0.5)
+    known = info.get("labels") == labels and info.get("image_size") == side
+    if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise UserError(f"{escape(weights)}: what belongs to the model is damaged in it: train again")
     model = build_network(len(labels), side)
     load_weights(model, weights)
@@ -691,7 +712,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     """
     wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
-    cell = int(np.clip(2400 // len(shown), 94, 560))
+    cell = int(np.clip(2400 // len(shown), 93, 560))
     text = 20
     names = [ImageFont.truetype(font_file(labels[i]), text).getlength(labels[i]) for i in shown]
     left, top = round(np.clip(max(names) + 40, 130, 340)), 150 if max(names) < cell - 8 else 270
@@ -712,7 +733,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
             inside = np.flatnonzero((actual == a) & (predicted == p))
             draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
     chunk = PngInfo()
-    chunk.add_text("Software", f"{KIT}: {Path(prefix).name}")
+    chunk.add_text("Software", f"{KIT}: {prefix}")
     with whole_file(path) as part:
         canvas.save(part, "PNG", pnginfo=chunk)
 
@@ -762,7 +783,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None):
     rows = 3 if history else 2
     figure = Figure(figsize=(9, 3.2 * (rows - 1) + 1.5 + 0.24 * len(order)), layout="constrained")
     axes = figure.subplots(rows, 1, height_ratios=[3.2] * (rows - 1) + [1.2 + 0.24 * len(order)])
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
     if history:
         plot_history(axes[0], history)
     plot_reliability(axes[-2], actual, probabilities)

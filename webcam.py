@@ -131,7 +131,7 @@ def number(kind, low, high):
 def source_kind(source):
     """Say what a source is: camera, stream, folder, picture or film. Raises UserError if there is nothing."""
     path = Path(source)
-    if source.isascii() and source.isdigit():
+    if source.isascii() and source.isdigit() and len(source) < 6:
         return "camera"
     if "://" in source:
         return "stream"
@@ -203,9 +203,7 @@ def prepare(args, kind):
     if args.model:
         model, info = utils.load_model(args.model)
         state.model, state.labels, state.side = utils.compiled(model), info["labels"], info["image_size"]
-        own = info.get("threshold")
-        own = own if isinstance(own, (int, float)) and 0 <= own <= 1 else 0.5
-        state.threshold = own if args.threshold is None else args.threshold
+        state.threshold = info["threshold"] if args.threshold is None else args.threshold
         for n in (1, 2):  # graphs for one face and for several are made before the first frame
             state.model.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
     state.folders = utils.folder_names([*state.labels, "unknown"])
@@ -234,7 +232,8 @@ def shrink(frame, smallest):
 
     scale = min(1.0, DETECT_FACE / smallest)
     if scale < 1:
-        frame = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        size = [max(1, round(n * scale)) for n in frame.shape[1::-1]]
+        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
     return cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), scale
 
 
@@ -422,7 +421,8 @@ def keep_faces(state, frame, number, moment):
         state.counts["pictures with several faces" if state.tracks else "pictures without a face"] += 1
         return
     for track in state.tracks:
-        if track.seen == number and moment - track.kept >= 1 / KEPT_A_SECOND - 1e-6:
+        named = track.label or not state.model  # with many faces some still wait for their first label
+        if named and track.seen == number and moment - track.kept >= 1 / KEPT_A_SECOND - 1e-6:
             crop = cut(state, frame, track.box)
             reason = reason_against(state, frame, track, crop)
             state.counts[reason or "saved"] += 1
@@ -590,7 +590,7 @@ def film_output(state):
         state.write = write
         try:
             yield
-        except (KeyboardInterrupt, utils.UserError) as error:
+        except (KeyboardInterrupt, utils.UserError, OSError) as error:
             stop = error
         film.release()
         if not cv2.VideoCapture(str(part.resolve()), cv2.CAP_FFMPEG).isOpened():
