@@ -600,16 +600,8 @@ def open_rings(args, data, nets, recipe):
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
     wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
     slots = plan_cache(args, row_bytes, len(data.pictures), len(data.train), len(data.validation), wanted)
-    settings = (
-        args.unfreeze,
-        data.store.rows.shape,
-        nets.source,
-        cut,
-        kind,
-        nets.number_format,
-        HEAVY if args.heavy_augmentation else LIGHT,
-        args.seed,
-    )
+    views = HEAVY if args.heavy_augmentation else LIGHT, args.seed
+    settings = (nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),

@@ -89,7 +89,7 @@ def main():
     print(machine(), f"float32, n = {args.seeds} seeds, {args.rounds} rounds", sep="\n")
     print_table(
         ["way", "pictures/s in an epoch", "right, mean"],
-        [[way, spread([r["speed"] for r in found], 1), f"{np.mean([r['right'] for r in found]):.2f} of {found[0]['of']}"]
+        [[way, spread([r["speed"] for r in found], 1), f"{np.mean([r['right'] for r in found]):.2f}"]
          for way, found in results.items()],
     )  # fmt: skip
     pairs = list(zip(*results.values()))
