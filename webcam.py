@@ -134,7 +134,10 @@ def source_kind(source):
     if source.isascii() and source.isdigit() and len(source) < 6:
         return "camera"
     if "://" in source:
-        return "stream"
+        with contextlib.suppress(ValueError):
+            if urllib.parse.urlsplit(source).hostname:
+                return "stream"
+        raise utils.UserError(f"--source {utils.escape(source)}: no address: give one like rtsp://192.168.1.20/live")
     if path.is_dir():
         return "folder"
     if not path.is_file() or path.stat().st_size == 0:
@@ -161,8 +164,9 @@ def check_outputs(args, kind):
             raise utils.UserError(
                 f"{shown}: cannot hold what a {kind} gives: choose a name with {' or '.join(endings)}"
             )
-        if not output.parent.is_dir():
-            raise utils.UserError(f"{shown}: no such folder: make it first")
+        if output.is_dir() or not output.parent.is_dir():
+            what = "is a folder: give a file" if output.is_dir() else "no such folder: make it first"
+            raise utils.UserError(f"{shown}: {what}")
         if output.exists() and source.exists() and output.samefile(source):
             raise utils.UserError(f"{shown}: is the source itself: choose another name")
     for name, folder in folders.items():
@@ -832,9 +836,11 @@ def work_live(state, live):
 def newest_frames(live):
     """Yield (number, seconds, frame), each time the newest one, until the source ends."""
     done = -1
-    while not (live.ended or live.error or live.stop.is_set()):
+    while not (live.error or live.stop.is_set()):
         with live.changed:
             if live.newest[0] == done:
+                if live.ended:
+                    return
                 live.changed.wait(0.1)
             newest = live.newest
         if newest[0] > done:
