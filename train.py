@@ -1024,8 +1024,8 @@ def check_state(args, state, recipe, data):
     before = utils.parse_json(files, utils.read_capped(files, utils.MAX_JSON * 100))
     now = file_list(args, data)
     if before != now:
-        old, new = ({tuple(map(str, row)) for row in rows} for rows in (before, now))
-        name = min((old ^ new) or {("the order of files",)})[0]
+        old, new = ({tuple(map(str, row[:2])) for row in rows} for rows in (before, now))  # file and hash
+        name = min((old ^ new) or {("the split",)})[0]
         raise utils.UserError(f"--resume: the data has changed ({utils.escape(name)}): train anew without --resume")
 
 
