@@ -264,7 +264,7 @@ OPEN(open) OPEN(open64)
 
 SAVER = """
 import ctypes, json, os, sys
-os.environ["KERAS_BACKEND"] = "numpy"
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import h5py, keras, numpy as np
 import utils
 lib = ctypes.CDLL(None)
