@@ -90,13 +90,26 @@ def parse_arguments():
     option = parser.add_argument
     option("data_dir", type=Path, help="a folder with a folder of pictures for each class")
     option("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
-    option("--weights", default="auto", help="where to start: auto, imagenet, none, or a notop weights FILE")
+    option(
+        "--weights",
+        default="auto",
+        help="where to start: auto, imagenet, none, or a notop weights FILE (default: %(default)s)",
+    )
     option("--image-size", type=whole(75, 1024), help="side in pixels (default: 224; 96 from scratch)")
-    option("--validation-split", type=share, default=0.2, help="share of each class kept for validation")
-    option("--group-by-folder", action="store_true", help="keep files of one folder on one side of the split")
-    option("--seed", type=whole(0, 2**31), default=1337, help="same seed, same split and result")
+    option(
+        "--validation-split",
+        type=share,
+        default=0.2,
+        help="share of each class kept for validation (default: %(default)s)",
+    )
+    option(
+        "--group-by-folder",
+        action="store_true",
+        help="keep files of one folder on one side of the split (default: off)",
+    )
+    option("--seed", type=whole(0, 2**31), default=1337, help="same seed, same split and result (default: %(default)s)")
     option("--heavy-augmentation", action=argparse.BooleanOptionalAction, default=heavy_augmentation,
-           help="turn, shift, zoom, tint and flip; or only shift and flip")  # fmt: skip
+           help="turn, shift, zoom, tint and flip; or only shift and flip (default: %(default)s)")  # fmt: skip
     for name, text, low in (
         ("head-epochs", "epochs for the new dense layers", 1),
         ("rounds", "rounds of fine-tuning", 0),
@@ -108,15 +121,24 @@ def parse_arguments():
         key = name.replace("-", "_")
         text += f" (default: {FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch)"
         option(f"--{name}", type=whole(low, 10**6), help=text, default=argparse.SUPPRESS)
-    option("--unfreeze", type=whole(0, 10), default=UNFREEZE, help="how many top inception blocks are fine-tuned")
+    option(
+        "--unfreeze",
+        type=whole(0, 10),
+        default=UNFREEZE,
+        help="how many top inception blocks are fine-tuned (default: %(default)s)",
+    )
     option("--cache-dir", type=Path, help="keep the cache here for the next run (default: a temporary file)")
-    option("--cache-gb", type=positive, default=CACHE_GB, help="how large the cache may be")
-    option("--float32", action="store_true", help="never use bfloat16, faster or not")
-    option("--class-weight", action="store_true", help="weigh classes by 1/frequency")
-    option("--resume", action="store_true", help="go on from the last whole round after a stop or a kill")
-    option("--evaluate", action="store_true", help="no training: score the saved model on all of data_dir")
-    option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower")
-    option("--dry-run", action="store_true", help="read and summarise the data, write nothing")
+    option("--cache-gb", type=positive, default=CACHE_GB, help="how large the cache may be (default: %(default)s)")
+    option("--float32", action="store_true", help="never use bfloat16, faster or not (default: off)")
+    option("--class-weight", action="store_true", help="weigh classes by 1/frequency (default: off)")
+    option(
+        "--resume", action="store_true", help="go on from the last whole round after a stop or a kill (default: off)"
+    )
+    option(
+        "--evaluate", action="store_true", help="no training: score the saved model on all of data_dir (default: off)"
+    )
+    option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower (default: none)")
+    option("--dry-run", action="store_true", help="read and summarise the data, write nothing (default: off)")
     return parser.parse_args()
 
 
