@@ -440,8 +440,8 @@ def view_key(pictures, index, view):
 def fill_ring(run, ring, trunk, wanted, label):
     """Run those of the wanted [(index, view)] through the frozen part that the ring does not hold yet.
 
-    The next batch is prepared while the network works on this one. trunk: a Keras model, or None to
-    keep the views themselves. Raises UserError for features that the ring's number format cannot hold.
+    While the network works on one batch, the next is prepared and the last one written. trunk: a Keras model,
+    or None to keep the views themselves. Raises UserError for features that the ring's numbers cannot hold.
     """
     args, _, (pictures, store, *_), _, _ = run
     keys = [view_key(pictures, *pair) for pair in wanted]
@@ -451,11 +451,11 @@ def fill_ring(run, ring, trunk, wanted, label):
     def views(batch):
         return np.stack([make_view(store.rows[i], pictures[i].digest, v, args) for i, v in (wanted[p] for p in batch)])
 
-    ready = utils.in_order(views, batches, workers=1)
-    for batch, pixels in zip(batches, utils.progress(ready, len(batches), label)):
-        features = (
-            pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
-        )
+    def pass_on(pixels):
+        return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
+
+    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=1)
+    for batch, features in zip(batches, utils.progress(results, len(batches), label)):
         if not np.isfinite(features).all():
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
         slots = [ring.slots[keys[p]] for p in batch]
