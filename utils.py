@@ -221,6 +221,8 @@ def list_files(root):
     Left out: dot files and dot folders, what systems leave behind, links that leave `root` or loop.
     """
     root = Path(root)
+    if not root.is_dir():
+        return []
     inside, found, seen = root.resolve(), [], set()
     for folder, subfolders, files in os.walk(root, followlinks=True, onerror=lambda error: warn(advice(error))):
         real = Path(folder).resolve()
