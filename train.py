@@ -454,7 +454,8 @@ def fill_ring(run, ring, trunk, wanted, label):
     def pass_on(pixels):
         return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
 
-    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=1)
+    # two at once: while one batch waits for Python, the other keeps the cores busy
+    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=2)
     for batch, features in zip(batches, utils.progress(results, len(batches), label)):
         if not np.isfinite(features).all():
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
