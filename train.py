@@ -95,7 +95,7 @@ def parse_arguments():
         default="auto",
         help="where to start: auto, imagenet, none, or a notop weights FILE (default: %(default)s)",
     )
-    option("--image-size", type=whole(75, 1024), help="side in pixels (default: 224; 96 from scratch)")
+    option("--image-size", type=utils.number(int, 75, 1024), help="side in pixels (default: 224; 96 from scratch)")
     option(
         "--validation-split",
         type=share,
@@ -107,7 +107,12 @@ def parse_arguments():
         action="store_true",
         help="keep files of one folder on one side of the split (default: off)",
     )
-    option("--seed", type=whole(0, 2**31), default=1337, help="same seed, same split and result (default: %(default)s)")
+    option(
+        "--seed",
+        type=utils.number(int, 0, 2**31),
+        default=1337,
+        help="same seed, same split and result (default: %(default)s)",
+    )
     option("--heavy-augmentation", action=argparse.BooleanOptionalAction, default=heavy_augmentation,
            help="turn, shift, zoom, tint and flip; or only shift and flip (default: %(default)s)")  # fmt: skip
     for name, text, low in (
@@ -120,10 +125,10 @@ def parse_arguments():
     ):
         key = name.replace("-", "_")
         text += f" (default: {FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch)"
-        option(f"--{name}", type=whole(low, 10**6), help=text, default=argparse.SUPPRESS)
+        option(f"--{name}", type=utils.number(int, low, 10**6), help=text, default=argparse.SUPPRESS)
     option(
         "--unfreeze",
-        type=whole(0, 10),
+        type=utils.number(int, 0, 10),
         default=UNFREEZE,
         help="how many top inception blocks are fine-tuned (default: %(default)s)",
     )
@@ -140,17 +145,6 @@ def parse_arguments():
     option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower (default: none)")
     option("--dry-run", action="store_true", help="read and summarise the data, write nothing (default: off)")
     return parser.parse_args()
-
-
-def whole(low, high):
-    """Return an argparse type: a whole number from `low` to `high`."""
-
-    def number(text):
-        if not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return int(text)
-
-    return number
 
 
 def share(text):
@@ -943,7 +937,8 @@ def report(run, state):
 def tell_what_next(args, data, info, actual, probabilities):
     """Say on stderr, in words, how good the model is, what it confuses, what to look at and what to run next."""
     predicted, name = probabilities.argmax(1), utils.escape(args.model)
-    right, (low, high) = int((predicted == actual).sum()), interval(int((predicted == actual).sum()), len(actual))
+    right = int((predicted == actual).sum())
+    low, high = interval(right, len(actual))
     lines = [f"{name}.h5 names {right} of {len(actual)} pictures rightly that it was not trained on;"]
     lines.append(f"on more pictures like these, expect {low:.0%} to {high:.0%}.")
     pairs = Counter((data.labels[a], data.labels[p]) for a, p in zip(actual, predicted) if a != p)

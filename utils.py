@@ -4,6 +4,7 @@ Reading pictures, cutting squares around faces, names from outside, messages and
 the network and its three files, and the drawing of mosaic and report.
 """
 
+import argparse
 import collections
 import contextlib
 import csv
@@ -161,6 +162,17 @@ def progress(items, total, label):
         if now - told > 10 and done < total:
             told, left = now, (now - start) * (total - done) / done
             print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+
+
+def number(kind, low, high):
+    """Return an argparse type: an int or float (`kind`) from `low` to `high`."""
+
+    def value(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return kind(text)
+
+    return value
 
 
 def cores():

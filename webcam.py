@@ -102,11 +102,11 @@ def parse_arguments():
     option("--output", type=Path, metavar="FILE",
            help="write what is shown: .mp4 or .avi; .png or .jpg; a folder for a folder (default: none)")  # fmt: skip
     option("--no-display", action="store_true", help="open no window (default: off)")
-    option("--threshold", type=number(float, 0, 1), metavar="P",
+    option("--threshold", type=utils.number(float, 0, 1), metavar="P",
            help="a less probable face is unknown; 0: everybody gets a name (default: the model's own)")  # fmt: skip
-    option("--min-face", type=number(int, 24, 10**5), metavar="PX",
+    option("--min-face", type=utils.number(int, 24, 10**5), metavar="PX",
            help="smallest face looked for (default: an eighth of the picture's height, at least 40)")  # fmt: skip
-    option("--context", type=number(float, 0.5, 10), default=2.0, metavar="F",
+    option("--context", type=utils.number(float, 0.5, 10), default=2.0, metavar="F",
            help="side of the square given to the model, in face boxes (default: %(default)s)")  # fmt: skip
     option("--whole-picture", action="store_true", help="classify whole pictures, look for no faces (default: off)")
     option("--save-faces", type=Path, metavar="DIR",
@@ -115,17 +115,6 @@ def parse_arguments():
     if not (args.model or args.save_faces):
         parser.error("give the prefix of a model, or --save-faces DIR")
     return args
-
-
-def number(kind, low, high):
-    """Return an argparse type: an int or float from `low` to `high`."""
-
-    def value(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return kind(text)
-
-    return value
 
 
 def source_kind(source):
