@@ -20,9 +20,6 @@ from typing import NamedTuple
 
 import utils  # first: it says which Python and packages are needed
 
-# isort: split
-import numpy as np
-
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
 SHAPE_TOLERANCE = 0.02  # a picture whose width / height differs more from Photos' own is another rendition
@@ -260,10 +257,10 @@ def collect(faces, library, folder, args):
 def collect_picture(faces, library, folder, args):
     """Cut out one picture's faces, pairs (Face, file); return triples (file, reason or None, from a smaller copy)."""
     try:
-        pixels, is_smaller = read_photo(faces[0][0], library)
+        image, is_smaller = read_photo(faces[0][0], library)
     except utils.PictureError as error:
         return [(target, save_tile(face, str(error), library, folder, target, args), True) for face, target in faces]
-    return [(target, save_crop(face, pixels, args.context, target, args), is_smaller) for face, target in faces]
+    return [(target, save_crop(face, image, args.context, target, args), is_smaller) for face, target in faces]
 
 
 def read_photo(face, library):
@@ -276,36 +273,27 @@ def read_photo(face, library):
     reason = "no picture on this disk (perhaps only in iCloud)"
     for path in (*face.pictures, *face.copies):
         try:
-            pixels = read_picture(Path(path), library)
+            image = open_upright(Path(path), library)
         except FileNotFoundError:
             continue
         except (OSError, ValueError, MemoryError, utils.PictureError):
             reason = "the picture cannot be read (RAW, damaged or of an unknown format)"
             continue
-        height, width = pixels.shape[:2]
+        width, height = image.size
         is_known = face.width > 0 and face.height > 0
         if not is_known or abs(width * face.height / (height * face.width) - 1) <= SHAPE_TOLERANCE:
-            return pixels, path in face.copies
+            return image, path in face.copies
         reason = "the picture has another shape than Photos says"
     raise utils.PictureError(reason)
 
 
-def read_picture(path, library):
-    """Return a picture as uint8 (height, width, 3), upright; FileNotFoundError also for one that leaves the library."""
+def open_upright(path, library):
+    """Return a picture as an upright PIL image; FileNotFoundError also for one that leaves the library."""
     if not path.is_file() or (path.is_relative_to(library) and not path.resolve().is_relative_to(library)):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
         raise utils.PictureError("not a kind of picture that can be opened")
-    return decode(path.read_bytes())
-
-
-def decode(data):
-    """Return the picture in the bytes `data` as uint8 (height, width, 3), upright."""
-    image = utils.upright(utils.open_picture(data))
-    pixels = np.empty((image.height, image.width, 3), "uint8")
-    for top in range(0, image.height, 256):  # in strips: np.asarray(image) takes the memory three times
-        pixels[top : top + 256] = image.crop((0, top, image.width, min(top + 256, image.height)))
-    return pixels
+    return utils.upright(utils.read_picture(path)[1])
 
 
 def save_tile(face, reason, library, folder, target, args):
@@ -314,20 +302,20 @@ def save_tile(face, reason, library, folder, target, args):
         return reason
     try:
         if isinstance(face.tile, Path):
-            pixels = read_picture(face.tile, library)
+            image = open_upright(face.tile, library)
         else:
             with contextlib.closing(sqlite3.connect(folder / "databases" / "photos.sqlite")) as db:
                 query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
-                pixels = decode(db.execute(query, (face.tile,)).fetchone()[0])
+                image = utils.upright(utils.open_picture(db.execute(query, (face.tile,)).fetchone()[0]))
     except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, utils.PictureError):
         return reason
-    size = min(pixels.shape[:2]) / max(pixels.shape[:2]) / 2  # tiles are about twice as large as the box
-    return save_crop(face._replace(x=0.5, y=0.5, size=size), pixels, 2, target, args)
+    size = min(image.size) / max(image.size) / 2  # tiles are about twice as large as the box
+    return save_crop(face._replace(x=0.5, y=0.5, size=size), image, 2, target, args)
 
 
-def save_crop(face, pixels, context, target, args):
+def save_crop(face, image, context, target, args):
     """Save the square around a face, `context` times as large as its box; return None, or why not."""
-    height, width = pixels.shape[:2]
+    width, height = image.size
     side = face.size * max(width, height)
     if not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1) or (side * context) ** 2 > utils.MAX_PIXELS:
         return "the face's box makes no sense"
@@ -337,7 +325,7 @@ def save_crop(face, pixels, context, target, args):
         return "twice in the database"
     if not args.dry_run:
         target.parent.mkdir(parents=True, exist_ok=True)
-        utils.save_jpeg(target, utils.crop_square(pixels, face.x * width, (1 - face.y) * height, side * context))
+        utils.save_jpeg(target, utils.crop_square(image, face.x * width, (1 - face.y) * height, side * context))
     return None
 
 

@@ -20,9 +20,13 @@ import os
 import shlex
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import unicodedata
+import urllib.request
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -65,15 +69,19 @@ IMAGENET = (
 )
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
 MOSAICS = "[0-9][0-9][0-9].png"
+LOST = "another process of this run has ended or cannot be reached: look there, then start all again with --resume"
+MACHINES = "KERAS_DISTRIBUTION_"  # begins the three environment variables of a run on several machines
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
-Picture = collections.namedtuple("Picture", "path label digest look")  # index in a list = row of the store
+Picture = collections.namedtuple("Picture", "path label digest look row")  # row of the store
 Parts = collections.namedtuple("Parts", "trunk pool head top")
 Store = collections.namedtuple("Store", "file rows")
 Ring = collections.namedtuple("Ring", "features keys slots free")
-Data = collections.namedtuple("Data", "pictures store train validation labels targets weights")
-Nets = collections.namedtuple("Nets", "network full fast number_format source")  # Parts: full float32, fast to train
+# indices of pictures: train all that train, mine those of them that this process trains on, validation
+Data = collections.namedtuple("Data", "pictures store train mine validation labels targets weights")
+# Parts: full is float32, fast is trained; devices train as one, in the scope that together() gives
+Nets = collections.namedtuple("Nets", "network full fast number_format source devices together")
 Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
 Run = collections.namedtuple("Run", "args recipe data nets rings")
 
@@ -144,7 +152,9 @@ def parse_arguments():
     )
     option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower (default: none)")
     option("--dry-run", action="store_true", help="read and summarise the data, write nothing (default: off)")
-    return parser.parse_args()
+    args = parser.parse_args()
+    find_processes(args)
+    return args
 
 
 def share(text):
@@ -165,7 +175,7 @@ def positive(text):
 
 
 def find_files(data_dir):
-    """Return [(path, label)] of everything below data_dir/<class>/, labels safe to print and sorted.
+    """Return [(path, label)] of everything below data_dir/<class>/; labels are safe to print, and NFC.
 
     Warns about files beside the class folders and classes without files. Raises UserError if the folder
     is missing.
@@ -177,44 +187,50 @@ def find_files(data_dir):
         inner = path.relative_to(data_dir).parts
         loose += len(inner) == 1
         if len(inner) > 1:
-            files.append((path, utils.escape(inner[0])))
+            files.append((path, label_of(inner[0])))
     if loose:
         utils.warn(f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used")
-    folders = {utils.escape(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)}
+    folders = {label_of(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)}
     for name in sorted(folders - {label for _, label in files}):
         utils.warn(f"{utils.escape(data_dir)}/{name}: an empty class is left out")
     return files
 
 
-def read_pictures(files, side, store):
-    """Decode every file once, in parallel; append the squares to `store`, return the list of Pictures.
+def label_of(folder):
+    """Return the class name of a folder's: one spelling for all systems, fit for terminal, file name and CSV."""
+    return utils.escape(unicodedata.normalize("NFC", folder))
 
-    What gives no picture is listed with the reason and left out. store: a Store or None.
-    Returns ([Picture], number skipped).
+
+def read_pictures(args, files, side, store):
+    """Decode every file once, in parallel; write the square of files[n] to row n of `store`.
+
+    With several processes each reads its share and tells the others. What gives no picture is listed with the
+    reason and left out. store: a Store or None. Returns ([Picture], number skipped).
     """
+    mine, found = range(args.process, len(files), args.processes), []
+    results = utils.in_order(lambda n: read_picture(files[n][0], side), mine)
+    for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
+        if pixels is not None and store is not None:
+            write_rows(store, [n], pixels[None])
+        found.append((n, digest and digest.hex(), look if digest is None else look.hex()))
     pictures, skipped = [], 0
-    results = utils.in_order(lambda item: read_picture(item[0], side), files)
-    for (path, label), (pixels, digest, look) in zip(files, utils.progress(results, len(files), "reading")):
-        if pixels is None:
+    for n, digest, look in sorted(row for rows in exchange(args, found) for row in rows):
+        path, label = files[n]
+        if digest is None:
             utils.warn(f"{utils.escape(path)}: skipped: {look}")
             skipped += 1
-            continue
-        if store is not None:
-            write_rows(store, [len(pictures)], pixels[None])
-        pictures.append(Picture(path, label, digest, look))
+        else:
+            pictures.append(Picture(path, label, bytes.fromhex(digest), bytes.fromhex(look), n))
     return pictures, skipped
 
 
 def read_picture(path, side):
     """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash), or (None, None, reason)."""
     try:
-        data = path.read_bytes()
-        image = utils.open_picture(data)
+        data, image = utils.read_picture(path)
         if max(image.size) > MAX_RATIO * min(image.size):
             return None, None, "the longer side is more than twice the shorter one"
         pixels = utils.square(image, side)
-    except OSError as error:
-        return None, None, error.strerror or str(error)
     except utils.PictureError as reason:
         return None, None, str(reason)
     grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX))
@@ -443,13 +459,18 @@ def fill_ring(run, ring, trunk, wanted, label):
     batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
 
     def views(batch):
-        return np.stack([make_view(store.rows[i], pictures[i].digest, v, args) for i, v in (wanted[p] for p in batch)])
+        pairs = [(pictures[i], view) for i, view in (wanted[p] for p in batch)]
+        return np.stack([make_view(store.rows[picture.row], picture.digest, view, args) for picture, view in pairs])
 
     def pass_on(pixels):
-        return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(ring.features.rows.dtype)
+        with np.errstate(over="ignore"):  # what does not fit is told below
+            kind = ring.features.rows.dtype
+            return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(kind)
 
-    # two at once: while one batch waits for Python, the other keeps the cores busy
-    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=2)
+    # two at once: while one batch waits for Python, the other keeps the cores busy; but in JAX a call takes the
+    # network's numbers away from all others
+    at_once = 1 if utils.import_keras().config.backend() == "jax" else 2
+    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=at_once)
     for batch, features in zip(batches, utils.progress(results, len(batches), label)):
         if not np.isfinite(features).all():
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
@@ -506,10 +527,11 @@ def find_weights(args):
     if args.weights not in ("auto", "imagenet"):
         utils.check_hdf5(Path(args.weights), utils.BASE_PARAMETERS)
         return Path(args.weights), []
-    keras = utils.import_keras()
+    keras, name = utils.import_keras(), IMAGENET.rpartition("/")[2]
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
-        name = IMAGENET.rpartition("/")[2]
+        if not (Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name).exists():
+            try_connection(IMAGENET)
         with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
             return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
@@ -524,6 +546,24 @@ def find_weights(args):
         f"to have them, download {IMAGENET}",
         f"on any machine and run again with --weights {name}",
     ]
+
+
+def try_connection(address):
+    """Raise OSError unless a server answers in DOWNLOAD_SECONDS, however many addresses its name has."""
+    answers = []
+
+    def ask():
+        try:
+            with urllib.request.urlopen(address):
+                answers.append(None)
+        except Exception as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if not answers or answers[0]:
+        raise OSError(answers[0] if answers else f"no connection within {DOWNLOAD_SECONDS} s")
 
 
 def load_base(network, path):
@@ -551,16 +591,17 @@ def cut_network(network, args, scratch):
     return Parts(trunk, utils.compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
 
 
-def prepare(model, steps, peak, warm_up):
+def prepare(run, model, steps, peak, warm_up):
     """Compile a model for training: AdamW, the rate rising to `peak` over warm_up steps, then a cosine to 0."""
     keras = utils.import_keras()
     schedule = keras.optimizers.schedules.CosineDecay(
         peak / 100, max(1, steps - warm_up), warmup_target=peak, warmup_steps=warm_up
     )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
-    loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
-    utils.compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
-    optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
+    with run.nets.together():
+        optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
+        utils.compiled(model, optimizer=optimizer, loss=loss, metrics=["accuracy"])
+        optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
 
 
 # ---------------------------------------------------------------- what a run works on
@@ -571,41 +612,66 @@ def read_data(args, side):
     files = find_files(args.data_dir)
     shape = (side, side, 3)
     store = None if args.dry_run else open_store(Path(args.model).parent, None, max(1, len(files)), shape, "uint8")
-    pictures, skipped = read_pictures(files, side, store)
+    pictures, skipped = read_pictures(args, files, side, store)
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
     labels = sorted({picture.label for picture in pictures})
     counts = f"{len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
     utils.say(f"images: {counts}")
     warn_as_a_colleague(pictures, train, validation)
+    owner = np.array([picture.row % args.processes for picture in pictures])
+    if len(set(owner[train])) < args.processes:
+        raise utils.UserError(f"{args.processes} processes are too many for {len(train)} pictures: start fewer")
+    if args.process == 0:  # it scores, so it needs what others have read
+        for i in validation[owner[validation] != 0]:
+            pixels, _, reason = read_picture(pictures[i].path, side)
+            if pixels is None:
+                raise utils.UserError(f"{utils.escape(pictures[i].path)}: has changed meanwhile: {reason}")
+            write_rows(store, [pictures[i].row], pixels[None])
     targets = np.array([labels.index(picture.label) for picture in pictures])
     frequency = np.bincount(targets[train], minlength=len(labels))
     weights = (len(train) / len(labels) / frequency)[targets] if args.class_weight else np.ones(len(pictures))
-    return Data(pictures, store, train, validation, labels, targets, weights)
+    return Data(pictures, store, train, train[owner[train] == args.process], validation, labels, targets, weights)
 
 
 def build_networks(args, path, class_count, side, number_format):
     """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
 
     path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
+    Where several processes train as one, the network that they train is another one again: only they together
+    can compute with it.
     """
     keras = utils.import_keras()
-    number_format = number_format or fastest_format(args)
+    number_format = exchange(args, number_format or fastest_format(args))[0]
     utils.say(f"number format: {number_format}")
+    devices = keras.distribution.list_devices()
+    if args.processes == 1:
+        devices = devices[: 1 << (len(devices).bit_length() - 1)]  # a power of two divides PASS_BATCH
+        if len(devices) > 1 and keras.config.backend() == "jax":
+            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     network = utils.build_network(class_count, side)
-    source = "none"
+    source, together = "none", contextlib.nullcontext
     if path is not None:
         load_base(network, path)
         source = f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    full = fast = cut_network(network, args, path is None)
-    if number_format != "float32":
+
+    def twin():
         other = utils.build_network(class_count, side, number_format)
         other.set_weights(network.get_weights())
-        fast = cut_network(other, args, path is None)
+        return cut_network(other, args, path is None)
+
+    full = cut_network(network, args, path is None)
+    fast = full if number_format == "float32" else twin()
+    if args.processes > 1:
+        together = keras.distribution.DataParallel(auto_shard_dataset=False).scope
+        with together():
+            shared = twin()
+        fast = fast._replace(head=shared.head, top=shared.top)
     utils.compiled(full.top)
-    return Nets(network, full, fast, number_format, source)
+    utils.compiled(full.head)
+    return Nets(network, full, fast, number_format, source, devices, together)
 
 
 def open_rings(args, data, nets, recipe):
@@ -616,32 +682,46 @@ def open_rings(args, data, nets, recipe):
     shapes = ((data.store.rows.shape[1:], "uint8"), (cut, kind), (cut, plain_kind))
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
     wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
-    slots = plan_cache(args, row_bytes, len(data.pictures), len(data.train), len(data.validation), wanted)
+    scored = len(data.validation) if args.process == 0 else 1
+    slots = plan_cache(args, row_bytes, len(data.pictures) // args.processes, len(data.mine), scored, wanted)
     views = HEAVY if args.heavy_augmentation else LIGHT, args.seed
     settings = (nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    name += f"-{args.process}-of-{args.processes}" if args.processes > 1 else ""
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),
-        open_ring(args, f"{name}-plain", len(data.validation), cut, plain_kind),
-        open_ring(args, f"{name}-shaken", len(data.validation), cut, kind),
+        open_ring(args, f"{name}-plain", scored, cut, plain_kind),
+        open_ring(args, f"{name}-shaken", scored, cut, kind),
     )
 
 
 # ---------------------------------------------------------------- training
 
 
-def train_epoch(model, rows, order, targets, weights, batch_size):
+def train_epoch(run, model, rows, order, targets, label):
     """Train one epoch with bare `train_on_batch`. Returns the mean {"loss", "accuracy"} over its steps.
 
-    rows: features (slots, …). order: (slot, index) pairs, int (n, 2); the last batch is filled up from the
-    beginning. targets: float (pictures, classes), one-hot. weights: float (pictures,).
+    rows: features (slots, …). order: (slot, index) pairs, int (n, 2), repeated from the beginning until the last
+    batch is full. targets: float (pictures, classes), one-hot. label: of its progress.
     """
-    steps = -(-len(order) // batch_size)
+    steps, batch_size, weights = *epoch_size(run), run.data.weights
     batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
-    logs = []
-    for batch, features in zip(batches, utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)):
-        logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
+    logs, features_ahead = [], utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)
+    with run.nets.together():
+        for batch, features in zip(utils.progress(batches, steps, label), features_ahead):
+            logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
     return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist()))
+
+
+def epoch_size(run):
+    """Return (steps an epoch, pictures a step of this process): alike in all processes, which wait for each other.
+
+    The pictures of a step are divided evenly among processes and devices.
+    """
+    args, devices = run.args, len(run.nets.devices)
+    batch_size = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
+    shares = Counter(run.data.pictures[i].row % args.processes for i in run.data.train)
+    return -(-max(shares.values()) // batch_size), batch_size
 
 
 def epoch_order(seed, window, slot_of, round_number, epoch):
@@ -664,13 +744,16 @@ def train_epochs(run, model, rows, slot_of, window, number, epochs, validate):
     for epoch in range(1, epochs + 1):
         start = time.monotonic()
         order = epoch_order(run.args.seed, window, slot_of, number, epoch)
-        logs = train_epoch(model, rows, order, targets, data.weights, run.recipe["batch_size"])
+        name = f"round {number} epoch {epoch}"
+        logs = train_epoch(run, model, rows, order, targets, name)
+        if run.args.process:
+            continue  # the first one scores
         probabilities, actual = validate(), data.targets[data.validation]
         logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in logs.items())
-        utils.say(f"round {number} epoch {epoch}: {shown}, {seconds:.0f} s")
+        shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
+        utils.say(f"{name}: {shown}, {seconds:.0f} s")
         more = {"plain_accuracy": "", "learning_rate": float(model.optimizer.learning_rate), "seconds": seconds}
         history.append({"round": number, "epoch": epoch} | logs | more)
     return history
@@ -684,14 +767,19 @@ def train_head(run, window):
     for start in range(0, len(keys), PASS_BATCH):
         chunk = keys[start : start + PASS_BATCH]
         write_rows(pooled, range(start, start + len(chunk)), predict_slots(nets.fast.pool, rings.views, chunk))
-    shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
-    validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
+    if args.process == 0:
+        shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
+        validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
     place = {pair: n for n, pair in enumerate(window)}
-    model, steps = nets.fast.head, -(-len(data.train) // recipe["batch_size"])
-    prepare(model, recipe["head_epochs"] * steps, HEAD_RATE, warm_up=steps)
+    model, (steps, _) = nets.fast.head, epoch_size(run)
+    prepare(run, model, recipe["head_epochs"] * steps, HEAD_RATE, warm_up=steps)
+
+    def validate():
+        nets.full.head.set_weights(model.get_weights())
+        return utils.predict(nets.full.head, validation, PASS_BATCH)
+
     return train_epochs(
-        run, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"],
-        lambda: utils.predict(model, validation, PASS_BATCH),
+        run, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"], validate
     )  # fmt: skip
 
 
@@ -726,29 +814,37 @@ def train_rounds(run, state):
     state: of the last whole round of an interrupted run, or None.
     """
     args, recipe, data, nets, rings = run
-    scratch, capacity = nets.full.trunk is None, len(rings.views.keys.rows)
-    fill_ring(run, rings.shaken, nets.fast.trunk, [(int(i), 0) for i in data.validation], "validation views")
-    fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
+    scratch = nets.full.trunk is None
+    if args.process == 0:
+        fill_ring(run, rings.shaken, nets.fast.trunk, [(int(i), 0) for i in data.validation], "validation views")
+        fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
     epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
-    steps = epochs * -(-len(data.train) // recipe["batch_size"])
-    prepare(nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=int(steps * WARM_UP))
+    steps = epochs * epoch_size(run)[0]
+    prepare(run, nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=int(steps * WARM_UP))
     if state:
         restore_weights(run, state)
-    state = state or {"round": -1, "made": 0, "stale": 0, "best": None, "history": []}
-    window = training_views(args.seed, data.train, max(0, state["made"] - capacity), state["made"])
+    state = state or {"round": -1, "stale": 0, "best": None, "history": []}
     last = recipe["rounds"] if scratch or args.unfreeze else 0
     while state["round"] < last and not (recipe["patience"] and state["stale"] >= recipe["patience"]):
         number = state["round"] + 1
-        made = state["made"] + min(capacity, len(data.train) * recipe["fresh" if number else "views"])
-        window = (window + training_views(args.seed, data.train, state["made"], made))[-capacity:]
+        window = ring_window(run, number)
         fill_ring(run, rings.views, nets.fast.trunk, window, "views")
         rows = train_head(run, window) if number == 0 and not scratch else train_top(run, window, number)
-        best = finish_round(run, number, rows, state["best"])
+        best = exchange(args, None if args.process else finish_round(run, number, rows, state["best"]))[0]
         stale = 0 if best != state["best"] else state["stale"] + 1
-        state = {"round": number, "made": made, "stale": stale, "best": best, "history": state["history"] + rows}
-        write_history(args, state["history"])
-        save_state(run, state)
+        state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
+        if args.process == 0:
+            write_history(args, state["history"])
+            save_state(run, state)
     return state
+
+
+def ring_window(run, number):
+    """Return the [(index, view)] that the ring holds in a round: the latest ones, as many as fit."""
+    capacity, count = len(run.rings.views.keys.rows), len(run.data.mine)
+    at_first, fresh = (min(capacity, count * run.recipe[name]) for name in ("views", "fresh"))
+    made = at_first + number * fresh
+    return training_views(run.args.seed, run.data.mine, max(0, made - capacity), made)
 
 
 def finish_round(run, number, rows, best):
@@ -766,7 +862,7 @@ def finish_round(run, number, rows, best):
     if number == 0:
         remove_mosaics(args.model)
         remove_state(args.model)
-    path, picture = f"{number:03d}.png", lambda i: data.store.rows[data.validation[i]]
+    path, picture = f"{number:03d}.png", lambda i: data.store.rows[data.pictures[data.validation[i]].row]
     utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
     temperature = fit_temperature(plain, augmented, actual)
     calibrated = soften(plain, temperature)
@@ -914,24 +1010,37 @@ def write_history(args, history):
     utils.write_csv(f"{args.model}-history.csv", columns, [[row[name] for name in columns] for row in history])
 
 
-def report(run, state):
-    """Score the saved files as anybody would read them; print `best:`, draw the report. Returns the accuracy."""
-    args, _, data, _, _ = run
-    model, info = utils.load_model(args.model)
-    utils.compiled(model)
+def score_saved(args, model, data, what):
+    """Score a saved model, as anybody would read it, on data.validation.
+
+    what: begins the line that is printed, `evaluate: accuracy` say. Returns (probabilities (n, classes), actual (n,),
+    rows of PREDICTION_COLUMNS, a title for pictures).
+    """
     actual = data.targets[data.validation]
-    probabilities = predict_pictures(model, data.store, data.validation)
+    rows = [data.pictures[i].row for i in data.validation]
+    probabilities = predict_pictures(utils.compiled(model), data.store, rows)
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
-    line = f"validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
-    utils.say(f"best: round {info['round']}, {line}, 95% interval {low:.4f} to {high:.4f}")
-    rows = prediction_rows(args, data, data.validation, probabilities)
+    line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
+    utils.say(f"{line}, 95% interval {low:.4f} to {high:.4f}")
+    rows = []
+    for i, p in zip(data.validation, probabilities):
+        name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
+        rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
+    return probabilities, actual, rows, f"{utils.escape(Path(args.model).name)}, {line}"
+
+
+def report(run, state):
+    """Score the saved files; print `best:`, write mistakes and report, say what is next. Returns the accuracy."""
+    args, _, data, _, _ = run
+    model, info = utils.load_model(args.model)
+    what = f"best: round {info['round']}, validation accuracy"
+    probabilities, actual, rows, title = score_saved(args, model, data, what)
     wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
-    title = f"{utils.escape(Path(args.model).name)}, round {info['round']}: {line}"
     utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
     tell_what_next(args, data, info, actual, probabilities)
-    return right / len(actual)
+    return float((probabilities.argmax(1) == actual).mean())
 
 
 def tell_what_next(args, data, info, actual, probabilities):
@@ -950,23 +1059,19 @@ def tell_what_next(args, data, info, actual, probabilities):
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
     lines.append(f"    python webcam.py {shlex.quote(name)}")
+    if args.cache_dir:
+        stats = [path.stat() for path in args.cache_dir.iterdir()]
+        size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
+        lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
+        lines.append(f"    rm -r {shlex.quote(utils.escape(args.cache_dir))}")
     print("\n".join(lines), file=sys.stderr)
 
 
-def predict_pictures(model, store, indices):
+def predict_pictures(model, store, rows):
     """Return the probabilities (n, classes) that a compiled whole model gives for rows of the picture store."""
-    chunks = [indices[i : i + PASS_BATCH] for i in range(0, len(indices), PASS_BATCH)]
+    chunks = [rows[i : i + PASS_BATCH] for i in range(0, len(rows), PASS_BATCH)]
     shown = utils.progress(chunks, len(chunks), "scoring")
     return np.concatenate([utils.predict(model, store.rows[chunk], PASS_BATCH) for chunk in shown])
-
-
-def prediction_rows(args, data, indices, probabilities):
-    """Return rows of PREDICTION_COLUMNS: file below data_dir, actual, predicted, probability with six decimals."""
-    rows = []
-    for i, p in zip(indices, probabilities):
-        name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
-        rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
-    return rows
 
 
 # ---------------------------------------------------------------- stop and go on
@@ -981,7 +1086,8 @@ def settings_of(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show."""
     names = ("validation_split", "group_by_folder", "seed", "heavy_augmentation", "unfreeze", "class_weight", "float32")
     settings = {name: getattr(args, name) for name in names}
-    return settings | recipe | {"image_size": data.store.rows.shape[1], "classes": data.labels}
+    return settings | recipe | {"image_size": data.store.rows.shape[1], "classes": data.labels,
+                                "processes": args.processes}  # fmt: skip
 
 
 def file_list(args, data):
@@ -1023,7 +1129,7 @@ def read_state(args):
         utils.say("nothing to resume: starting from the beginning")
         return None
     state = utils.parse_json(facts, utils.read_capped(facts, utils.MAX_JSON * 10))
-    kinds = {"round": int, "made": int, "stale": int, "best": dict, "history": list, "settings": dict,
+    kinds = {"round": int, "stale": int, "best": dict, "history": list, "settings": dict,
              "number_format": str, "weights": str, "numbers": int}  # fmt: skip
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
@@ -1068,18 +1174,74 @@ def remove_state(prefix):
         path.unlink()
 
 
+# ---------------------------------------------------------------- several processes
+
+
+def end_with_parent():
+    """Wait, in a thread, until the parent's end of the pipe is closed, by a kill say; then end this process."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def find_processes(args):
+    """Set args.process and args.processes: which of how many processes of one run this is. Raises UserError."""
+    args.process, args.processes = 0, 1
+    if args.evaluate or args.dry_run or not os.environ.get(f"{MACHINES}NUM_PROCESSES"):
+        return
+    try:
+        args.processes = int(os.environ[f"{MACHINES}NUM_PROCESSES"])
+        args.process = int(os.environ[f"{MACHINES}PROCESS_ID"])
+        known = 0 <= args.process < args.processes and os.environ[f"{MACHINES}JOB_ADDRESSES"]
+    except (KeyError, ValueError):
+        known = False
+    if not known:
+        raise utils.UserError(f"{MACHINES}NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES: set all three, see the README")
+    if args.processes > 1 and os.environ.get("KERAS_BACKEND") != "jax":
+        raise utils.UserError("several processes need JAX: `pip install jax`, and set KERAS_BACKEND=jax")
+
+
+def exchange(args, value):
+    """Return what every process gave, plain data, as a list in their order. All of them must call it."""
+    if args.processes == 1:
+        return [value]
+    utils.import_keras()
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(json.dumps(value).encode(), "uint8")
+    sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
+    rows = multihost_utils.process_allgather(np.resize(data, max(sizes)))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def watch(args):
+    """Run this process's part of the work as a child; return its exit code.
+
+    JAX ends its process from C++ when another one is gone: somebody has to be left to say so. The child ends
+    with its parent, whose end of a pipe is then closed. Raises UserError.
+    """
+    child = subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, env=os.environ | {utils.CHILD: "1"})
+    while True:
+        try:
+            code = child.wait()
+            break
+        except KeyboardInterrupt:  # the child has it too, and says what is to be said
+            continue
+    if code in (0, 1, 3, 130):
+        return code
+    raise utils.UserError(LOST)
+
+
 # ---------------------------------------------------------------- the program
 
 
 def evaluate(args):
     """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
     model, info = utils.load_model(args.model)
-    utils.compiled(model)
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
     files = find_files(args.data_dir)
     store = open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
-    pictures, skipped = read_pictures(files, side, store)
+    pictures, skipped = read_pictures(args, files, side, store)
     strange = sorted({p.label for p in pictures} - set(labels))
     if strange and "unknown" not in labels:
         raise utils.UserError(f"{', '.join(strange)}: classes that the model does not know: remove these folders")
@@ -1087,20 +1249,14 @@ def evaluate(args):
         raise utils.UserError(f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class")
     utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
     actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
-    indices = np.arange(len(pictures))
-    data = Data(pictures, store, None, indices, labels, actual, None)
-    probabilities = predict_pictures(model, store, indices)
-    right = int((probabilities.argmax(1) == actual).sum())
-    low, high = interval(right, len(actual))
-    line = f"accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
-    utils.say(f"evaluate: {line}, 95% interval {low:.4f} to {high:.4f}")
-    rows = prediction_rows(args, data, indices, probabilities)
+    data = Data(pictures, store, None, None, np.arange(len(pictures)), labels, actual, None)
+    probabilities, _, rows, title = score_saved(args, model, data, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
-    title = f"{utils.escape(Path(args.model).name)} on {utils.escape(args.data_dir.name)}: {line}"
     utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    picture = store.rows.__getitem__
-    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1), picture)
-    return gate(args, right / len(actual))
+    predicted = probabilities.argmax(1)
+    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, predicted,
+                      lambda i: store.rows[pictures[i].row])  # fmt: skip
+    return gate(args, (predicted == actual).mean())
 
 
 def gate(args, accuracy):
@@ -1136,8 +1292,9 @@ def train(args):
     if state and state["weights"] != nets.source:
         raise utils.UserError(f"--resume: the interrupted run had other --weights ({utils.escape(state['weights'])})")
     state = train_rounds(run, state)
-    accuracy = report(run, state)
-    remove_state(args.model)
+    accuracy = exchange(args, None if args.process else report(run, state))[0]
+    if args.process == 0:
+        remove_state(args.model)
     for line in warnings:
         utils.warn(line)
     return gate(args, accuracy)
@@ -1145,20 +1302,39 @@ def train(args):
 
 def main():
     args = parse_arguments()
+    if args.processes > 1:
+        if utils.CHILD not in os.environ:
+            return watch(args)
+        threading.Thread(target=end_with_parent, daemon=True).start()
+    if args.process:
+        sys.stdout = open(os.devnull, "w")
     try:
         if args.evaluate:
             return evaluate(args)
         if args.dry_run:
             return summarise(args)
+        if args.process:
+            return train(args)
         check_outputs(args)
-        with utils.only_run(f"{args.model}.lock"):
+        with contextlib.ExitStack() as locks:
+            for path in (f"{args.model}.lock", *([args.cache_dir / "cache.lock"] if args.cache_dir else [])):
+                locks.enter_context(utils.only_run(path))
             remove_unfinished(args.model)
             return train(args)
     except KeyboardInterrupt:
         if not args.evaluate and not args.dry_run and state_files(args.model)[0].exists():
             print("The best whole round is saved; the same command with --resume goes on.", file=sys.stderr)
         raise
+    except RuntimeError as error:  # what JAX raises when a connection breaks
+        if args.processes == 1:
+            raise
+        raise utils.UserError(f"{LOST} ({utils.escape(error)[:100]})") from None
 
 
 if __name__ == "__main__":
-    utils.run(main)
+    try:
+        utils.run(main)
+    except SystemExit as end:
+        if end.code and utils.CHILD in os.environ:  # JAX would first wait for the others, who may be gone
+            os._exit(end.code)
+        raise

@@ -44,6 +44,7 @@ MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and would not f
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
+CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
@@ -231,21 +232,26 @@ def list_files(root):
     """Return the files below the folder `root`, any depth, sorted, as paths.
 
     Left out: dot files and dot folders, what systems leave behind, links that leave `root` or loop.
+    A folder that is reached twice keeps its own name: links are followed last.
     """
-    root = Path(root)
-    if not root.is_dir():
-        return []
-    inside, found, seen = root.resolve(), [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True, onerror=lambda error: warn(advice(error))):
-        real = Path(folder).resolve()
+    inside, found, seen = Path(root).resolve(), [], set()
+    folders, links = [Path(root)] if Path(root).is_dir() else [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
         if real in seen or not real.is_relative_to(inside):
-            subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not is_ignored(name))
-        for name in files:
-            path = Path(folder, name)
-            if not is_ignored(name) and (not path.is_symlink() or path.resolve().is_relative_to(inside)):
+        try:
+            entries = sorted((e for e in os.scandir(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+        except OSError as error:
+            warn(advice(error))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(path)
+            elif not entry.is_symlink() or path.resolve().is_relative_to(inside):
                 found.append(path)
     return sorted(found)
 
@@ -304,14 +310,31 @@ def write_csv(path, header, rows):
 # ---------------------------------------------------------------- pictures
 
 
+def read_picture(path):
+    """Read a picture file. Returns (its bytes, a PIL image of which only the header has been read).
+
+    Raises PictureError with the reason for whatever gives no picture, unreadable files included.
+    """
+    try:
+        if not path.is_file():  # a named pipe would wait for ever
+            raise PictureError("not a file" if path.exists() else "no such file")
+        with open(path, "rb") as file:
+            open_picture(file)  # a film of gigabytes is not read to its end
+            file.seek(0)
+            data = file.read()
+        return data, open_picture(data)
+    except OSError as error:
+        raise PictureError(error.strerror or str(error)) from None
+
+
 def open_picture(data):
     """Open the first frame of a picture file.
 
-    data: the bytes of the file. Returns a PIL image of which only the header has been read.
+    data: the bytes of the file, or the open file. Returns a PIL image of which only the header has been read.
     Raises PictureError for what is no picture of a known format, or has over MAX_PIXELS pixels.
     """
     with picture_errors():
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise PictureError(f"larger than {MAX_PIXELS:,} pixels")
         return image
@@ -400,23 +423,25 @@ def turned(image):
     return image.transpose(turns[orientation]) if orientation in turns else image
 
 
-def crop_square(pixels, center_x, center_y, side):
+def crop_square(picture, center_x, center_y, side):
     """Cut a square out of a picture.
 
-    pixels: uint8 (height, width, 3); centre and side in pixels, fractions are rounded to whole ones.
+    picture: a PIL image, or uint8 (height, width, 3); centre and side in pixels, fractions are rounded to whole ones.
     A square that leaves the picture is shifted inside if it fits, else padded with the edge pixels.
     Returns uint8 (n, n, 3) with n = round(side), at least 1.
     """
-    n = max(1, round(side))
+    n, is_image = max(1, round(side)), isinstance(picture, Image.Image)
+    width, height = picture.size if is_image else picture.shape[1::-1]
     spans, pads = [], []
-    for center, size in ((center_y, pixels.shape[0]), (center_x, pixels.shape[1])):
+    for center, size in ((center_y, height), (center_x, width)):
         start = round(center - n / 2)
         if n <= size:
             start = min(max(start, 0), size - n)
         first, last = min(max(start, 0), size - 1), max(min(start + n, size), 1)
-        spans.append(slice(first, last))
+        spans.append((first, last))
         pads.append((first - start, start + n - last))
-    cut = pixels[spans[0], spans[1]]
+    (top, bottom), (left, right) = spans
+    cut = np.asarray(picture.crop((left, top, right, bottom))) if is_image else picture[top:bottom, left:right]
     return np.pad(cut, [*pads, (0, 0)], mode="edge") if any(map(any, pads)) else cut
 
 
@@ -439,9 +464,14 @@ def import_keras():
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         logging.getLogger("absl").setLevel("ERROR")
         try:
-            with stderr_aside():
+            with output_aside():
                 import keras
 
+                if CHILD in os.environ:
+                    import jax
+
+                    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+                    keras.distribution.initialize()
                 keras.ops.zeros(1)  # what the first operation has to say is said here
         except (ImportError, ValueError) as error:  # ValueError: no such backend
             raise UserError(
@@ -454,16 +484,18 @@ def import_keras():
 
 
 @contextlib.contextmanager
-def stderr_aside():
-    """Send file descriptor 2 nowhere while libraries in C++ introduce themselves."""
-    sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def output_aside():
+    """Send stdout and stderr nowhere while libraries in C++ introduce themselves."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept, nowhere = {fd: os.dup(fd) for fd in (1, 2)}, os.open(os.devnull, os.O_WRONLY)
+    for fd in kept:
+        os.dup2(nowhere, fd)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for fd, copy in kept.items():
+            os.dup2(copy, fd)
+            os.close(copy)
         os.close(nowhere)
 
 

@@ -39,9 +39,9 @@ def one_way(way, args):
     if way == "end to end":
         run = end_to_end(run)
     model, ring, data = run.nets.fast.top, run.rings.views, run.data
-    epochs, batch_size = run.recipe["round_epochs"], run.recipe["batch_size"]
-    steps = args.rounds * epochs * -(-len(data.train) // batch_size)
-    train.prepare(model, steps, train.ROUND_RATE, steps // 10)
+    epochs = run.recipe["round_epochs"]
+    steps = args.rounds * epochs * train.epoch_size(run)[0]
+    train.prepare(run, model, steps, train.ROUND_RATE, steps // 10)
     losses, seconds, step = [], [], model.train_on_batch
 
     def noted(*batch):
@@ -58,7 +58,7 @@ def one_way(way, args):
                 args.seed, window, lambda i, v: ring.slots[train.view_key(data.pictures, i, v)], number, epoch
             )
             clock = time.perf_counter()
-            train.train_epoch(model, ring.features.rows, pairs, targets, data.weights, batch_size)
+            train.train_epoch(run, model, ring.features.rows, pairs, targets, "epoch")
             seconds.append((time.perf_counter() - clock) / len(pairs))
     right = int((train.score(start)[0].argmax(1) == data.targets[data.validation]).sum())
     speed = 1 / float(np.median(seconds[1:]))  # the first epoch compiles

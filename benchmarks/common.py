@@ -1,11 +1,21 @@
-"""What the benchmarks share: the machine in one line, a table, a train.py run set up as train.py does it."""
+"""What the benchmarks share: the machine in one line, a table, timed runs of commands, the split, two yardsticks."""
 
+import collections
 import os
 import platform
+import re
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -38,10 +48,120 @@ def print_table(header, rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
+# ---------------------------------------------------------------- commands
+
+Outcome = collections.namedtuple("Outcome", "lines seconds peak")  # [(seconds, line of stdout)], all, MB
+
+
+def train_py(data_dir, *options):
+    """Return the command that runs train.py in a process of its own, prefix `m` in the current folder."""
+    return [sys.executable, str(ROOT / "train.py"), str(data_dir), "m", *map(str, options)]
+
+
+def run_command(command, folder=None, field="RssAnon", **more):
+    """Run a command to its end, start-up included. Returns an Outcome; ends the benchmark if the command fails.
+
+    field: which line of /proc/PID/status is watched, summed over the process and its children (Linux; else 0).
+    """
+    start, peaks = time.monotonic(), [0.0]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", **more
+        )
+
+        def watch():
+            while process.poll() is None:
+                peaks.append(memory(process.pid, field))
+                time.sleep(0.05)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        lines = [(time.monotonic() - start, line.rstrip()) for line in process.stdout]
+        process.wait()
+        seconds = time.monotonic() - start
+        watcher.join()
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"failed: {' '.join(map(str, command))}\n{errors.read()[-2000:]}")
+    return Outcome(lines, seconds, max(peaks))
+
+
+def memory(pid, field):
+    """Return a field of /proc/PID/status in MB, summed over the process and its children; 0 when it has ended."""
+    try:
+        status, tasks = Path(f"/proc/{pid}/status").read_text(), Path(f"/proc/{pid}/task").iterdir()
+        children = [child for task in tasks for child in (task / "children").read_text().split()]
+    except OSError:
+        return 0.0
+    own = sum(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(f"{field}:"))
+    return own + sum(memory(child, field) for child in children)
+
+
+def accuracies(outcome):
+    """Return [(seconds, validation accuracy)] from the lines of train.py, or others that print `epoch N: …` like it."""
+    found = [(s, re.match(r"(?:round|epoch) \d+: validation accuracy (\S+)", line)) for s, line in outcome.lines]
+    return [(seconds, float(match[1])) for seconds, match in found if match]
+
+
+def time_to(curve, target):
+    """Return after how many seconds a curve [(seconds, accuracy)] first has the target, None if never."""
+    return next((seconds for seconds, accuracy in curve if accuracy >= target), None)
+
+
+def reached(times):
+    """Return median and spread of times as text, or in how many runs the goal was never reached (None)."""
+    missed = times.count(None)
+    return f"not reached in {missed} of {len(times)}" if missed else spread(times, 1)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def train_arguments(data_dir, folder, *options):
+    """Return what train.py makes of a command line, prefix `m` in `folder`."""
+    sys.argv = ["train.py", str(data_dir), str(Path(folder) / "m"), *map(str, options)]
+    return train.parse_arguments()
+
+
+def divide(data_dir, folder, *options):
+    """Link the pictures into folder/train/<class>/ and folder/validation/<class>/, divided as train.py does it."""
+    data = train.read_data(train_arguments(data_dir, folder, "--dry-run", *options), 75)
+    for part, indices in (("train", data.train), ("validation", data.validation)):
+        for i in indices:
+            picture = data.pictures[i]
+            link(picture.path, Path(folder, part, picture.label, f"{i:06d}{picture.path.suffix.lower()}"))
+
+
+def link(source, target):
+    """Give a file a second name, or copy it where the file system allows none."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy(source, target)
+
+
+def read_folder(folder, side):
+    """Decode the pictures below folder/<class>/ as train.py does.
+
+    Returns uint8 (n, side, side, 3), labels (n,), paths (n,); what gives no picture is left out.
+    """
+    files = train.find_files(Path(folder))
+    pictures = utils.in_order(lambda item: train.read_picture(item[0], side)[0], files)
+    found = [(picture, label, path) for picture, (path, label) in zip(pictures, files) if picture is not None]
+    pixels, labels, paths = zip(*found)
+    return np.stack(pixels), np.array(labels), paths
+
+
+def random_weights(path):
+    """Save the random weights of InceptionV3 without its top: speed and memory do not depend on what it learned."""
+    keras = utils.import_keras()
+    keras.applications.InceptionV3(weights=None, include_top=False, input_shape=(75, 75, 3)).save_weights(path)
+
+
 def set_up(data_dir, folder, *options):
     """Read data and build networks and rings as train.py does; prefix `m` in `folder`. Returns its Run."""
-    sys.argv = ["train.py", str(data_dir), str(Path(folder) / "m"), *map(str, options)]
-    args = train.parse_arguments()
+    args = train_arguments(data_dir, folder, *options)
     path, _ = train.find_weights(args)
     recipe = train.FROM_SCRATCH if path is None else train.FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in recipe.items()}
@@ -50,3 +170,45 @@ def set_up(data_dir, folder, *options):
     data = train.read_data(args, side)
     nets = train.build_networks(args, path, len(data.labels), side, None)
     return train.Run(args, recipe, data, nets, train.open_rings(args, data, nets, recipe))
+
+
+# ---------------------------------------------------------------- yardsticks
+
+
+def nearest_neighbour(pixels, targets, fit, held):
+    """Return the accuracy of the nearest neighbour on 16 x 16 thumbnails of uint8 squares.
+
+    targets: class numbers (n,). fit, held: indices of the pictures to compare with, and of those to score.
+    """
+    small = [np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BOX)) for square in pixels]
+    small = np.stack(small).reshape(len(small), -1).astype("float32")
+    distance = (small[held] ** 2).sum(1)[:, None] - 2 * small[held] @ small[fit].T + (small[fit] ** 2).sum(1)
+    return float((targets[fit][distance.argmin(1)] == targets[held]).mean())
+
+
+def pooled_features(weights, layer, pixels):
+    """Return average-pooled features of a layer of the frozen network for uint8 squares, float64 (n, channels)."""
+    keras = utils.import_keras()
+    base = keras.applications.InceptionV3(weights=str(weights), include_top=False, input_shape=pixels.shape[1:])
+    pooled = keras.layers.GlobalAveragePooling2D()(base.get_layer(layer).output)
+    inputs = keras.Input(pixels.shape[1:])
+    scaled = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+    model = utils.compiled(keras.Model(inputs, keras.Model(base.input, pooled)(scaled)))
+    return utils.predict(model, pixels, 64).astype("float64")
+
+
+def ridge_readout(features, targets, fit, held):
+    """Return the accuracy of a ridge regression on features (n, channels), its strength chosen within `fit`."""
+    mean, scale = features[fit].mean(0), features[fit].std(0) + 1e-6
+    features = np.c_[(features - mean) / scale, np.ones(len(features))]
+    hot = np.eye(targets.max() + 1)[targets] - 1 / (targets.max() + 1)
+
+    def accuracy(use, test, strength):
+        gram = features[use] @ features[use].T + strength * np.eye(len(use))
+        weights = features[use].T @ np.linalg.solve(gram, hot[use])
+        return float(((features[test] @ weights).argmax(1) == targets[test]).mean())
+
+    inner = np.random.default_rng(0).permutation(fit)
+    part = len(inner) * 3 // 4
+    best = max((accuracy(inner[:part], inner[part:], s), s) for s in 10.0 ** np.arange(1, 6))
+    return accuracy(fit, held, best[1])

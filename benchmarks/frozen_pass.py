@@ -30,7 +30,8 @@ def augmentation(run, count):
     """Return core-seconds a view, in one thread."""
     start = time.thread_time()
     for index, view in train.training_views(7, run.data.train, 0, count):
-        train.make_view(run.data.store.rows[index], run.data.pictures[index].digest, view, run.args)
+        picture = run.data.pictures[index]
+        train.make_view(run.data.store.rows[picture.row], picture.digest, view, run.args)
     return (time.thread_time() - start) / count
 
 
@@ -39,7 +40,9 @@ def main():
     folder = tempfile.TemporaryDirectory()
     run = set_up(data_dir, folder.name, "--weights", weights, *sys.argv[3:])
     trunk, n = run.nets.fast.trunk, len(run.data.train)
-    pixels = np.stack([run.data.store.rows[i] for i in run.data.train[: train.PASS_BATCH]]).astype("float32")
+    pixels = np.stack(
+        [run.data.store.rows[run.data.pictures[i].row] for i in run.data.train[: train.PASS_BATCH]]
+    ).astype("float32")
     trunk.predict_on_batch(pixels)
     network, walls, augment, passes = [], [], [], []
     for turn in range(RUNS):

@@ -6,15 +6,11 @@ Draws 400 and 4,000 pictures, trains on both with few and many views at 75 px (r
 and prints the largest `RssAnon` from the first picture read to the end. Linux only.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, machine, print_table
+from common import machine, print_table, random_weights, run_command, train_py
 from PIL import Image
 
 
@@ -30,27 +26,8 @@ def draw(folder, count):
 
 def peak(folder, data, weights, views):
     """Train and return the largest RssAnon in MB."""
-    command = [sys.executable, str(ROOT / "train.py"), str(data), "m", "--weights", str(weights), "--image-size", "75",
-               "--rounds", "2", "--round-epochs", "1", "--head-epochs", "2", "--views", str(views)]  # fmt: skip
-    process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    largest = 0
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        found = [int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")]
-        largest = max([largest, *found])
-        time.sleep(0.05)
-    if process.returncode:
-        sys.exit("the run failed")
-    return largest / 1024
-
-
-def random_weights(path):
-    """Save the random weights of InceptionV3 without its top."""
-    program = (
-        "import keras; keras.applications.InceptionV3(weights=None, include_top=False, "
-        f"input_shape=(75, 75, 3)).save_weights({str(path)!r})"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, stderr=subprocess.DEVNULL, env=os.environ)
+    options = "--image-size 75 --rounds 2 --round-epochs 1 --head-epochs 2".split()
+    return run_command(train_py(data, "--weights", weights, "--views", views, *options), folder).peak
 
 
 def main():

@@ -14,40 +14,7 @@ import re
 import tempfile
 
 import numpy as np
-from common import machine, print_table, set_up, train, utils
-from PIL import Image
-
-
-def nearest_neighbour(run):
-    """Return the accuracy of the nearest neighbour on 16 x 16 thumbnails."""
-    small = [np.asarray(Image.fromarray(row).resize((16, 16), Image.Resampling.BOX)) for row in run.data.store.rows]
-    small, data = np.stack(small).reshape(len(small), -1).astype("float32"), run.data
-    fit, held = small[data.train], small[data.validation]
-    distance = (held**2).sum(1)[:, None] - 2 * held @ fit.T + (fit**2).sum(1)
-    guess = data.targets[data.train][distance.argmin(1)]
-    return float((guess == data.targets[data.validation]).mean())
-
-
-def ridge_readout(run, layer):
-    """Return the accuracy of a ridge regression on pooled features of a layer, its strength chosen in training."""
-    keras, data = utils.import_keras(), run.data
-    pooled = keras.layers.GlobalAveragePooling2D()(run.nets.network.get_layer(layer).output)
-    model = utils.compiled(keras.Model(run.nets.network.input, pooled))
-    features = train.predict_pictures(model, data.store, np.arange(len(data.pictures))).astype("float64")
-    fit, targets = features[data.train], data.targets
-    mean, scale = fit.mean(0), fit.std(0) + 1e-6
-    features = np.c_[(features - mean) / scale, np.ones(len(features))]
-    hot = np.eye(len(data.labels))[targets] - 1 / len(data.labels)
-
-    def accuracy(use, test, strength):
-        gram = features[use] @ features[use].T + strength * np.eye(len(use))
-        weights = features[use].T @ np.linalg.solve(gram, hot[use])
-        return float(((features[test] @ weights).argmax(1) == targets[test]).mean())
-
-    inner = np.random.default_rng(0).permutation(data.train)
-    half = len(inner) * 3 // 4
-    best = max((accuracy(inner[:half], inner[half:], s), s) for s in 10.0 ** np.arange(1, 6))
-    return accuracy(data.train, data.validation, best[1])
+from common import machine, nearest_neighbour, pooled_features, print_table, ridge_readout, set_up, train
 
 
 def main():
@@ -62,8 +29,12 @@ def main():
             output = io.StringIO()
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
                 run = set_up(data_dir, folder, "--weights", weights, "--seed", seed, *options)
-                cut = f"mixed{10 - run.args.unfreeze}"
-                row = [nearest_neighbour(run), ridge_readout(run, "mixed5"), ridge_readout(run, cut)]
+                data = run.data
+                pixels = np.stack([data.store.rows[picture.row] for picture in data.pictures])
+                row = [nearest_neighbour(pixels, data.targets, data.train, data.validation)]
+                for layer in ("mixed5", f"mixed{10 - run.args.unfreeze}"):
+                    features = pooled_features(weights, layer, pixels)
+                    row.append(ridge_readout(features, data.targets, data.train, data.validation))
                 train.train_rounds(run, None)
             rounds = re.findall(r"^round \d+: validation accuracy (\S+)", output.getvalue(), re.M)
             rows.append([*row, max(map(float, rounds))])

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import stat
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import train
+import utils
 
 
 def dry_run(run_script, data, *options):
@@ -105,7 +107,7 @@ def test_control_characters_in_class_names_never_reach_the_terminal(run_script, 
 def pictures_of(spec):
     """Make a list of Pictures from [(class, folder, content)]."""
     return [
-        train.Picture(Path("data", label, folder, f"{n}.png"), label, hashlib.sha256(content.encode()).digest(), b"")
+        train.Picture(Path("data", label, folder, f"{n}.png"), label, hashlib.sha256(content.encode()).digest(), b"", n)
         for n, (label, folder, content) in enumerate(spec)
     ]
 
@@ -273,3 +275,26 @@ def test_temperature_mends_what_is_too_sure():
 )
 def test_the_interval_is_exact(right, total, low, high):
     assert train.interval(right, total) == pytest.approx([low, high], abs=1e-4)
+
+
+def test_a_link_that_sorts_first_does_not_take_the_pictures_of_a_class(run_script, make_classes, tmp_path):
+    data = make_classes(red=3, green=3)
+    (data / "aaa").symlink_to(data / "red", target_is_directory=True)
+    done = dry_run(run_script, data)
+    assert "images: 4 train, 2 validation, 2 classes, 0 skipped" in done.stdout, done.stderr
+    assert utils.list_files(data)[0].parent.name == "green"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_named_pipe_is_listed_and_nothing_waits_for_it(run_script, make_classes):
+    data = make_classes(red=3, green=3)
+    os.mkfifo(data / "red" / "pipe.png")
+    done = dry_run(run_script, data)
+    assert done.returncode == 0 and "pipe.png: skipped: not a file" in done.stderr
+
+
+def test_one_name_in_two_spellings_is_one_class(run_script, make_classes):
+    names = [unicodedata.normalize(form, "Köln") for form in ("NFC", "NFD")]
+    assert len(set(names)) == 2
+    data = make_classes(**dict.fromkeys([*names, "red"], 3))
+    assert "2 classes" in dry_run(run_script, data).stdout

@@ -1,5 +1,6 @@
 """train.py for real: short runs on small pictures, the files they leave, and what plain Keras makes of them."""
 
+import argparse
 import csv
 import json
 import re
@@ -70,11 +71,11 @@ def test_the_files(scratch_run):
 
 def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
     folder, done = scratch_run
-    args = train.parse_arguments.__globals__["argparse"].Namespace(
+    args = argparse.Namespace(
         data_dir=folder / "data", model=str(folder / "model"), dry_run=False, group_by_folder=False,
-        validation_split=0.2, seed=1337, class_weight=False)  # fmt: skip
+        validation_split=0.2, seed=1337, class_weight=False, process=0, processes=1)  # fmt: skip
     data = train.read_data(args, 75)
-    np.save(folder / "pixels.npy", data.store.rows[data.validation])
+    np.save(folder / "pixels.npy", data.store.rows[[data.pictures[i].row for i in data.validation]])
     np.save(folder / "actual.npy", data.targets[data.validation])
     plain = run_process("-c", folder, PLAIN_KERAS)
     (folder / "pixels.npy").unlink(), (folder / "actual.npy").unlink()
