@@ -47,6 +47,7 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
 FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=2, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
+LEAST_STEPS = dict(head_epochs=200, round_epochs=30)  # of fine-tuning: small sets get more epochs to have as many
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 7e-4  # peak for the top blocks; higher jumps about in the first rounds, lower needs more of them
@@ -90,39 +91,27 @@ Run = collections.namedtuple("Run", "args recipe data nets rings")
 
 
 def parse_arguments():
-    """Read the command line; settings that depend on the kind of training are filled in here."""
+    """Read the command line. Options whose default depends on the kind of training are absent unless given."""
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
         epilog="example: python train.py people model --heavy-augmentation --rounds 10",
     )
-    option = parser.add_argument
-    option("data_dir", type=Path, help="a folder with a folder of pictures for each class")
-    option("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
-    option(
-        "--weights",
-        default="auto",
-        help="where to start: auto, imagenet, none, or a notop weights FILE (default: %(default)s)",
-    )
-    option("--image-size", type=utils.number(int, 75, 1024), help="side in pixels (default: 224; 96 from scratch)")
-    option(
-        "--validation-split",
-        type=share,
-        default=0.2,
-        help="share of each class kept for validation (default: %(default)s)",
-    )
-    option(
-        "--group-by-folder",
-        action="store_true",
-        help="keep files of one folder on one side of the split (default: off)",
-    )
-    option(
-        "--seed",
-        type=utils.number(int, 0, 2**31),
-        default=1337,
-        help="same seed, same split and result (default: %(default)s)",
-    )
-    option("--heavy-augmentation", action=argparse.BooleanOptionalAction, default=heavy_augmentation,
-           help="turn, shift, zoom, tint and flip; or only shift and flip (default: %(default)s)")  # fmt: skip
+    parser.add_argument("data_dir", type=Path, help="a folder with a folder of pictures for each class")
+    parser.add_argument("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
+
+    def option(name, text, shown="%(default)s", **settings):
+        parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **settings)
+
+    def flag(name, text):
+        option(name, text, "off", action="store_true")
+
+    option("weights", "where to start: auto, imagenet, none, or a notop weights FILE", default="auto")
+    option("image-size", "side in pixels", "224; 96 from scratch", type=utils.number(int, 75, 1024))
+    option("validation-split", "share of each class kept for validation", type=share, default=0.2)
+    flag("group-by-folder", "keep files of one folder on one side of the split")
+    option("seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337)
+    option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip", default=heavy_augmentation,
+           action=argparse.BooleanOptionalAction)  # fmt: skip
     for name, text, low in (
         ("head-epochs", "epochs for the new dense layers", 1),
         ("rounds", "rounds of fine-tuning", 0),
@@ -132,26 +121,18 @@ def parse_arguments():
         ("batch-size", "pictures a training step", 1),
     ):
         key = name.replace("-", "_")
-        text += f" (default: {FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch)"
-        option(f"--{name}", type=utils.number(int, low, 10**6), help=text, default=argparse.SUPPRESS)
-    option(
-        "--unfreeze",
-        type=utils.number(int, 0, 10),
-        default=UNFREEZE,
-        help="how many top inception blocks are fine-tuned (default: %(default)s)",
-    )
-    option("--cache-dir", type=Path, help="keep the cache here for the next run (default: a temporary file)")
-    option("--cache-gb", type=positive, default=CACHE_GB, help="how large the cache may be (default: %(default)s)")
-    option("--float32", action="store_true", help="never use bfloat16, faster or not (default: off)")
-    option("--class-weight", action="store_true", help="weigh classes by 1/frequency (default: off)")
-    option(
-        "--resume", action="store_true", help="go on from the last whole round after a stop or a kill (default: off)"
-    )
-    option(
-        "--evaluate", action="store_true", help="no training: score the saved model on all of data_dir (default: off)"
-    )
-    option("--min-accuracy", type=share, help="exit 3 if the best validation accuracy is lower (default: none)")
-    option("--dry-run", action="store_true", help="read and summarise the data, write nothing (default: off)")
+        small = ", more on small sets" if key in LEAST_STEPS else ""
+        shown = f"{FINE_TUNING[key]}{small}; {FROM_SCRATCH[key]} from scratch"
+        option(name, text, shown, type=utils.number(int, low, 10**6), default=argparse.SUPPRESS)
+    option("unfreeze", "how many top inception blocks are fine-tuned", type=utils.number(int, 0, 10), default=UNFREEZE)
+    option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
+    option("cache-gb", "how large the cache may be", type=positive, default=CACHE_GB)
+    flag("float32", "never use bfloat16, faster or not")
+    flag("class-weight", "weigh classes by 1/frequency")
+    flag("resume", "go on from the last whole round after a stop or a kill")
+    flag("evaluate", "no training: score the saved model on all of data_dir")
+    option("min-accuracy", "exit 3 if the best validation accuracy is lower", "none", type=share)
+    flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
     find_processes(args)
     return args
@@ -1272,6 +1253,17 @@ def summarise(args):
     read_data(args, args.image_size or 75)
 
 
+def make_recipe(args, scratch, count):
+    """Return the recipe for `count` training pictures: what the options say, else the defaults. A dict."""
+    defaults = FROM_SCRATCH if scratch else FINE_TUNING
+    recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
+    for name, least in LEAST_STEPS.items():
+        if name not in args and not scratch:
+            recipe[name] = max(recipe[name], -(-least // -(-count // recipe["batch_size"])))
+    recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
+    return recipe
+
+
 def train(args):
     """The whole way: folder → pictures → split → networks → rounds → report. Returns the exit code."""
     path, warnings = find_weights(args)
@@ -1280,11 +1272,9 @@ def train(args):
     scratch = path is None
     if scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
-    recipe = FROM_SCRATCH if scratch else FINE_TUNING
-    recipe = {name: getattr(args, name, value) for name, value in recipe.items()}
-    recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
     state = read_state(args) if args.resume else None
     data = read_data(args, args.image_size or (96 if scratch else 224))
+    recipe = make_recipe(args, scratch, len(data.train))
     if state:
         check_state(args, state, recipe, data)
     nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])

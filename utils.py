@@ -16,8 +16,10 @@ import json
 import logging
 import os
 import sqlite3
+import stat
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 import warnings
@@ -41,6 +43,7 @@ except ImportError as missing:
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and would not fit into 2 GB decoded
+LARGE_FILE = 2**25  # bytes: what is larger may be a film, and is not read before its beginning was looked at
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
@@ -64,6 +67,7 @@ INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
+tqdm.tqdm.set_lock(threading.RLock())  # its own lock between processes would outlive ours
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
 
@@ -80,12 +84,14 @@ class PictureError(Exception):
 
 def say(text):
     """Print one line on stdout at once, so that a program reading it never waits."""
-    print(text, flush=True)
+    put = tqdm.tqdm.write if sys.stdout.isatty() else print  # on a terminal a progress bar makes room for the line
+    put(text)
+    sys.stdout.flush()
 
 
 def warn(text):
     """Print one line on stderr that begins `warning: `."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    tqdm.tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def escape(name):
@@ -316,11 +322,13 @@ def read_picture(path):
     Raises PictureError with the reason for whatever gives no picture, unreadable files included.
     """
     try:
-        if not path.is_file():  # a named pipe would wait for ever
-            raise PictureError("not a file" if path.exists() else "no such file")
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # a named pipe would wait for ever
+            raise PictureError("not a file")
         with open(path, "rb") as file:
-            open_picture(file)  # a film of gigabytes is not read to its end
-            file.seek(0)
+            if facts.st_size > LARGE_FILE:
+                open_picture(file)
+                file.seek(0)
             data = file.read()
         return data, open_picture(data)
     except OSError as error:

@@ -163,11 +163,9 @@ def set_up(data_dir, folder, *options):
     """Read data and build networks and rings as train.py does; prefix `m` in `folder`. Returns its Run."""
     args = train_arguments(data_dir, folder, *options)
     path, _ = train.find_weights(args)
-    recipe = train.FROM_SCRATCH if path is None else train.FINE_TUNING
-    recipe = {name: getattr(args, name, value) for name, value in recipe.items()}
-    recipe["fresh"] = recipe["round_epochs"] if path is None else 1
     side = args.image_size or (96 if path is None else 224)
     data = train.read_data(args, side)
+    recipe = train.make_recipe(args, path is None, len(data.train))
     nets = train.build_networks(args, path, len(data.labels), side, None)
     return train.Run(args, recipe, data, nets, train.open_rings(args, data, nets, recipe))
 

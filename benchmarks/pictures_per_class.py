@@ -40,7 +40,7 @@ def parse_arguments():
     parser.add_argument("data_dirs", nargs="+", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--counts", default="5,10,20,50", help="pictures a class (default: %(default)s; then all)")
+    parser.add_argument("--counts", default="5,10,20,50,all", help="pictures a class (default: %(default)s)")
     parser.add_argument("--figure", help="PNG to draw (default: none)")
     return parser.parse_known_args()
 
@@ -73,7 +73,8 @@ def one_set(args, data_dir, options):
     classes, targets = np.unique(labels, return_inverse=True)
     features = [pooled_features(args.weights, layer, pixels) for layer in ("mixed5", "mixed8")]
     most = np.bincount(targets).max()
-    counts = [count for count in map(int, args.counts.split(",")) if count < most * 4 // 5] + [most]
+    counts = [most if count == "all" else int(count) for count in args.counts.split(",")]
+    counts = [count for count in counts if count == most or count < most * 4 // 5]
     found, sizes = defaultdict(list), {}
     for seed in range(1, args.seeds + 1):
         held, lots = draw_lots(labels, counts, seed)
