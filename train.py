@@ -47,7 +47,8 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
 FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=2, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
-LEAST_STEPS = dict(head_epochs=200, round_epochs=30)  # of fine-tuning: small sets get more epochs to have as many
+LEAST_STEPS = dict(head_epochs=120, round_epochs=40)  # from scratch: small sets get more epochs to have as many;
+# in fine-tuning that made the model too sure of strangers
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 7e-4  # peak for the top blocks; higher jumps about in the first rounds, lower needs more of them
@@ -122,7 +123,7 @@ def parse_arguments():
     ):
         key = name.replace("-", "_")
         small = ", more on small sets" if key in LEAST_STEPS else ""
-        shown = f"{FINE_TUNING[key]}{small}; {FROM_SCRATCH[key]} from scratch"
+        shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch{small}"
         option(name, text, shown, type=utils.number(int, low, 10**6), default=argparse.SUPPRESS)
     option("unfreeze", "how many top inception blocks are fine-tuned", type=utils.number(int, 0, 10), default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
@@ -1258,7 +1259,7 @@ def make_recipe(args, scratch, count):
     defaults = FROM_SCRATCH if scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
     for name, least in LEAST_STEPS.items():
-        if name not in args and not scratch:
+        if name not in args and scratch:
             recipe[name] = max(recipe[name], -(-least // -(-count // recipe["batch_size"])))
     recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
     return recipe

@@ -67,6 +67,7 @@ INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
+tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a Ctrl-C at the wrong moment leaves locked
 tqdm.tqdm.set_lock(threading.RLock())  # its own lock between processes would outlive ours
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
