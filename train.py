@@ -511,6 +511,8 @@ def find_weights(args):
         return Path(args.weights), []
     keras, name = utils.import_keras(), IMAGENET.rpartition("/")[2]
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
+    if not sys.stderr.isatty():
+        keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
     try:
         if not (Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name).exists():
             try_connection(IMAGENET)
@@ -518,6 +520,8 @@ def find_weights(args):
             return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
         reason = utils.escape(error)[:200]
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # Keras's bar has no end of line
     finally:
         socket.setdefaulttimeout(None)
     if args.weights == "imagenet":
@@ -950,8 +954,11 @@ def check_outputs(args):
     if args.cache_dir:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in {folder, Path(), args.cache_dir or folder}:
-        with tempfile.TemporaryFile(dir=place):
-            pass
+        try:
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as error:
+            error.filename = place.resolve()  # not that of a file that nobody knows
+            raise
     for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MOSAICS)):
         if path.exists() and mosaic_owner(path) != args.model:
             raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
@@ -1267,6 +1274,8 @@ def make_recipe(args, scratch, count):
 
 def train(args):
     """The whole way: folder → pictures → split → networks → rounds → report. Returns the exit code."""
+    import cv2  # noqa: F401 - if it is missing, that is said now and not after reading
+
     path, warnings = find_weights(args)
     for line in warnings:
         utils.warn(line)

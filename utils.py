@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import re
 import sqlite3
 import stat
 import sys
@@ -37,8 +38,8 @@ try:
     import tqdm
     from PIL import Image, ImageDraw, ImageFont
     from PIL.PngImagePlugin import PngInfo
-except ImportError as missing:
-    sys.exit(f"error: {missing}: run `pip install -r requirements.txt` in the folder of this script")
+except ImportError as absent:
+    sys.exit(f"error: {absent}: run `pip install -r requirements.txt` in the folder of this script")
 
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
@@ -48,6 +49,7 @@ SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave i
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
+OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")  # as TensorFlow and JAX say it
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
@@ -122,6 +124,14 @@ def advice(error):
     return f"{name}{error.strerror or error}: {hints.get(error.errno, 'check the disk and try again')}"
 
 
+def missing(error):
+    """Return one line for an ImportError: what is missing, and what to do."""
+    remedy = "run `pip install -r requirements.txt` in the folder of this script"
+    if ".so" in str(error):  # OpenCV's, in a bare container
+        remedy = "run `apt-get install libgl1 libglib2.0-0`, or what your system calls these packages"
+    return f"{error}: {remedy}"
+
+
 def run(main):
     """Call a script's `main()` and leave with its exit code.
 
@@ -142,16 +152,18 @@ def run(main):
     except OSError as error:
         print(f"error: {advice(error)}", file=sys.stderr)
         code = 1
-    except MemoryError:
-        print("error: out of memory: close other programs", file=sys.stderr)
-        code = 1
     except ImportError as error:
-        print(f"error: {error}: run `pip install -r requirements.txt`; the README names what a bare system lacks",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {missing(error)}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
+    except Exception as error:  # TensorFlow and JAX have no class in common for it
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+            raise
+        print("error: out of memory: close other programs, or train with a smaller --batch-size or --image-size",
+              file=sys.stderr)  # fmt: skip
+        code = 1
     sys.exit(code)
 
 
@@ -479,6 +491,8 @@ def import_keras():
                 if CHILD in os.environ:
                     import jax
 
+                    hosts = os.environ["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(",")
+                    os.environ.setdefault("no_grpc_proxy", ",".join(host.rpartition(":")[0] for host in hosts))
                     jax.config.update("jax_cpu_collectives_implementation", "gloo")
                     keras.distribution.initialize()
                 keras.ops.zeros(1)  # what the first operation has to say is said here

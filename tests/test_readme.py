@@ -9,7 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import sample_faces
 from conftest import ROOT, run_process
 from PIL import Image
 
@@ -108,15 +107,3 @@ def test_the_first_command_on_a_drawn_set(tmp_path):
             assert float(best[1]) >= 0.9
     for name in ("model.h5", "000.png", "model-report.png", "tagged.mp4", "tags.tsv"):
         assert (tmp_path / name).stat().st_size > 1000
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="shell lines of a Unix system")
-def test_the_lines_for_small_classes(tmp_path):
-    sample_faces.draw_set(tmp_path / "people", 3, 6)
-    small = sorted(path.name for path in (tmp_path / "people").iterdir())[0]
-    (tmp_path / "people" / small).rename(tmp_path / "people" / "small_class")
-    (tmp_path / "people" / "unknown").mkdir()
-    for line in re.findall(r"`((?:mv|rmdir) [^`]*)`", README):
-        subprocess.run(line, shell=True, cwd=tmp_path, check=True)
-    done = run_process(ROOT / "train.py", tmp_path, "people", "model", "--dry-run")
-    assert done.returncode == 0 and "3 classes" in done.stdout
