@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
@@ -40,8 +41,6 @@ def parse_arguments():
 
 def read_film(path, most):
     """Return the first frames of a film, a list of uint8 BGR arrays."""
-    import cv2
-
     capture, frames = cv2.VideoCapture(str(path)), []
     while len(frames) < most and (read := capture.read())[0]:
         frames.append(read[1])
@@ -50,8 +49,6 @@ def read_film(path, most):
 
 def detect_2016(cascade, frame):
     """Search a frame as the tool of 2016 did. Returns [(box, finds)] and the seconds it took."""
-    import cv2
-
     start = time.perf_counter()
     boxes, counts = cascade.detectMultiScale2(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), 1.1, 3, minSize=(30, 30))
     return [(tuple(map(int, box)), int(n)) for box, n in zip(boxes, counts)], time.perf_counter() - start
@@ -59,8 +56,6 @@ def detect_2016(cascade, frame):
 
 def loop_2016(model, side, cascade, frames):
     """As in 2016: detect at full size, one `predict` a face. Returns boxes, seconds, seconds of detection."""
-    import cv2
-
     found, searching, start = [], 0.0, time.perf_counter()
     for frame in frames:
         hits, seconds = detect_2016(cascade, frame)
@@ -74,7 +69,9 @@ def loop_2016(model, side, cascade, frames):
 
 def new_state(model, side, kind):
     """Return webcam.py's state as its `prepare` makes it, with our network."""
-    args = SimpleNamespace(model=None, whole_picture=False, threshold=None, min_face=None, context=2.0, save_faces=None)
+    args = SimpleNamespace(
+        source="0", model=None, whole_picture=False, threshold=None, min_face=None, context=2.0, save_faces=None
+    )
     state = webcam.prepare(args, kind)
     state.model, state.side, state.labels, state.threshold = model, side, [f"person {n}" for n in range(5)], 0.0
     return state
@@ -128,10 +125,10 @@ def paced(model, side, frames):
     with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(state)
     rate = (state.counts["shown"] - 1) / (state.shown[-1] - state.first)
-    ages = np.percentile(state.times["label age"], [50, 95])
+    counts, ages = state.counts, np.percentile(state.times["label age"], [50, 95])
     utils.say(
         f"  paced, 30 a second, {'window' if state.window else 'drawn, no window'}: {rate:.1f} shown a second, "
-        f"{state.frames} of {state.counts['shown']} frames handled, {state.counts['classifications']} classifications, "
+        f"{counts['frames']} of {counts['shown']} frames handled, {counts['classifications']} classifications, "
         f"label age median {ages[0]:.2f} s, 95th percentile {ages[1]:.2f} s"
     )
 
@@ -168,7 +165,6 @@ def compare(path, frames, model, side):
 
 def main():
     args = parse_arguments()
-    webcam.import_cv2()
     model = utils.compiled(utils.build_network(5, args.image_size))
     for n in (1, 2):
         model.predict_on_batch(np.zeros((n, args.image_size, args.image_size, 3), "uint8"))

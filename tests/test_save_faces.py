@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 
+import cv2
 import numpy as np
 import pytest
 import sample_faces
@@ -61,7 +62,6 @@ def test_crops_of_a_film(tmp_path, film):  # noqa: F811
 
 
 def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):  # noqa: F811
-    cv2 = __import__("webcam").import_cv2()
     frame = read_film(film)[0]
     for name, picture in (("still", frame), ("blurred", cv2.GaussianBlur(frame, (0, 0), 5))):
         writer = cv2.VideoWriter(str(tmp_path / f"{name}.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480))

@@ -1,8 +1,10 @@
 """webcam.py as its users run it: films, pictures, folders, streams, windows, and what goes wrong with each."""
 
+import contextlib
 import csv
 import http.server
 import io
+import itertools
 import json
 import os
 import re
@@ -14,6 +16,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import sample_faces
@@ -35,13 +38,18 @@ def rows(text):
     return list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
+def new_state(kind="film", **fields):
+    """Make webcam.py's state without detector and model."""
+    args = SimpleNamespace(source="0", output=None, min_face=None, context=2.0, whole_picture=False, save_faces=None)
+    return webcam.State(args, kind, **fields)
+
+
 def box(row):
     return tuple(int(row[key]) for key in "xywh")
 
 
 def read_film(path):
     """Return the frames of a film, uint8 BGR."""
-    cv2 = webcam.import_cv2()
     film, frames = cv2.VideoCapture(str(path)), []
     while (read := film.read())[0]:
         frames.append(read[1])
@@ -112,16 +120,15 @@ def test_a_film_that_changes_its_size(tmp_path, film):
     for n, frame in enumerate(read_film(film)[:20]):
         image, buffer = Image.fromarray(frame[..., ::-1]), io.BytesIO()
         image.resize((320, 240) if n > 9 else (640, 480)).save(buffer, "JPEG", quality=95)
-        data += buffer.getvalue()
-    (tmp_path / "changes.mjpeg").write_bytes(data)
-    done = tag(tmp_path, "--save-faces", "faces", "--source", "changes.mjpeg", "--output", "out.avi")
+        data += b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + buffer.getvalue() + b"\r\n"
+    (tmp_path / "changes.film").write_bytes(data)  # as network cameras give it
+    done = tag(tmp_path, "--save-faces", "faces", "--source", "changes.film", "--output", "out.avi")
     assert done.returncode == 0, done.stderr
     assert {int(row["frame"]) for row in rows(done.stdout)} >= set(range(20))
     assert {frame.shape for frame in read_film(tmp_path / "out.avi")} == {(480, 640, 3)}
 
 
 def test_frames_of_8k(tmp_path, film):
-    cv2 = webcam.import_cv2()
     writer = cv2.VideoWriter(str(tmp_path / "8k.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (7680, 4320))
     for frame in read_film(film)[:2]:
         writer.write(cv2.resize(frame, (7680, 4320)))
@@ -131,9 +138,43 @@ def test_frames_of_8k(tmp_path, film):
     assert min(int(row["w"]) for row in rows(done.stdout)) > 7680 / 16
 
 
+def test_a_pause_stops_the_clock_of_a_film(monkeypatch, film):
+    """Afterwards every frame is shown for as long as before: the film does not hurry to catch up."""
+    now, left = [0.0], []
+
+    def present(state, frame, moment, seconds):
+        left.append(seconds)
+        now[0] += 60 if len(left) == 20 else max(0.0, seconds)  # the user pauses at the twentieth frame
+
+    monkeypatch.setattr(webcam, "handle", lambda state, *_: state.counts.update(["frames"]))
+    monkeypatch.setattr(webcam, "present", present)
+    monkeypatch.setattr(webcam, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    state = new_state(window=True)
+    state.args.source = str(film)
+    webcam.tag_film(state)
+    assert len(left) == 2 * sample_faces.FPS
+    assert left[1:20] + left[21:] == pytest.approx([1 / sample_faces.FPS] * (len(left) - 2), abs=0.002)
+
+
+def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
+    termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
+    terminal, end = os.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--source", str(film), "--no-display"]
+    process, told = subprocess.Popen(command, cwd=tmp_path, stdout=end, stderr=end), b""
+    os.close(end)
+    with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
+        while part := os.read(terminal, 10_000):
+            told += part
+    os.close(terminal)
+    assert process.wait() == 0 and re.search(rb"frames: +\d+%\|.*\d/50 ", told), told
+    shown = [line.rpartition("\r")[2] for line in told.decode().replace("\r\n", "\n").split("\n")]
+    assert len([line for line in shown if re.fullmatch(r"\d+\t[\d.]+(\t\d+){5}\t\t", line)]) == 100, shown[:5]
+
+
 def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_path, film):
     shrunk = np.zeros((960, 1280, 3), "uint8") + np.uint8(200)
-    shrunk[300:540, 400:720] = webcam.import_cv2().resize(read_film(film)[0], (320, 240))
+    shrunk[300:540, 400:720] = cv2.resize(read_film(film)[0], (320, 240))
     Image.fromarray(shrunk[..., ::-1]).save(tmp_path / "far.png")
     done = tag(tmp_path, "--save-faces", "faces", "--source", "far.png")
     assert rows(done.stdout) == []
@@ -144,7 +185,7 @@ def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_p
 
 def test_ctrl_c_keeps_a_film_that_plays(tmp_path, film):
     long = tmp_path / "long.avi"
-    cv2, frames = webcam.import_cv2(), read_film(film)
+    frames = read_film(film)
     writer = cv2.VideoWriter(str(long), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480))
     for _ in range(40):
         for frame in frames:
@@ -220,7 +261,7 @@ def test_a_picture_with_sixty_faces(drawn_model, tmp_path):
 
 
 def tracks(*means):
-    return [webcam.Track(n, (0, 0, 9, 9), 0, 0, np.array(mean, "float32")) for n, mean in enumerate(means)]
+    return [webcam.Track(n, (0, 0, 9, 9), 0, np.array(mean, "float32")) for n, mean in enumerate(means)]
 
 
 @pytest.mark.parametrize(("threshold", "means", "expected"), [
@@ -232,10 +273,23 @@ def tracks(*means):
     (0.0, [(0.9, 0.1, 0.0), (0.4, 0.35, 0.25)], ["Ann", "Ann"]),  # the closed world
 ])  # fmt: skip
 def test_names(threshold, means, expected):
-    state = SimpleNamespace(labels=["Ann", "Ben", "unknown"], threshold=threshold, tracks=tracks(*means))
+    state = new_state(labels=["Ann", "Ben", "unknown"], threshold=threshold, tracks=tracks(*means))
     webcam.name_tracks(state)
     assert [track.label for track in state.tracks] == expected
     assert [track.probability for track in state.tracks] == [pytest.approx(max(mean)) for mean in means]
+
+
+def test_two_tracks_never_share_one_face(film):
+    """Where people cross, one of them is hidden: only one track goes on."""
+    frame = read_film(film)[0][:, :300]  # one person
+    state = new_state(cascade=webcam.load_cascade(), smallest=60)
+    webcam.follow(state, frame, 0)
+    x, y, w, h = state.tracks[0].box
+    state.tracks = [webcam.Track(n, (x + shift, y, w, h), 0) for n, shift in enumerate((w // 5, -w // 5))]
+    webcam.follow(state, frame, 1)  # looks around both of them
+    assert sorted(track.seen for track in state.tracks) == [0, 1]
+    webcam.follow(state, frame, webcam.HOLD + 1)
+    assert [track.seen for track in state.tracks] == [webcam.HOLD + 1]
 
 
 def test_boxes_are_linked_so_that_the_overlaps_are_largest():
@@ -253,9 +307,12 @@ def test_every_script_is_drawn(name):
 
     if not set(map(ord, name)) <= set(ft2font.FT2Font(utils.font_file(name)).get_charmap()):
         pytest.skip(f"no font on this machine has {name}")
-    sprite, missing = webcam.plate(name, "", 30, "#000000"), webcam.plate("\U000f0000" * len(name), "", 30, "#000000")
-    assert sprite.shape != missing.shape or not np.array_equal(sprite, missing)
-    assert (sprite[..., :3] > 200).any()
+    drawn = []
+    for text in (name, "\U000f0000" * len(name)):  # a character that no font has
+        image = Image.new("RGB", (400, 60))
+        webcam.plate(image, 5, 5, 30, "#000000", text)
+        drawn.append(np.asarray(image))
+    assert not np.array_equal(*drawn) and drawn[0].max() > 200
 
 
 # ---------------------------------------------------------------- cameras, streams, windows
@@ -286,13 +343,45 @@ def test_dropped_frames_are_no_loss_and_a_lost_camera_is_tried_three_times(monke
     monkeypatch.setattr(webcam, "EMPTY", 0.1)
     again = iter([Camera([]), Camera([True, False, True]), Camera([]), Camera([]), Camera([])])
     monkeypatch.setattr(webcam, "open_live", lambda state: next(again))
-    state = SimpleNamespace(kind="camera", args=SimpleNamespace(source="0"))
-    frames = webcam.live_frames(state, Camera([False, False, True, False, True, True]), threading.Event())
-    got = [next(frames) for _ in range(5)]
-    assert len(got) == 5
+    state = new_state("camera")
     with pytest.raises(webcam.utils.UserError, match="camera 0: lost, and 3 tries did not bring it back"):
-        next(frames)
+        webcam.read_live(state, Camera([False, False, True, False, True, True]))
+    assert state.newest[0] == 5 - 1 and state.ended
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
+
+
+def test_nothing_is_printed_or_saved_after_the_end(monkeypatch):
+    """The frame at hand is finished, and no other is begun, before the summary is made."""
+    begun, finished = [], []
+
+    def slow(state, frame, number, moment):
+        begun.append(number)
+        time.sleep(1)
+        finished.append(number)
+
+    def interrupted(*_):
+        if begun:  # Ctrl-C as soon as a frame is being handled
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(webcam, "handle", slow)
+    monkeypatch.setattr(webcam, "present", interrupted)
+    monkeypatch.setattr(webcam, "open_live", lambda state: Camera(itertools.repeat(True)))
+    with pytest.raises(KeyboardInterrupt):
+        webcam.tag_live(new_state("camera"))
+    assert begun == finished and len(begun) == 1
+    time.sleep(1.2)
+    assert begun == finished and len(begun) == 1
+
+
+def test_the_film_of_a_camera_runs_as_fast_as_the_camera_did(tmp_path):
+    state = new_state("camera")
+    state.args.output = tmp_path / "out.avi"
+    for moments in ([0.0], [0.01], [0.0, 0.5, 1.0]):
+        state.counts.clear()
+        with webcam.film_output(state):
+            for moment in moments:
+                webcam.present(state, np.zeros((48, 64, 3), "uint8"), moment)
+        assert len(read_film(state.args.output)) == 1 + int(moments[-1] * webcam.LIVE_FPS)
 
 
 class Stream(http.server.BaseHTTPRequestHandler):
@@ -344,10 +433,10 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, film):
         last = process.stdout.readline()
     stop()
     errors = process.communicate(timeout=60)[1]
-    assert before == "warning: http://127.0.0.1: lost: trying again in 1 s\n"
+    assert before == "warning: stream 127.0.0.1: lost: trying again in 1 s\n"
     assert process.returncode == 1 and "Traceback" not in errors
     assert errors.count("lost: trying again") >= 3 and errors.splitlines()[-1].startswith(
-        "error: http://127.0.0.1: lost"
+        "error: stream 127.0.0.1: lost"
     )
     assert "secret" not in before + errors + " ".join(os.listdir(tmp_path / "faces"))
     assert re.fullmatch(r"stream-127\.0\.0\.1-\d{8}-\d{6}", os.listdir(tmp_path / "faces")[0])
@@ -431,7 +520,7 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("--save-faces faces --source notes.txt", 1, "error: --source notes.txt: no frame can be read"),
     ("--save-faces faces --source nothing", 1, "error: --source nothing: no picture in it can be read"),
     ("--save-faces faces --source 97", 1, "error: camera 97: no picture comes from it"),
-    ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: http://127.0.0.1: no picture comes from there"),
+    ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: stream 127.0.0.1: no picture comes from there"),
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: lies in the source"),
     ("--save-faces faces --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is the source itself"),
@@ -449,6 +538,17 @@ def test_mistakes_are_told_in_one_line(tmp_path, film, arguments, code, message)
     assert message in done.stderr.splitlines()[-1]
     assert code == 2 or len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out.gif").exists() and (tmp_path / "film.mp4").read_bytes() == film.read_bytes()
+
+
+def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
+    def run(command, **_):
+        raise subprocess.TimeoutExpired(command, 60)
+
+    state = new_state()
+    state.args.no_display = False
+    monkeypatch.setattr(subprocess, "run", run)
+    webcam.open_window(state)
+    assert not state.window and capsys.readouterr().err.startswith("warning: no window can be opened")
 
 
 def test_without_a_display_it_goes_on(tmp_path, film):
