@@ -1048,7 +1048,7 @@ def tell_what_next(args, data, info, actual, probabilities):
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
     lines.append(f"    python webcam.py {shlex.quote(name)}")
-    if args.cache_dir:
+    if args.cache_dir and args.cache_dir.exists():
         stats = [path.stat() for path in args.cache_dir.iterdir()]
         size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
         lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
