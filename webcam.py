@@ -670,7 +670,7 @@ def tag_film(state):
         if present(state, frame, moment, start + moment - time.monotonic()):
             break
     if not state.counts["frames"]:
-        raise utils.UserError(f"--source {utils.escape(state.args.source)}: no frame can be read: give a film or picture")
+        raise utils.UserError(f"--source {utils.escape(state.args.source)}: no frame can be read: give another file")
 
 
 def tag_pictures(state):
