@@ -55,6 +55,7 @@ SCAN_EVERY = 10  # frames between searches of the whole picture while a face is 
 FEW_TRACKS = 6  # with more, searching around each costs more than searching the whole picture
 DETECT_FACE = 60  # larger pictures are reduced until the smallest face looked for has this many pixels
 HOLD = 8  # frames that a face may be hidden before its track ends
+CALM = 0.75  # overlap of a face that hardly moves: its box becomes the mean of old and new, so that it does not jump
 OVERLAP = 0.25  # of two boxes: intersection over union from which on they are one face
 
 CLASSIFY_EVERY = 8  # frames between two classifications of a track
@@ -331,8 +332,8 @@ def follow(state, frame, number):
     found = search(state, frame, number)
     for t, b in link([track.box for track in state.tracks], [box for box, _ in found]).items():
         track, box = state.tracks[t], found[b][0]
-        same = overlap(track.box, box)  # it follows a head that moves, and keeps still on one that does
-        track.box = tuple(round(same * old + (1 - same) * new) for old, new in zip(track.box, box))
+        calm = overlap(box, track.box) > CALM
+        track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
         track.seen = number
     tracks = [track for track in state.tracks if number - track.seen <= HOLD]
     for box, count in sorted(found):
