@@ -80,8 +80,9 @@ Picture = collections.namedtuple("Picture", "path label digest look row")  # row
 Parts = collections.namedtuple("Parts", "trunk pool head top")
 Store = collections.namedtuple("Store", "file rows")
 Ring = collections.namedtuple("Ring", "features keys slots free")
-# indices of pictures: train all that train, mine those of them that this process trains on, validation
-Data = collections.namedtuple("Data", "pictures store train mine validation labels targets weights")
+# indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
+# many the process with the largest share trains on
+Data = collections.namedtuple("Data", "pictures store train mine most validation labels targets weights")
 # Parts: full is float32, fast is trained; devices train as one, in the scope that together() gives
 Nets = collections.namedtuple("Nets", "network full fast number_format source devices together")
 Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
@@ -231,6 +232,7 @@ def group_pictures(pictures, data_dir, by_folder):
     parent = list(range(len(pictures)))
 
     def find(i):
+        """Return the first picture of i's group, and shorten the way to it."""
         while parent[i] != i:
             parent[i] = i = parent[parent[i]]
         return i
@@ -445,6 +447,7 @@ def fill_ring(run, ring, trunk, wanted, label):
         return np.stack([make_view(store.rows[picture.row], picture.digest, view, args) for picture, view in pairs])
 
     def pass_on(pixels):
+        """Return what the ring keeps of a batch of views."""
         with np.errstate(over="ignore"):  # what does not fit is told below
             kind = ring.features.rows.dtype
             return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(kind)
@@ -539,6 +542,7 @@ def try_connection(address):
     answers = []
 
     def ask():
+        """Note None, or why there is no answer."""
         try:
             with urllib.request.urlopen(address):
                 answers.append(None)
@@ -606,7 +610,8 @@ def read_data(args, side):
     utils.say(f"images: {counts}")
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
-    if len(set(owner[train])) < args.processes:
+    shares = np.bincount(owner[train], minlength=args.processes)
+    if not shares.all():
         raise utils.UserError(f"{args.processes} processes are too many for {len(train)} pictures: start fewer")
     if args.process == 0:  # it scores, so it needs what others have read
         for i in validation[owner[validation] != 0]:
@@ -617,7 +622,8 @@ def read_data(args, side):
     targets = np.array([labels.index(picture.label) for picture in pictures])
     frequency = np.bincount(targets[train], minlength=len(labels))
     weights = (len(train) / len(labels) / frequency)[targets] if args.class_weight else np.ones(len(pictures))
-    return Data(pictures, store, train, train[owner[train] == args.process], validation, labels, targets, weights)
+    mine = train[owner[train] == args.process]
+    return Data(pictures, store, train, mine, int(shares.max()), validation, labels, targets, weights)
 
 
 def build_networks(args, path, class_count, side, number_format):
@@ -628,7 +634,9 @@ def build_networks(args, path, class_count, side, number_format):
     can compute with it.
     """
     keras = utils.import_keras()
-    number_format = exchange(args, number_format or fastest_format(args))[0]
+    if number_format is None and args.process == 0:
+        number_format = fastest_format(args)
+    number_format = exchange(args, number_format)[0]
     utils.say(f"number format: {number_format}")
     devices = keras.distribution.list_devices()
     if args.processes == 1:
@@ -644,6 +652,7 @@ def build_networks(args, path, class_count, side, number_format):
         source = f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
     def twin():
+        """Build the network once more, to be trained, with the same numbers. Returns its Parts."""
         other = utils.build_network(class_count, side, number_format)
         other.set_weights(network.get_weights())
         return cut_network(other, args, path is None)
@@ -706,8 +715,7 @@ def epoch_size(run):
     """
     args, devices = run.args, len(run.nets.devices)
     batch_size = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
-    shares = Counter(run.data.pictures[i].row % args.processes for i in run.data.train)
-    return -(-max(shares.values()) // batch_size), batch_size
+    return -(-run.data.most // batch_size), batch_size
 
 
 def epoch_order(seed, window, slot_of, round_number, epoch):
@@ -761,7 +769,9 @@ def train_head(run, window):
     prepare(run, model, recipe["head_epochs"] * steps, HEAD_RATE, warm_up=steps)
 
     def validate():
-        nets.full.head.set_weights(model.get_weights())
+        """Score the float32 layers, which are others than those trained in bfloat16 or by several processes."""
+        if nets.full.head is not model:
+            nets.full.head.set_weights(model.get_weights())
         return utils.predict(nets.full.head, validation, PASS_BATCH)
 
     return train_epochs(
@@ -1006,8 +1016,7 @@ def score_saved(args, model, data, what):
     rows of PREDICTION_COLUMNS, a title for pictures).
     """
     actual = data.targets[data.validation]
-    rows = [data.pictures[i].row for i in data.validation]
-    probabilities = predict_pictures(utils.compiled(model), data.store, rows)
+    probabilities = predict_pictures(utils.compiled(model), data)
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
@@ -1056,11 +1065,12 @@ def tell_what_next(args, data, info, actual, probabilities):
     print("\n".join(lines), file=sys.stderr)
 
 
-def predict_pictures(model, store, rows):
-    """Return the probabilities (n, classes) that a compiled whole model gives for rows of the picture store."""
+def predict_pictures(model, data):
+    """Return the probabilities (n, classes) that a compiled whole model gives for the validation pictures."""
+    rows = [data.pictures[i].row for i in data.validation]
     chunks = [rows[i : i + PASS_BATCH] for i in range(0, len(rows), PASS_BATCH)]
     shown = utils.progress(chunks, len(chunks), "scoring")
-    return np.concatenate([utils.predict(model, store.rows[chunk], PASS_BATCH) for chunk in shown])
+    return np.concatenate([utils.predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in shown])
 
 
 # ---------------------------------------------------------------- stop and go on
@@ -1238,7 +1248,7 @@ def evaluate(args):
         raise utils.UserError(f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class")
     utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
     actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
-    data = Data(pictures, store, None, None, np.arange(len(pictures)), labels, actual, None)
+    data = Data(pictures, store, None, None, None, np.arange(len(pictures)), labels, actual, None)
     probabilities, _, rows, title = score_saved(args, model, data, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
     utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
@@ -1265,9 +1275,10 @@ def make_recipe(args, scratch, count):
     """Return the recipe for `count` training pictures: what the options say, else the defaults. A dict."""
     defaults = FROM_SCRATCH if scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
-    for name, least in LEAST_STEPS.items():
-        if name not in args and scratch:
-            recipe[name] = max(recipe[name], -(-least // -(-count // recipe["batch_size"])))
+    steps = -(-count // recipe["batch_size"])
+    for name, least in LEAST_STEPS.items() if scratch else ():
+        if name not in args:
+            recipe[name] = max(recipe[name], -(-least // steps))
     recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
     return recipe
 
@@ -1301,6 +1312,7 @@ def train(args):
 
 
 def main():
+    """Read the command line and do what it asks for; several processes each do it in a child. Returns the exit code."""
     args = parse_arguments()
     if args.processes > 1:
         if utils.CHILD not in os.environ:
@@ -1317,8 +1329,9 @@ def main():
             return train(args)
         check_outputs(args)
         with contextlib.ExitStack() as locks:
-            for path in (f"{args.model}.lock", *([args.cache_dir / "cache.lock"] if args.cache_dir else [])):
-                locks.enter_context(utils.only_run(path))
+            locks.enter_context(utils.only_run(f"{args.model}.lock"))
+            if args.cache_dir:
+                locks.enter_context(utils.only_run(args.cache_dir / "cache.lock"))
             remove_unfinished(args.model)
             return train(args)
     except KeyboardInterrupt:

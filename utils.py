@@ -70,7 +70,6 @@ INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
 tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a Ctrl-C at the wrong moment leaves locked
-tqdm.tqdm.set_lock(threading.RLock())  # its own lock between processes would outlive ours
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
 
@@ -188,6 +187,7 @@ def number(kind, low, high):
     """Return an argparse type: an int or float (`kind`) from `low` to `high`."""
 
     def value(text):
+        """Turn what was typed into a number in the range."""
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)

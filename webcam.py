@@ -628,6 +628,7 @@ def film_output(state):
     shown = f"--output {utils.escape(path)}"
 
     def write(image):
+        """Add a PIL image to the film, whose size and rate are known with the first one."""
         nonlocal size
         if not film.isOpened():
             size, code = image.size, "mp4v" if path.suffix.lower() == ".mp4" else "MJPG"
@@ -852,6 +853,7 @@ def next_command(state):
 
 
 def main():
+    """Read the command line, tag or collect what the source shows, and sum it up."""
     args = parse_arguments()
     kind = source_kind(args.source)
     for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):

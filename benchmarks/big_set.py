@@ -23,6 +23,7 @@ QUICK = "--head-epochs 1 --rounds 0 --views 1".split()
 
 
 def parse_arguments():
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=110_000, help="of the largest set (default: %(default)s)")
     parser.add_argument("--classes", type=int, default=200, help="(default: %(default)s)")
@@ -40,6 +41,7 @@ def draw(folder, count, classes):
         (folder / f"class{number:03d}").mkdir(parents=True)
 
     def picture(number):
+        """Write one picture."""
         kind = np.random.default_rng(number % classes)
         ground, colour, radius = (
             kind.integers(30, 200, 3),
@@ -56,6 +58,7 @@ def draw(folder, count, classes):
 
 
 def main():
+    """Draw and read sets of growing size, train on the largest if asked to, and print the table."""
     args = parse_arguments()
     sizes = [size for size in SIZES if size < args.pictures] + [args.pictures]
     options = ["--weights", "none", "--image-size", args.image_size]

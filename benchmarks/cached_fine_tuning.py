@@ -51,7 +51,7 @@ def one_way(way, args):
     model.train_on_batch = noted
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
     for number in range(1, args.rounds + 1):
-        window = train.training_views(args.seed, data.train, 0, (run.recipe["views"] + number) * len(data.train))
+        window = train.ring_window(run, number)
         train.fill_ring(run, ring, run.nets.fast.trunk, window, "views")
         for epoch in range(1, epochs + 1):
             pairs = train.epoch_order(
@@ -66,6 +66,7 @@ def one_way(way, args):
 
 
 def main():
+    """Run both ways in turns, in processes of their own, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
     parser.add_argument("weights")

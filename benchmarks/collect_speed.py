@@ -62,6 +62,7 @@ def draw_library(path, pictures):
 
 
 def main():
+    """Run collector and decoder in turns, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=500, help="(default: 500)")
     parser.add_argument("--runs", type=int, default=3, help="(default: 3)")

@@ -70,6 +70,7 @@ def run_command(command, folder=None, field="RssAnon", **more):
         )
 
         def watch():
+            """Note the memory until the process has ended."""
             while process.poll() is None:
                 peaks.append(memory(process.pid, field))
                 time.sleep(0.05)
@@ -126,10 +127,9 @@ def train_arguments(data_dir, folder, *options):
 def divide(data_dir, folder, *options):
     """Link the pictures into folder/train/<class>/ and folder/validation/<class>/, divided as train.py does it."""
     data = train.read_data(train_arguments(data_dir, folder, "--dry-run", *options), 75)
+    paths, labels = [picture.path for picture in data.pictures], [picture.label for picture in data.pictures]
     for part, indices in (("train", data.train), ("validation", data.validation)):
-        for i in indices:
-            picture = data.pictures[i]
-            link(picture.path, Path(folder, part, picture.label, f"{i:06d}{picture.path.suffix.lower()}"))
+        link_classes(paths, labels, indices, Path(folder, part))
 
 
 def link(source, target):
@@ -139,6 +139,18 @@ def link(source, target):
         os.link(source, target)
     except OSError:
         shutil.copy(source, target)
+
+
+def link_classes(paths, labels, indices, folder):
+    """Link some of the pictures into folder/<class>/, named by their numbers."""
+    for i in indices:
+        link(paths[i], folder / labels[i] / f"{i:06d}{paths[i].suffix.lower()}")
+
+
+def held_out_accuracy(part, folder):
+    """Score the model `m` in `folder` on the pictures in folder/<part>/ with --evaluate. Returns the accuracy."""
+    lines = run_command(train_py(part, "--evaluate"), folder).lines
+    return float(next(line for _, line in lines if line.startswith("evaluate: accuracy")).split()[2])
 
 
 def read_folder(folder, side):
@@ -173,13 +185,18 @@ def set_up(data_dir, folder, *options):
 # ---------------------------------------------------------------- yardsticks
 
 
+def thumbnails(pixels):
+    """Return uint8 squares as the 16 x 16 thumbnails whose distances the yardsticks take, float32 (n, 768)."""
+    small = [np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BOX)) for square in pixels]
+    return np.stack(small).reshape(len(small), -1).astype("float32")
+
+
 def nearest_neighbour(pixels, targets, fit, held):
     """Return the accuracy of the nearest neighbour on 16 x 16 thumbnails of uint8 squares.
 
     targets: class numbers (n,). fit, held: indices of the pictures to compare with, and of those to score.
     """
-    small = [np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BOX)) for square in pixels]
-    small = np.stack(small).reshape(len(small), -1).astype("float32")
+    small = thumbnails(pixels)
     distance = (small[held] ** 2).sum(1)[:, None] - 2 * small[held] @ small[fit].T + (small[fit] ** 2).sum(1)
     return float((targets[fit][distance.argmin(1)] == targets[held]).mean())
 
@@ -202,6 +219,7 @@ def ridge_readout(features, targets, fit, held):
     hot = np.eye(targets.max() + 1)[targets] - 1 / (targets.max() + 1)
 
     def accuracy(use, test, strength):
+        """Fit on some of the pictures and score others."""
         gram = features[use] @ features[use].T + strength * np.eye(len(use))
         weights = features[use].T @ np.linalg.solve(gram, hot[use])
         return float(((features[test] @ weights).argmax(1) == targets[test]).mean())

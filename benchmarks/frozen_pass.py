@@ -36,13 +36,13 @@ def augmentation(run, count):
 
 
 def main():
+    """Time network, augmentation and pass in turns, and print the table."""
     data_dir, weights = sys.argv[1:3]
     folder = tempfile.TemporaryDirectory()
     run = set_up(data_dir, folder.name, "--weights", weights, *sys.argv[3:])
     trunk, n = run.nets.fast.trunk, len(run.data.train)
-    pixels = np.stack(
-        [run.data.store.rows[run.data.pictures[i].row] for i in run.data.train[: train.PASS_BATCH]]
-    ).astype("float32")
+    rows = [run.data.pictures[i].row for i in run.data.train[: train.PASS_BATCH]]
+    pixels = run.data.store.rows[rows].astype("float32")
     trunk.predict_on_batch(pixels)
     network, walls, augment, passes = [], [], [], []
     for turn in range(RUNS):

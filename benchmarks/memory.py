@@ -31,6 +31,7 @@ def peak(folder, data, weights, views):
 
 
 def main():
+    """Train on few and many pictures with few and many views, and print the table."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         random_weights(folder / "x.weights.h5")

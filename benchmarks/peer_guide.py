@@ -36,6 +36,7 @@ def build(keras, weights, side, class_count):
 
 
 def main():
+    """Train the new layer, then all of it, a line an epoch."""
     folder, weights, side, minutes = sys.argv[1:]
     start, keras = time.monotonic(), utils.import_keras()
     keras.utils.set_random_seed(1)
@@ -44,6 +45,7 @@ def main():
     epochs_done, model.stop_training = [], False
 
     def tell(_, logs):
+        """Print an epoch's line, and stop when the time is up."""
         epochs_done.append(logs)
         utils.say(f"epoch {len(epochs_done)}: validation accuracy {logs['val_accuracy']:.4f}")
         model.stop_training = time.monotonic() - start > 60 * float(minutes)

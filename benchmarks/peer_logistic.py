@@ -22,6 +22,7 @@ def fit(x, hot, decay):
     shape = x.shape[1], hot.shape[1]
 
     def loss(flat):
+        """Return the mean log loss with weight decay, and its slope."""
         weights = flat.reshape(shape)
         logs = log_softmax(x @ weights, axis=1)
         slope = x.T @ (np.exp(logs) - hot) / len(x) + decay * weights
@@ -32,6 +33,7 @@ def fit(x, hot, decay):
 
 
 def main():
+    """Choose the weight decay, fit, and print the line of the one epoch."""
     folder, weights, side, layer = sys.argv[1:]
     pixels, labels, _ = read_folder(f"{folder}/train", int(side))
     held, actual, _ = read_folder(f"{folder}/validation", int(side))

@@ -44,6 +44,7 @@ def with_our_weights(weights, side, class_count):
 
 
 def main():
+    """Fine-tune all layers, a line an epoch."""
     folder, weights, side, minutes = sys.argv[1:]
     start, side = time.monotonic(), int(side)
     torch.manual_seed(1)

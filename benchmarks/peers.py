@@ -23,6 +23,7 @@ MARKS = (0.8, 0.9, 0.95)
 
 
 def parse_arguments():
+    """Read the command line. Returns (arguments, options for train.py)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("weights", type=Path)
@@ -58,6 +59,7 @@ def draw(path, curves):
 
 
 def main():
+    """Run everybody in turns, print the table, draw the curves."""
     args, options = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         divide(args.data_dir, folder, *options)

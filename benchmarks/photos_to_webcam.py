@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import link, machine, print_table, read_folder, run_command, train_py, utils
+from common import held_out_accuracy, link_classes, machine, print_table, read_folder, run_command, train_py, utils
 from pictures_per_class import draw_lots
 from PIL import Image, ImageFilter
 
@@ -27,6 +27,7 @@ WAYS = {"heavy": "--heavy-augmentation", "light": "--no-heavy-augmentation"}
 
 
 def parse_arguments():
+    """Read the command line. Returns (arguments, options for train.py)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("weights", type=Path)
@@ -53,8 +54,7 @@ def divide(args, folder, seed):
     _, labels, paths = read_folder(args.data_dir, 75)
     held, (fit,) = draw_lots(labels, [args.pictures], seed)
     for part, indices in (("fit", fit), ("photos", held)):
-        for i in indices:
-            link(paths[i], folder / part / labels[i] / f"{i:06d}{paths[i].suffix}")
+        link_classes(paths, labels, indices, folder / part)
     for i in held:
         target = folder / "webcam" / labels[i] / f"{i:06d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -70,13 +70,12 @@ def one_seed(args, options, seed):
         divide(args, Path(folder), seed)
         for way in WAYS.values():
             run_command(train_py("fit", way, "--weights", args.weights.resolve(), "--seed", seed, *options), folder)
-            for part in ("photos", "webcam"):
-                lines = run_command(train_py(part, "--evaluate"), folder).lines
-                found.append(float(next(line for _, line in lines if line.startswith("evaluate: ")).split()[2]))
+            found += [held_out_accuracy(part, folder) for part in ("photos", "webcam")]
     return found
 
 
 def main():
+    """Train and score with every seed, and print the table."""
     args, options = parse_arguments()
     rows = [one_seed(args, options, seed) for seed in range(1, args.seeds + 1)]
     print(machine(), f"n = {args.seeds} seeds, options of train.py: {' '.join(options) or 'none'}", sep="\n")

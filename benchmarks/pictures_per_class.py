@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 from common import (
-    link,
+    held_out_accuracy,
+    link_classes,
     machine,
     nearest_neighbour,
     pooled_features,
@@ -36,6 +37,7 @@ COLOURS = {"train.py": "#0072b2", "linear readout": "#d55e00", "nearest neighbou
 
 
 def parse_arguments():
+    """Read the command line. Returns (arguments, options for train.py)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dirs", nargs="+", type=Path)
     parser.add_argument("weights", type=Path)
@@ -60,11 +62,9 @@ def draw_lots(labels, counts, seed):
 def fine_tune(paths, labels, fit, held, folder, options):
     """Train on some of the pictures and score others, each in a process. Returns the accuracy."""
     for part, indices in (("fit", fit), ("held", held)):
-        for i in indices:
-            link(paths[i], folder / part / labels[i] / f"{i:06d}{paths[i].suffix}")
+        link_classes(paths, labels, indices, folder / part)
     run_command(train_py("fit", *options), folder)
-    lines = run_command(train_py("held", "--evaluate"), folder).lines
-    return float(next(line for _, line in lines if line.startswith("evaluate: accuracy")).split()[2])
+    return held_out_accuracy("held", folder)
 
 
 def one_set(args, data_dir, options):
@@ -111,6 +111,7 @@ def draw(path, sets):
 
 
 def main():
+    """Measure each set, print its table, and draw them all."""
     args, options = parse_arguments()
     sets = {data_dir.name: one_set(args, data_dir.resolve(), options) for data_dir in args.data_dirs}
     print(machine(), f"n = {args.seeds} seeds, options of train.py: {' '.join(options) or 'none'}", sep="\n")

@@ -39,6 +39,7 @@ OUR_RUNS = 3  # for each of the recipe's
 
 
 def parse_arguments():
+    """Read the command line. Returns (arguments, options for train.py)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("weights")
@@ -140,6 +141,7 @@ def report(args, runs):
 
 
 def main():
+    """Run both in turns and report; with --recipe, be one of these runs."""
     (args, options), start = parse_arguments(), time.monotonic()
     if args.recipe:
         recipe_of_2016(args, start)

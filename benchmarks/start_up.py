@@ -40,7 +40,20 @@ def measure(command, folder, mark, watched):
     return end, parts
 
 
+def prepare(args, folder):
+    """Draw what was not given: faces, a film, random weights."""
+    import sample_faces
+
+    sample_faces.draw_clip(folder / "film.mp4", seconds=2)
+    if not args.data_dir:
+        args.data_dir, args.weights = folder / "people", folder / "x.weights.h5"
+        sample_faces.draw_set(args.data_dir, pictures=6)
+        random_weights(args.weights)
+    args.data_dir, args.weights = args.data_dir.resolve(), args.weights.resolve()
+
+
 def main():
+    """Run both scripts in turns, plainly and watched, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir", nargs="?", type=Path)
     parser.add_argument("weights", nargs="?", type=Path)
@@ -72,18 +85,6 @@ def main():
         medians = {key: float(np.median([part[key] for part in parts[name]])) for key in set().union(*parts[name])}
         rows = sorted(((s, key) for key, s in medians.items() if s >= LEAST), reverse=True)
         print_table(["of these in", "s"], [[key, f"{seconds:.2f}"] for seconds, key in rows])
-
-
-def prepare(args, folder):
-    """Draw what was not given: faces, a film, random weights."""
-    import sample_faces
-
-    sample_faces.draw_clip(folder / "film.mp4", seconds=2)
-    if not args.data_dir:
-        args.data_dir, args.weights = folder / "people", folder / "x.weights.h5"
-        sample_faces.draw_set(args.data_dir, pictures=6)
-        random_weights(args.weights)
-    args.data_dir, args.weights = args.data_dir.resolve(), args.weights.resolve()
 
 
 if __name__ == "__main__":

@@ -8,42 +8,30 @@ that as many friends keep their name.
 """
 
 import argparse
-import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, machine, print_table, train, utils
-from PIL import Image
+from common import link_classes, machine, print_table, read_folder, run_command, thumbnails, train_py, utils
 
 
 def divide(data_dir, folder, friends, seed):
-    """Copy DATA_DIR into known/, held/ and strangers/ of `folder`."""
-    rng, classes = np.random.default_rng(seed), sorted(p.name for p in data_dir.iterdir() if p.is_dir())
-    for n, name in enumerate(rng.permutation(classes)):
-        files = utils.list_files(data_dir / name)
-        files = [path for path in files if train.read_picture(path, 75)[0] is not None]
-        for i, k in enumerate(rng.permutation(len(files))):
-            part = "strangers" if n >= friends else "held" if i < 2 else "known"
-            (folder / part / name).mkdir(parents=True, exist_ok=True)
-            shutil.copy(files[k], folder / part / name / f"{k}-{files[k].name}")
-
-
-def pixels(folder, side):
-    """Return squares uint8 (n, side, side, 3) and class names of all pictures in a folder."""
-    files = train.find_files(folder)
-    return np.stack([train.read_picture(path, side)[0] for path, _ in files]), np.array([label for _, label in files])
+    """Link the pictures of DATA_DIR into known/, held/ and strangers/ of `folder`."""
+    _, labels, paths = read_folder(data_dir, 75)
+    rng = np.random.default_rng(seed)
+    for n, name in enumerate(rng.permutation(np.unique(labels))):
+        order = rng.permutation(np.flatnonzero(labels == name))
+        parts = {"strangers": order} if n >= friends else {"held": order[:2], "known": order[2:]}
+        for part, indices in parts.items():
+            link_classes(paths, labels, indices, folder / part)
 
 
 def nearest(folder, share):
     """Return the share of strangers that the nearest neighbour rejects where `share` of friends keep their name."""
     sets = {}
     for part in ("known", "held", "strangers"):
-        squares, labels = pixels(folder / part, 64)
-        small = [np.asarray(Image.fromarray(s).resize((16, 16), Image.Resampling.BOX)).ravel() for s in squares]
-        sets[part] = np.array(small, "float32"), labels
+        squares, labels, _ = read_folder(folder / part, 64)
+        sets[part] = thumbnails(squares), labels
     found = {}
     for part in ("held", "strangers"):
         distance = np.sqrt(((sets[part][0][:, None] - sets["known"][0][None]) ** 2).sum(-1))
@@ -58,13 +46,12 @@ def one_seed(args, options, seed):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         divide(Path(args.data_dir), folder, args.friends, seed)
-        command = [sys.executable, str(ROOT / "train.py"), "known", "m", "--seed", str(seed), *options]
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run_command(train_py("known", "--seed", seed, *options), folder)
         model, info = utils.load_model(folder / "m")
         utils.compiled(model)
         answers = []
         for part in ("held", "strangers"):
-            squares, labels = pixels(folder / part, info["image_size"])
+            squares, labels, _ = read_folder(folder / part, info["image_size"])
             p = utils.predict(model, squares, 32)
             answers.append((p.max(1) >= info["threshold"], np.array(info["labels"])[p.argmax(1)] == labels))
         friends = float((answers[0][0] & answers[0][1]).mean())
@@ -72,6 +59,7 @@ def one_seed(args, options, seed):
 
 
 def main():
+    """Train and score with every seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
     parser.add_argument("--friends", type=int, default=30)

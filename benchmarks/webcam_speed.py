@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,18 +19,19 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+from common import utils  # first: it finds the folders of the two below
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "tests")]
-import sample_faces  # noqa: E402
+# isort: split
+import sample_faces
 
-import utils  # noqa: E402
-import webcam  # noqa: E402
+import webcam
 
 SURE = 15  # finds: every box with so many lay on a head in the films that the settings were chosen on
 SECONDS = 20  # of the paced source
 
 
 def parse_arguments():
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("films", nargs="*", type=Path, help="films (default: a drawn one)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the network's input")
@@ -102,6 +102,7 @@ class Paced:
         self.frames, self.number, self.start = frames, 0, time.monotonic()
 
     def read(self):
+        """Return (True, the newest frame) when it is due, (False, None) after the last one."""
         self.number = max(self.number + 1, int((time.monotonic() - self.start) * 30))  # one that came too late is lost
         time.sleep(max(0.0, self.start + self.number / 30 - time.monotonic()))
         if self.number >= SECONDS * 30:
@@ -164,6 +165,7 @@ def compare(path, frames, model, side):
 
 
 def main():
+    """Compare the loops on each film."""
     args = parse_arguments()
     model = utils.compiled(utils.build_network(5, args.image_size))
     for n in (1, 2):

@@ -18,6 +18,7 @@ from common import machine, nearest_neighbour, pooled_features, print_table, rid
 
 
 def main():
+    """Score yardsticks and train.py on the split of every seed, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
     parser.add_argument("weights")
@@ -30,7 +31,7 @@ def main():
             with contextlib.redirect_stdout(output), contextlib.redirect_stderr(io.StringIO()):
                 run = set_up(data_dir, folder, "--weights", weights, "--seed", seed, *options)
                 data = run.data
-                pixels = np.stack([data.store.rows[picture.row] for picture in data.pictures])
+                pixels = data.store.rows[[picture.row for picture in data.pictures]]
                 row = [nearest_neighbour(pixels, data.targets, data.train, data.validation)]
                 for layer in ("mixed5", f"mixed{10 - run.args.unfreeze}"):
                     features = pooled_features(weights, layer, pixels)
