@@ -32,6 +32,9 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}: "
         "install Python 3.11, 3.12 or 3.13, which TensorFlow and Keras have packages for"
     )
+# Pillow keeps so many blocks of 16 MB for the next picture: else threads wait for each other in the system's memory
+# calls, and two decode no faster than one. Eight hold a picture of 12 megapixels twice, before and after turning.
+os.environ.setdefault("PILLOW_BLOCKS_MAX", str(8 * (os.cpu_count() or 1)))
 try:
     import numpy as np
     import pillow_heif
