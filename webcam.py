@@ -229,18 +229,26 @@ def check_output(option, path, source, kind):
 
 
 def prepare(args, kind):
-    """Load detector and model. Returns the State that the functions below share."""
+    """Load detector and, but for a camera, the model. Returns the State that the functions below share."""
     state = State(args, kind, run=run_name(args.source, kind))
     if not args.whole_picture:
         state.cascade = load_cascade()
-    if args.model:
-        model, info = utils.load_model(args.model)
-        state.model, state.labels, state.side = utils.compiled(model), info["labels"], info["image_size"]
-        state.threshold = info["threshold"] if args.threshold is None else args.threshold
-        for n in (1, 2):  # graphs for one face and for several are made before the first frame
-            state.model.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
-    state.folders = utils.folder_names([*state.labels, "unknown"])
+    if kind != "camera":
+        load_network(state)
     return state
+
+
+def load_network(state):
+    """Load the model, if one is given. A camera is shown meanwhile, and tagged from then on."""
+    if state.args.model:
+        network, info = utils.load_model(state.args.model)
+        state.labels, state.side = info["labels"], info["image_size"]
+        state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
+        state.folders = utils.folder_names([*state.labels, "unknown"])
+        utils.compiled(network)
+        for n in (1, 2):  # graphs for one face and for several are made before the first frame
+            network.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
+        state.model = network
 
 
 def load_cascade():
@@ -546,7 +554,7 @@ def draw(state, frame, moment):
             above = y - round(1.75 * size)
             y = above if above >= 0 else y + h + size // 4
             plate(image, x, y, size, colour, track.label, f"{track.probability:.0%}")
-    corner = []
+    corner = ["loading the model"] if state.args.model and not state.model else []
     if len(state.shown) > 1 and not state.picture:
         corner.append(f"{(len(state.shown) - 1) / max(1e-6, state.shown[-1] - state.shown[0]):.0f} fps")
     if state.args.save_faces:
@@ -739,8 +747,10 @@ def tag_live(state):
 
 
 def work_live(state):
-    """Thread: handle the newest frame, again and again."""
+    """Thread: load a camera's model, then handle the newest frame, again and again."""
     try:
+        if state.kind == "camera":
+            load_network(state)
         for number, moment, frame in newest_frames(state):
             if not state.paused:
                 handle(state, frame, number, moment)

@@ -40,8 +40,8 @@ def rows(text):
 
 def new_state(kind="film", **fields):
     """Make webcam.py's state without detector and model."""
-    args = SimpleNamespace(source="0", output=None, min_face=None, context=2.0, whole_picture=False, save_faces=None)
-    return webcam.State(args, kind, **fields)
+    args = dict(model=None, source="0", output=None, min_face=None, context=2.0, whole_picture=False, save_faces=None)
+    return webcam.State(SimpleNamespace(**args), kind, **fields)
 
 
 def box(row):
@@ -371,6 +371,23 @@ def test_nothing_is_printed_or_saved_after_the_end(monkeypatch):
     assert begun == finished and len(begun) == 1
     time.sleep(1.2)
     assert begun == finished and len(begun) == 1
+
+
+def test_a_camera_is_shown_while_its_model_is_loaded(monkeypatch):
+    """And what is wrong with the model is told then."""
+    state = new_state("camera")
+    state.args.model = "friends"
+
+    def load(prefix):
+        end = time.monotonic() + 20
+        while state.counts["shown"] < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        raise webcam.utils.UserError(f"{prefix}: {state.counts['shown'] >= 3}")
+
+    monkeypatch.setattr(webcam.utils, "load_model", load)
+    monkeypatch.setattr(webcam, "open_live", lambda state: Camera(itertools.repeat(True)))
+    with pytest.raises(webcam.utils.UserError, match="friends: True"):
+        webcam.tag_live(state)
 
 
 def test_the_film_of_a_camera_runs_as_fast_as_the_camera_did(tmp_path):
