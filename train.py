@@ -45,8 +45,8 @@ HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # deg
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
-FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=2, batch_size=32)
-FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=8, batch_size=32)
+FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=1, batch_size=32)
+FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=7, batch_size=32)
 LEAST_STEPS = dict(head_epochs=120, round_epochs=40)  # from scratch: small sets get more epochs to have as many;
 # in fine-tuning that made the model too sure of strangers
 UNFREEZE = 2  # top inception blocks that are fine-tuned
@@ -56,6 +56,8 @@ SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
+RIDGE = 0.3  # of the last layer's fit, in mean variances of a hidden unit; 0.1 to 1 are as good
+LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 64  # pictures at once through the frozen part
@@ -77,7 +79,7 @@ PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
 Picture = collections.namedtuple("Picture", "path label digest look row")  # row of the store
-Parts = collections.namedtuple("Parts", "trunk pool head top")
+Parts = collections.namedtuple("Parts", "trunk pool hidden head top")
 Store = collections.namedtuple("Store", "file rows")
 Ring = collections.namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
@@ -567,7 +569,8 @@ def cut_network(network, args, scratch):
     """Divide a network at the block `--unfreeze` names. Returns Parts: Keras models that share its layers.
 
     trunk: pixels → feature map (None from scratch: nothing is frozen). pool: feature map → 2048 pooled
-    features. head: pooled features → probabilities. top: feature map → probabilities.
+    features. hidden: feature map → 1024 hidden units. head: pooled features → probabilities. top: feature map →
+    probabilities.
     """
     keras = utils.import_keras()
     pooled = network.get_layer("pooled").output
@@ -578,7 +581,8 @@ def cut_network(network, args, scratch):
             layer.trainable = scratch  # frozen ones also keep their moving averages
             layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
     trunk = None if scratch else utils.compiled(keras.Model(network.input, cut))
-    return Parts(trunk, utils.compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
+    pool, hidden = (utils.compiled(keras.Model(cut, end)) for end in (pooled, network.get_layer("hidden").output))
+    return Parts(trunk, pool, hidden, keras.Model(pooled, network.output), top)
 
 
 def prepare(run, model, steps, peak, warm_up):
@@ -664,7 +668,6 @@ def build_networks(args, path, class_count, side, number_format):
         with together():
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
-    utils.compiled(full.top)
     utils.compiled(full.head)
     return Nets(network, full, fast, number_format, source, devices, together)
 
@@ -676,7 +679,7 @@ def open_rings(args, data, nets, recipe):
     plain_kind = "uint8" if scratch else "float32"
     shapes = ((data.store.rows.shape[1:], "uint8"), (cut, kind), (cut, plain_kind))
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
-    wanted = recipe["views"] + recipe["rounds"] * recipe["fresh"]
+    wanted = 1 + recipe["views"] + recipe["rounds"] * recipe["fresh"]
     scored = len(data.validation) if args.process == 0 else 1
     slots = plan_cache(args, row_bytes, len(data.pictures) // args.processes, len(data.mine), scored, wanted)
     views = HEAVY if args.heavy_augmentation else LIGHT, args.seed
@@ -789,19 +792,69 @@ def train_top(run, window, number):
     )  # fmt: skip
 
 
-def score(run):
-    """Score the float32 network. Returns probabilities (n, classes) of validation as it is and augmented."""
-    shaken = score_shaken(run)
-    keys = [view_key(run.data.pictures, int(i), PLAIN) for i in run.data.validation]
-    return predict_slots(run.nets.full.top, run.rings.plain, keys), shaken
+def bring_up(nets):
+    """Bring the float32 network up to date with the one that is trained. Returns its last layer."""
+    if nets.fast is not nets.full:
+        nets.full.top.set_weights(nets.fast.top.get_weights())
+    return nets.network.get_layer("probabilities")
+
+
+def hidden_units(run, ring, pairs):
+    """Return the float32 network's 1024 hidden units (n, 1024) for (index, view) pairs that a ring holds."""
+    return predict_slots(run.nets.full.hidden, ring, [view_key(run.data.pictures, int(i), view) for i, view in pairs])
+
+
+def last_layer(hidden, kernel, bias):
+    """Return the probabilities (n, classes) that the last layer gives for hidden units (n, 1024)."""
+    from scipy.special import softmax
+
+    return softmax(hidden @ kernel + bias, axis=1)
 
 
 def score_shaken(run):
-    """Bring the float32 network up to date; return its probabilities (n, classes) of augmented validation."""
-    if run.nets.fast is not run.nets.full:
-        run.nets.full.top.set_weights(run.nets.fast.top.get_weights())
-    keys = [view_key(run.data.pictures, int(i), 0) for i in run.data.validation]
-    return predict_slots(run.nets.full.top, run.rings.shaken, keys)
+    """Return the probabilities (n, classes) of augmented validation, as the network being trained gives them."""
+    layer = bring_up(run.nets)
+    return last_layer(hidden_units(run, run.rings.shaken, [(i, 0) for i in run.data.validation]), *layer.get_weights())
+
+
+def fit_last_layer(run, window):
+    """Fit the last layer anew. Returns its kernel (1024, classes) and bias (classes,).
+
+    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are; from scratch,
+    where the whole network knows these by heart, of the newest view of each. Gradient steps with cross-entropy leave
+    a layer that is too sure of what it has never seen; least squares does not, and errs no more often.
+    """
+    data, units = run.data, run.nets.network.get_layer("probabilities").input.shape[1]
+    scratch = run.nets.full.trunk is None
+    pairs = window[-len(data.mine) :] if scratch else [pair for pair in window if pair[1] == PLAIN]
+    bring_up(run.nets)
+    sums = np.zeros((units + 1, units + 1 + len(data.labels)))
+    for start in range(0, len(pairs), PASS_BATCH):
+        chunk = pairs[start : start + PASS_BATCH]
+        rows = [i for i, _ in chunk]
+        x = np.column_stack([hidden_units(run, run.rings.views, chunk), np.ones(len(chunk))])
+        y = data.targets[rows, None] == np.arange(len(data.labels))
+        sums += (x * data.weights[rows, None]).T @ np.column_stack([x, y])
+    return ridge_regression(total(run.args, sums))
+
+
+def ridge_regression(sums):
+    """Return kernel (n, classes) and bias (classes,) of the least squares fit of one-hot classes, times LOGITS.
+
+    sums: float64 (n + 1, n + 1 + classes), the weighted sum over all samples of the outer product of (x, 1) and
+    (x, 1, one-hot y). Raises UserError if training has led to numbers without end.
+    """
+    from scipy.linalg import solve
+
+    n = len(sums) - 1
+    if not np.isfinite(sums).all():
+        raise utils.UserError("training has led to numbers without end: use --float32, or other pictures")
+    means = sums / sums[n, n]
+    mean, cross = means[n, :n], means[:n, n + 1 :] - np.outer(means[n, :n], means[n, n + 1 :])
+    covariance = means[:n, :n] - np.outer(mean, mean)
+    ridge = RIDGE * max(np.trace(covariance) / n, 1e-12)
+    kernel = LOGITS * solve(covariance + ridge * np.eye(n), cross, assume_a="pos")
+    return kernel, -mean @ kernel
 
 
 def train_rounds(run, state):
@@ -826,7 +879,8 @@ def train_rounds(run, state):
         window = ring_window(run, number)
         fill_ring(run, rings.views, nets.fast.trunk, window, "views")
         rows = train_head(run, window) if number == 0 and not scratch else train_top(run, window, number)
-        best = exchange(args, None if args.process else finish_round(run, number, rows, state["best"]))[0]
+        fitted = fit_last_layer(run, window)
+        best = exchange(args, None if args.process else finish_round(run, number, rows, fitted, state["best"]))[0]
         stale = 0 if best != state["best"] else state["stale"] + 1
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
@@ -836,20 +890,29 @@ def train_rounds(run, state):
 
 
 def ring_window(run, number):
-    """Return the [(index, view)] that the ring holds in a round: the latest ones, as many as fit."""
-    capacity, count = len(run.rings.views.keys.rows), len(run.data.mine)
-    at_first, fresh = (min(capacity, count * run.recipe[name]) for name in ("views", "fresh"))
+    """Return the [(index, view)] that the ring holds in a round: pictures as they are, and the latest views.
+
+    Where not all fit, at most half of the ring holds pictures as they are.
+    """
+    capacity, mine, seed = len(run.rings.views.keys.rows), run.data.mine, run.args.seed
+    as_they_are = [(i, PLAIN) for i, _ in training_views(seed, mine, 0, min(len(mine), capacity // 2))]
+    room = capacity - len(as_they_are)
+    at_first, fresh = (min(room, len(mine) * run.recipe[name]) for name in ("views", "fresh"))
     made = at_first + number * fresh
-    return training_views(run.args.seed, run.data.mine, max(0, made - capacity), made)
+    return as_they_are + training_views(seed, mine, max(0, made - room), made)
 
 
-def finish_round(run, number, rows, best):
+def finish_round(run, number, rows, fitted, best):
     """Print the round's line, draw its mosaic, save the model if it is the best yet.
 
-    best: {"round", "right", "loss"} of the best so far, or None. Returns the best now.
+    fitted: kernel and bias of the last layer that is scored and saved, from `fit_last_layer`. best: {"round",
+    "right", "loss"} of the best so far, or None. Returns the best now.
     """
     args, _, data, nets, _ = run
-    plain, augmented = score(run)
+    plain, augmented = (
+        last_layer(hidden_units(run, ring, [(i, view) for i in data.validation]), *fitted)
+        for ring, view in ((run.rings.plain, PLAIN), (run.rings.shaken, 0))
+    )
     actual = data.targets[data.validation]
     right = int((plain.argmax(1) == actual).sum())
     rows[-1]["plain_accuracy"] = right / len(actual)
@@ -879,22 +942,22 @@ def finish_round(run, number, rows, best):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    save_folded(nets.network, temperature, info, args.model)
+    save_folded(nets.network, [array / temperature for array in fitted], info, args.model)
     return {"round": number, "right": right, "loss": loss}
 
 
 # ---------------------------------------------------------------- calibration and scores
 
 
-def save_folded(network, temperature, info, prefix):
-    """Save the network with its last layer divided by the temperature, and leave it undivided in memory."""
+def save_folded(network, last, info, prefix):
+    """Save the network with the given kernel and bias of its last layer, and leave its own in memory."""
     layer = network.get_layer("probabilities")
-    unfolded = layer.get_weights()  # (w / T) * T is not always w
-    layer.set_weights([array / np.float32(temperature) for array in unfolded])
+    own = layer.get_weights()
+    layer.set_weights(last)
     try:
         utils.save_model(network, info, prefix)
     finally:
-        layer.set_weights(unfolded)
+        layer.set_weights(own)
 
 
 def soften(probabilities, temperature):
@@ -1210,6 +1273,15 @@ def exchange(args, value):
     sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
     rows = multihost_utils.process_allgather(np.resize(data, max(sizes)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def total(args, array):
+    """Return the sum of an array over all processes. All of them must call it."""
+    if args.processes == 1:
+        return array
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array.astype("float32")).sum(axis=0, dtype="float64")
 
 
 def watch(args):

@@ -7,6 +7,7 @@ import stat
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,6 +252,40 @@ def test_every_epoch_takes_every_picture_once_with_a_random_view():
         assert sorted(order[:, 1]) == list(range(50))
         assert len(set(order[:, 0] // 100)) == 4
     assert not np.array_equal(*orders)
+
+
+@pytest.mark.parametrize(("slots", "at_first", "later"), [(1000, 50 + 50, 50 + 50 + 3 * 50), (60, 30 + 30, 30 + 30)])
+def test_the_ring_holds_pictures_as_they_are_beside_the_latest_views(slots, at_first, later):
+    ring = SimpleNamespace(keys=SimpleNamespace(rows=range(slots)))
+    run = SimpleNamespace(
+        rings=SimpleNamespace(views=ring), data=SimpleNamespace(mine=np.arange(50)),
+        args=SimpleNamespace(seed=1), recipe={"views": 1, "fresh": 1},
+    )  # fmt: skip
+    windows = [train.ring_window(run, number) for number in (0, 3)]
+    for window, size in zip(windows, (at_first, later)):
+        assert len(window) == len(set(window)) == size <= slots
+        assert [view for _, view in window].count(train.PLAIN) == min(50, slots // 2)
+    assert max(view for _, view in windows[1] if view != train.PLAIN) >= 2
+    assert {pair for pair in windows[0] if pair[1] == train.PLAIN} <= set(windows[1])
+
+
+def test_the_last_layer_is_a_ridge_regression_of_the_classes():
+    """The sums give what least squares gives on the samples themselves, with their weights."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.normal(3, 1, (90, 5)), np.eye(3)[np.arange(90) % 3], rng.uniform(0.5, 2, 90)
+    x[:, :3] += y
+    both = np.column_stack([x, np.ones(90), y])
+    kernel, bias = train.ridge_regression((both[:, :6] * w[:, None]).T @ both)
+    centred = [np.sqrt(w / w.sum())[:, None] * (a - np.average(a, axis=0, weights=w)) for a in (x, y)]
+    ridge = np.sqrt(train.RIDGE * (centred[0] ** 2).sum() / 5)
+    stacked = [np.concatenate(pair) for pair in zip(centred, (ridge * np.eye(5), np.zeros((5, 3))))]
+    assert np.allclose(kernel, train.LOGITS * np.linalg.lstsq(*stacked)[0])
+    assert np.allclose(np.average(x @ kernel + bias, axis=0, weights=w), 0)
+
+
+def test_training_that_ran_away_is_one_line():
+    with pytest.raises(utils.UserError, match="use --float32"):
+        train.ridge_regression(np.full((6, 9), np.nan))
 
 
 def test_temperature_of_a_perfect_set_stays_bounded():
