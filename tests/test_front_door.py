@@ -214,6 +214,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, make_classes, library, face,
     assert [path for path in sorted(tmp_path.rglob("*")) if path.parent.name != "elsewhere"] == before
 
 
+@pytest.mark.slow
 @on_linux
 def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_path, weights_file):
     folder = tmp_path / "Mes photos (été) 王 & co"
@@ -339,6 +340,7 @@ def present_a_certificate_of_its_own(server, folder):
     server.socket = context.wrap_socket(server.socket, server_side=True)
 
 
+@pytest.mark.slow
 def test_a_good_download_mends_half_a_file_and_later_no_network_is_needed(make_classes, tmp_path, server, weights_file):
     make_classes(a=4, b=4)
     server.data = weights_file.read_bytes()
@@ -520,6 +522,7 @@ def named(block):
 INLINE = re.findall(r"`(python [^`]*)`", README)
 
 
+@pytest.mark.slow
 @on_unix
 @pytest.mark.parametrize("block", [named(b) for b in COMMANDS + INLINE if "export " not in b])
 def test_the_commands_of_a_block(clone, request, block):
@@ -554,6 +557,7 @@ def test_the_commands_for_several_machines(clone, request):
     assert ["best: round" in output for output, _ in outputs] == [True, False]
 
 
+@pytest.mark.slow
 @on_unix
 def test_the_lines_for_small_classes_and_the_closed_world(tmp_path, weights_file):
     people = draw_classes(tmp_path / "people", {"Ann": 10, "Ben": 10, "small_class": 4, "unknown": 6})

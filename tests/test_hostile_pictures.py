@@ -161,6 +161,7 @@ def test_the_dirty_folder():
     assert sum(answer == (224, 224, 3) for answer in answers.values()) >= 17
 
 
+@pytest.mark.slow
 def test_a_training_run_over_a_set_of_which_a_third_is_broken(tmp_path):
     data = draw_classes(tmp_path / "data", {"a": 20, "b": 20})
     rng, sources = random.Random(3), originals()

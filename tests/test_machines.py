@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, draw_classes, run_process
 
+pytestmark = pytest.mark.slow
 needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs `pip install jax`")
 RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 60 --round-epochs 1 --views 2 --no-heavy-augmentation".split()
 

@@ -71,6 +71,7 @@ def snippet_pictures():
     return found
 
 
+@pytest.mark.slow
 def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path):
     folder, _ = scratch_run
     code = next(block for block in blocks("python") if "load_model" in block)

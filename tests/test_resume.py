@@ -19,6 +19,7 @@ from PIL import Image
 import train
 import utils
 
+pytestmark = pytest.mark.slow
 SHORT = "--image-size 75 --head-epochs 2 --rounds 3 --round-epochs 1 --views 1 --batch-size 8 --float32".split()
 
 

@@ -105,6 +105,7 @@ def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, photos):
     assert "broken.jpg: skipped" in done.stderr
 
 
+@pytest.mark.slow
 def test_with_a_model_the_label_decides(tmp_path, drawn_model):
     source = drawn_model / "film.mp4"
     done = tag(tmp_path, drawn_model / "model", "--save-faces", "sorted", "--source", source)
@@ -143,6 +144,7 @@ def test_frames_of_a_film_are_kept_whole(tmp_path, film):  # noqa: F811
     assert {Image.open(path).size for path in kept} == {(640, 480)}
 
 
+@pytest.mark.slow
 def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, drawn_model):
     source = tmp_path / "photos"
     source.mkdir()

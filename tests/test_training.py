@@ -156,13 +156,14 @@ def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypat
     assert info["number_format"] == "float32" and weights_file.name in info["weights"]
 
 
-@pytest.mark.parametrize("unfreeze", [0, 10])
+@pytest.mark.parametrize("unfreeze", [0, pytest.param(10, marks=pytest.mark.slow)])
 def test_unfreeze(monkeypatch, tmp_path, small, weights_file, unfreeze, capsys):
     run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", unfreeze)
     rounds = accuracy_counts(capsys.readouterr().out, "round")
     assert len(rounds) == (1 if unfreeze == 0 else 2)
 
 
+@pytest.mark.slow
 def test_a_kept_cache_saves_the_frozen_pass(monkeypatch, tmp_path, small, weights_file):
     passes = []
     predict = utils.predict
@@ -191,6 +192,7 @@ def count_rows(log, write):
     return counting
 
 
+@pytest.mark.slow
 def test_without_a_cache_dir_nothing_stays(monkeypatch, tmp_path, small, weights_file):
     run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
     assert not [path.name for path in tmp_path.iterdir() if "cache" in path.name or path.name.startswith((".", "tmp"))]
@@ -201,6 +203,7 @@ def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, wei
         run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--cache-gb", "0.000001")
 
 
+@pytest.mark.slow
 def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, capsys):
     data = draw_classes(tmp_path / "many", {"a": 60, "b": 60})
     row, fixed = 1280 * 2, 120 * 75 * 75 * 3 + 24 * 1280 * 6
@@ -260,6 +263,7 @@ def test_wrong_weights_files_are_one_line(monkeypatch, tmp_path, small, make, me
         run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", path)
 
 
+@pytest.mark.slow
 def test_without_a_connection_auto_says_what_is_lost_and_goes_on(run_script, make_classes, tmp_path):
     tiny = [word for word in TINY if word not in ("--weights", "none")]
     home = {"HOME": str(tmp_path / "home"), "KERAS_HOME": str(tmp_path / "keras"),
@@ -273,6 +277,7 @@ def test_without_a_connection_auto_says_what_is_lost_and_goes_on(run_script, mak
     assert done.returncode == 1 and "error: --weights imagenet: cannot be downloaded" in done.stderr
 
 
+@pytest.mark.slow
 def test_class_weights_and_light_views_and_seeds(monkeypatch, tmp_path, weights_file, capsys):
     data = draw_classes(tmp_path / "data", {"a": 6, "b": 18})
     base = [data, "m", *PRETRAINED, "--weights", weights_file, "--float32"]

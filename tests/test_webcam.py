@@ -206,6 +206,7 @@ def test_ctrl_c_keeps_a_film_that_plays(tmp_path, film):
 # ---------------------------------------------------------------- pictures
 
 
+@pytest.mark.slow
 def test_training_crops_get_the_probabilities_that_evaluation_gives(drawn_model):
     done = run_process(ROOT / "train.py", drawn_model, "people", "model", "--evaluate")
     assert done.returncode == 0, done.stderr
@@ -239,6 +240,7 @@ def test_a_folder_with_broken_files_and_names_of_all_kinds(tmp_path, film):
     assert Image.open(tmp_path / "shown" / "turned.jpg").size == frame.size
 
 
+@pytest.mark.slow
 def test_a_picture_with_sixty_faces(drawn_model, tmp_path):
     tiles = [Image.open(path) for path in sorted((drawn_model / "people").glob("*/*.jpg"))[::3][:60]]
     crowd = Image.new("RGB", (1600, 960))
@@ -435,6 +437,7 @@ def serve(port, frame):
     return stop, server.server_port
 
 
+@pytest.mark.slow
 def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, film):
     frame = read_film(film)[0]
     stop, port = serve(0, frame)
