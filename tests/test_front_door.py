@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -431,12 +432,12 @@ def test_the_lines_that_set_up_the_environment(tmp_path):
     """The commands themselves, but nothing is downloaded: the packages must be those of this environment."""
     shutil.copy(ROOT / "requirements.txt", tmp_path)
     for line in "\n".join(SHELL).splitlines():
-        program, *words = line.split()
+        program, *words = shlex.split(line)
         if program == "python3":
             command, cwd = [sys.executable, *words, "--without-pip"], tmp_path
         elif program == ".venv/bin/pip":
             command, cwd = [sys.executable, "-m", "pip", *words, "--dry-run", "--no-index"], tmp_path
-        elif words == ["-m", "pytest"]:
+        elif words[:2] == ["-m", "pytest"]:
             command, cwd = [sys.executable, *words, "--collect-only"], ROOT
         else:  # run by test_the_first_command_on_a_drawn_set
             assert (ROOT / words[0]).is_file() and program == ".venv/bin/python", line
