@@ -791,6 +791,7 @@ def kill_at_random(library, folder, kills, seed):
     assert sorted(os.listdir(folder)) == ["people", "whole"]
 
 
+@pytest.mark.slow
 def test_two_kills(tmp_path, large):
     kill_at_random(large, tmp_path, 2, 1)
 
@@ -864,6 +865,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path, family, left):
 # ---------------------------------------------------------------- real libraries
 
 
+@pytest.mark.slow
 @needs_real
 @pytest.mark.parametrize("name", [path.name[: -len(".tar.xz")] for path in sorted(REAL.glob("*.tar.xz"))])
 def test_every_face_of_a_real_library(tmp_path, name):

@@ -234,6 +234,7 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     assert Image.open(folder / "tagué.png").size == (80, 80)
 
 
+@pytest.mark.slow
 @on_linux
 def test_faces_are_collected_and_folders_read_in_one_gigabyte(tmp_path):
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype("uint8"))
@@ -310,7 +311,7 @@ def download(folder, address, md5, *options):
 @pytest.mark.parametrize(("kind", "reason"), [
     ("cut", "retrieval incomplete"),
     ("wrong", "hash does not match"),
-    ("silent", "no connection within 2 s"),
+    pytest.param("silent", "no connection within 2 s", marks=pytest.mark.slow),
     ("stalls", "timed out"),
     ("missing", "404"),
     ("refused", "refused"),

@@ -138,6 +138,7 @@ def small(tmp_path):
     return draw_classes(tmp_path / "data", {"a": 10, "b": 10})
 
 
+@pytest.mark.slow
 def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypatch, tmp_path, small, weights_file):
     run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--float32")
     model, info = utils.load_model(tmp_path / "m")
@@ -213,6 +214,7 @@ def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, 
     assert len(accuracy_counts(capsys.readouterr().out, "round")) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["legacy float32", "legacy float16", "weights.h5 float32", "weights.h5 float16"])
 def test_weights_of_every_layout(tmp_path, weights_file, kind):
     import keras

@@ -92,6 +92,7 @@ def test_drawn_people_are_found_and_named(drawn_model, tagged):
     assert float(lines[-1]["time"]) == pytest.approx((len(truth) - 1) / sample_faces.FPS, abs=0.01)
 
 
+@pytest.mark.slow
 def test_a_film_gives_the_same_lines_every_time(drawn_model, tagged):
     assert tag(drawn_model, "model", "--source", "film.mp4").stdout == tagged.stdout
 
@@ -109,6 +110,7 @@ def test_the_summary_tells_speed_and_ages(tagged):
                      r"median classification [\d.]+ ms; median label age [\d.]+ s", tagged.stderr)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_threshold_of_one_makes_everybody_unknown(drawn_model):
     lines = rows(tag(drawn_model, "model", "--source", "film.mp4", "--threshold", 1).stdout)
     assert {row["label"] for row in lines} == {"unknown"}
