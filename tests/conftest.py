@@ -88,10 +88,7 @@ def drawn_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn faces")
     sample_faces.draw_set(folder / "people", 5, 40)
     sample_faces.draw_clip(folder / "film.mp4")
-    recipe = [
-        *"--weights none --image-size 75 --head-epochs 8 --rounds 1 --round-epochs 4".split(),
-        "--no-heavy-augmentation",
-    ]
+    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
     done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder

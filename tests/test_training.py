@@ -102,6 +102,7 @@ def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run):
         path.unlink()
 
 
+@pytest.mark.slow
 def test_classes_that_the_model_does_not_know(scratch_run, tmp_path):
     folder, _ = scratch_run
     data = draw_classes(tmp_path / "other", {"red": 3, "stranger": 3})
@@ -199,6 +200,7 @@ def test_without_a_cache_dir_nothing_stays(monkeypatch, tmp_path, small, weights
     assert not [path.name for path in tmp_path.iterdir() if "cache" in path.name or path.name.startswith((".", "tmp"))]
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, weights_file):
     with pytest.raises(utils.UserError, match=r"--cache-gb 1e-06.*needs at least .* GB.*--cache-dir"):
         run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--cache-gb", "0.000001")
@@ -292,6 +294,7 @@ def test_class_weights_and_light_views_and_seeds(monkeypatch, tmp_path, weights_
     assert all(results[0][0] != other[0] for other in results[1:4])
 
 
+@pytest.mark.slow
 def test_features_too_large_for_16_bits_name_the_option(monkeypatch, tmp_path, small, weights_file):
     monkeypatch.setattr(utils, "predict", lambda model, rows, n: np.full((len(rows), 1, 1, 1280), 1e6, "float32"))
     with pytest.raises(utils.UserError, match="use --float32"):

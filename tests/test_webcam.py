@@ -185,6 +185,7 @@ def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_p
     assert rows(tag(tmp_path, "--save-faces", "faces", "--source", "far.png", "--min-face", option[1]).stdout)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_a_film_that_plays(tmp_path, film):
     long = tmp_path / "long.avi"
     frames = read_film(film)
