@@ -57,8 +57,8 @@ WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 RIDGE = 0.3  # of the last layer's fit, in mean variances of a hidden unit; 0.1 to 1 are as good
-SURE = 0.95  # no threshold is higher
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
+SURE = 0.95  # no threshold is higher
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 64  # pictures at once through the frozen part
@@ -806,17 +806,17 @@ def hidden_units(run, ring, pairs):
     return predict_slots(run.nets.full.hidden, ring, [view_key(run.data.pictures, int(i), view) for i, view in pairs])
 
 
-def last_layer(hidden, kernel, bias):
-    """Return the probabilities (n, classes) that the last layer gives for hidden units (n, 1024)."""
+def score(run, ring, view, last):
+    """Return the probabilities (n, classes) of a view of validation. last: kernel and bias of the last layer."""
     from scipy.special import softmax
 
-    return softmax(hidden @ kernel + bias, axis=1)
+    kernel, bias = last
+    return softmax(hidden_units(run, ring, [(i, view) for i in run.data.validation]) @ kernel + bias, axis=1)
 
 
 def score_shaken(run):
     """Return the probabilities (n, classes) of augmented validation, as the network being trained gives them."""
-    layer = bring_up(run.nets)
-    return last_layer(hidden_units(run, run.rings.shaken, [(i, 0) for i in run.data.validation]), *layer.get_weights())
+    return score(run, run.rings.shaken, 0, bring_up(run.nets).get_weights())
 
 
 def fit_last_layer(run, window):
@@ -826,7 +826,7 @@ def fit_last_layer(run, window):
     where the whole network knows these by heart, of the newest view of each. Gradient steps with cross-entropy leave
     a layer that is too sure of what it has never seen; least squares does not, and errs no more often.
     """
-    data, units = run.data, run.nets.network.get_layer("probabilities").input.shape[1]
+    data, units = run.data, run.nets.full.hidden.output_shape[1]
     scratch = run.nets.full.trunk is None
     pairs = window[-len(data.mine) :] if scratch else [pair for pair in window if pair[1] == PLAIN]
     bring_up(run.nets)
@@ -910,11 +910,8 @@ def finish_round(run, number, rows, fitted, best):
     fitted: kernel and bias of the last layer that is scored and saved, from `fit_last_layer`. best: {"round",
     "right", "loss"} of the best so far, or None. Returns the best now.
     """
-    args, _, data, nets, _ = run
-    plain, augmented = (
-        last_layer(hidden_units(run, ring, [(i, view) for i in data.validation]), *fitted)
-        for ring, view in ((run.rings.plain, PLAIN), (run.rings.shaken, 0))
-    )
+    args, _, data, nets, rings = run
+    plain, augmented = score(run, rings.plain, PLAIN, fitted), score(run, rings.shaken, 0, fitted)
     actual = data.targets[data.validation]
     right = int((plain.argmax(1) == actual).sum())
     rows[-1]["plain_accuracy"] = right / len(actual)

@@ -240,15 +240,16 @@ def prepare(args, kind):
 
 def load_network(state):
     """Load the model, if one is given. A camera is shown meanwhile, and tagged from then on."""
-    if state.args.model:
-        network, info = utils.load_model(state.args.model)
-        state.labels, state.side = info["labels"], info["image_size"]
-        state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
-        state.folders = utils.folder_names([*state.labels, "unknown"])
-        utils.compiled(network)
-        for n in (1, 2):  # graphs for one face and for several are made before the first frame
-            network.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
-        state.model = network
+    if not state.args.model:
+        return
+    network, info = utils.load_model(state.args.model)
+    state.labels, state.side = info["labels"], info["image_size"]
+    state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
+    state.folders = utils.folder_names([*state.labels, "unknown"])
+    utils.compiled(network)
+    for n in (1, 2):  # graphs for one face and for several are made before the first frame
+        network.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
+    state.model = network
 
 
 def load_cascade():
@@ -747,9 +748,9 @@ def tag_live(state):
 
 
 def work_live(state):
-    """Thread: load a camera's model, then handle the newest frame, again and again."""
+    """Thread: load the model if that is still to be done, then handle the newest frame, again and again."""
     try:
-        if state.kind == "camera":
+        if not state.model:
             load_network(state)
         for number, moment, frame in newest_frames(state):
             if not state.paused:
