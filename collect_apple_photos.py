@@ -395,19 +395,16 @@ def parse_arguments():
     add = parser.add_argument
     add("library", help="the folder whose name ends in .photoslibrary")
     add("out_dir", help="folder to write to, absent or empty")
-    add("--context", type=float, default=2.2, metavar="F", help="side of the crop / of the face's box (default: 2.2)")
-    add("--min-size", type=int, default=48, metavar="PX", help="skip faces with a smaller box (default: 48)")
+    text = "side of the crop / of the face's box, which is tighter than webcam.py's (default: 2.2)"
+    add("--context", type=utils.number(float, 0.5, 10), default=2.2, metavar="F", help=text)
+    text = "skip faces with a smaller box (default: 48)"
+    add("--min-size", type=utils.number(int, 1, 10**6), default=48, metavar="PX", help=text)
     text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: 1)"
-    add("--min-images", type=int, default=1, metavar="N", help=text)
+    add("--min-images", type=utils.number(int, 1, 10**9), default=1, metavar="N", help=text)
     add("--no-unknown", action="store_true", help="leave out faces without a name (default: off)")
     add("--include-hidden", action="store_true", help="also photos that the user hid (default: off)")
     add("--dry-run", action="store_true", help="print the table as it would be, write nothing (default: off)")
-    args = parser.parse_args()
-    if not 0.5 <= args.context <= 10:
-        parser.error("argument --context: must be 0.5 to 10")
-    if min(args.min_size, args.min_images) < 1:
-        parser.error("arguments --min-size and --min-images: must be at least 1")
-    return args
+    return parser.parse_args()
 
 
 def main():

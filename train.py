@@ -47,7 +47,7 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
 FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=1, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=7, batch_size=32)
-LEAST_STEPS = dict(head_epochs=120, round_epochs=40)  # from scratch: small sets get more epochs to have as many;
+LEAST_STEPS = dict(head_epochs=240, round_epochs=84)  # from scratch: small sets get more epochs to have as many;
 # in fine-tuning that made the model too sure of strangers
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
@@ -56,7 +56,7 @@ SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
-RIDGE = 0.3  # of the last layer's fit, in mean variances of a hidden unit; 0.1 to 1 are as good
+RIDGE = 0.1  # of the last layer's fit, in mean variances of a hidden unit; 0.03 to 1 are nearly as good
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 SURE = 0.95  # no threshold is higher
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
@@ -85,7 +85,7 @@ Store = collections.namedtuple("Store", "file rows")
 Ring = collections.namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
 # many the process with the largest share trains on
-Data = collections.namedtuple("Data", "pictures store train mine most validation labels targets weights")
+Data = collections.namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
 # Parts: full is float32, fast is trained; devices train as one, in the scope that together() gives
 Nets = collections.namedtuple("Nets", "network full fast number_format source devices together")
 Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
@@ -93,13 +93,14 @@ Run = collections.namedtuple("Run", "args recipe data nets rings")
 
 
 # ---------------------------------------------------------------- arguments
+# A new option: what changes the result belongs in settings_of, what changes the features in open_rings' name.
 
 
 def parse_arguments():
     """Read the command line. Options whose default depends on the kind of training are absent unless given."""
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
-        epilog="example: python train.py people model --heavy-augmentation --rounds 10",
+        epilog="example: python train.py people model --no-heavy-augmentation --rounds 20",
     )
     parser.add_argument("data_dir", type=Path, help="a folder with a folder of pictures for each class")
     parser.add_argument("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
@@ -112,7 +113,8 @@ def parse_arguments():
 
     option("weights", "where to start: auto, imagenet, none, or a notop weights FILE", default="auto")
     option("image-size", "side in pixels", "224; 96 from scratch", type=utils.number(int, 75, 1024))
-    option("validation-split", "share of each class kept for validation", type=share, default=0.2)
+    option("validation-split", "share of each class kept for validation", default=0.2,
+           type=utils.number(float, 0.01, 0.99))  # fmt: skip
     flag("group-by-folder", "keep files of one folder on one side of the split")
     option("seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337)
     option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip", default=heavy_augmentation,
@@ -131,30 +133,16 @@ def parse_arguments():
         option(name, text, shown, type=utils.number(int, low, 10**6), default=argparse.SUPPRESS)
     option("unfreeze", "how many top inception blocks are fine-tuned", type=utils.number(int, 0, 10), default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
-    option("cache-gb", "how large the cache may be", type=positive, default=CACHE_GB)
+    option("cache-gb", "how large the cache may be", type=utils.number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")
     flag("class-weight", "weigh classes by 1/frequency")
     flag("resume", "go on from the last whole round after a stop or a kill")
     flag("evaluate", "no training: score the saved model on all of data_dir")
-    option("min-accuracy", "exit 3 if the best validation accuracy is lower", "none", type=share)
+    option("min-accuracy", "exit 3 if the best validation accuracy is lower", "none", type=utils.number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
     find_processes(args)
     return args
-
-
-def share(text):
-    """An argparse type: a number between 0 and 1, both excluded."""
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
-def positive(text):
-    """An argparse type: a finite number above 0."""
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
 
 
 # ---------------------------------------------------------------- folder → file list
@@ -232,28 +220,25 @@ def group_pictures(pictures, data_dir, by_folder):
 
     Warns where the same bytes lie under two classes.
     """
-    parent = list(range(len(pictures)))
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    def find(i):
-        """Return the first picture of i's group, and shorten the way to it."""
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    first = {}
+    first, links = {}, []
     for i, picture in enumerate(pictures):
         keys = [picture.digest]
         inner = picture.path.relative_to(data_dir).parent
         if by_folder and len(inner.parts) > 1:
             keys.append(inner)
         for key in keys:
-            parent[find(i)] = find(first.setdefault(key, i))
+            links.append((i, first.setdefault(key, i)))
         twin = pictures[first[picture.digest]]
         if twin.label != picture.label:
             utils.warn(f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class")
+    ends, size = np.array(links, int).reshape(-1, 2).T, len(pictures)
+    graph = coo_array((np.ones(len(links)), tuple(ends)), shape=(size, size))
     groups = defaultdict(list)
-    for i in range(len(pictures)):
-        groups[find(i)].append(i)
+    for i, group in enumerate(connected_components(graph, directed=False)[1] if pictures else ()):
+        groups[group].append(i)
     return list(groups.values())
 
 
@@ -323,7 +308,8 @@ def open_store(folder, name, count, shape, dtype):
     if name is None:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)
     else:
-        file = open(os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        file = open(os.open(folder / name, flags, 0o600), "r+b", buffering=0)
     file.truncate(size)  # takes no space yet: the map must not end before the file
     return Store(file, np.memmap(file, dtype, "r", shape=(count, *shape)))
 
@@ -440,7 +426,7 @@ def fill_ring(run, ring, trunk, wanted, label):
     While the network works on one batch, the next is prepared and the last one written. trunk: a Keras model,
     or None to keep the views themselves. Raises UserError for features that the ring's numbers cannot hold.
     """
-    args, _, (pictures, store, *_), _, _ = run
+    args, pictures, store = run.args, run.data.pictures, run.data.store
     keys = [view_key(pictures, *pair) for pair in wanted]
     missing = claim_slots(ring, keys)
     batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
@@ -490,11 +476,8 @@ def fastest_format(args):
     batch, models = np.zeros((16, 28, 28, 192), "float32"), {}
     try:
         for name in ("float32", "mixed_bfloat16"):
-            inputs = keras.Input(batch.shape[1:])
-            layers = keras.layers.Conv2D(192, 3, padding="same", dtype=name)(inputs)
-            models[name] = utils.compiled(
-                keras.Model(inputs, keras.layers.Conv2D(192, 3, padding="same", dtype=name)(layers))
-            )
+            layers = [keras.layers.Conv2D(192, 3, padding="same", dtype=name) for _ in range(2)]
+            models[name] = utils.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
             models[name].predict_on_batch(batch)
         times = defaultdict(list)
         for _ in range(5):
@@ -586,18 +569,29 @@ def cut_network(network, args, scratch):
     return Parts(trunk, pool, hidden, keras.Model(pooled, network.output), top)
 
 
-def prepare(run, model, steps, peak, warm_up):
-    """Compile a model for training: AdamW, the rate rising to `peak` over warm_up steps, then a cosine to 0."""
+def prepare(run, model):
+    """Compile a model for training with AdamW. Its rate is set before each step: a schedule would be traced along."""
     keras = utils.import_keras()
-    schedule = keras.optimizers.schedules.CosineDecay(
-        peak / 100, max(1, steps - warm_up), warmup_target=peak, warmup_steps=warm_up
-    )
     with run.nets.together():
-        optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
+        optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
         accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")  # by name alone, the graph would be made twice
         utils.compiled(model, optimizer=optimizer, loss=loss, metrics=[accuracy])
         optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
+
+
+def learning_rates(run, model):
+    """Return the rate of every step of a model's training, float (steps,): rising to its peak, then a cosine to 0."""
+    recipe, scratch, (steps, _) = run.recipe, run.nets.full.trunk is None, epoch_size(run)
+    if model is run.nets.fast.head:
+        warm_up, total_steps, peak = steps, recipe["head_epochs"] * steps, HEAD_RATE
+    else:
+        epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
+        warm_up, total_steps = int(epochs * steps * WARM_UP), epochs * steps
+        peak = SCRATCH_RATE if scratch else ROUND_RATE
+    rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
+    falling = peak / 2 * (1 + np.cos(np.linspace(0, np.pi, max(1, total_steps - warm_up), endpoint=False)))
+    return np.concatenate([rising, falling])
 
 
 # ---------------------------------------------------------------- what a run works on
@@ -704,11 +698,13 @@ def train_epoch(run, model, rows, order, targets, label):
     rows: features (slots, …). order: (slot, index) pairs, int (n, 2), repeated from the beginning until the last
     batch is full. targets: float (pictures, classes), one-hot. label: of its progress.
     """
-    steps, batch_size, weights = *epoch_size(run), run.data.weights
+    steps, batch_size, weights = *epoch_size(run), run.data.sample_weights
     batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
     logs, features_ahead = [], utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)
+    rates = learning_rates(run, model)[int(model.optimizer.iterations) :]
     with run.nets.together():
-        for batch, features in zip(utils.progress(batches, steps, label), features_ahead):
+        for batch, features, rate in zip(utils.progress(batches, steps, label), features_ahead, rates):
+            model.optimizer.learning_rate = rate
             logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
     return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist()))
 
@@ -770,8 +766,8 @@ def train_head(run, window):
         shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
         validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
     place = {pair: n for n, pair in enumerate(window)}
-    model, (steps, _) = nets.fast.head, epoch_size(run)
-    prepare(run, model, recipe["head_epochs"] * steps, HEAD_RATE, warm_up=steps)
+    model = nets.fast.head
+    prepare(run, model)
 
     def validate():
         """Score the float32 layers, which are others than those trained in bfloat16 or by several processes."""
@@ -786,19 +782,24 @@ def train_head(run, window):
 
 def train_top(run, window, number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
+
+    def validate():
+        """Score the augmented pictures with the float32 network and its own last layer."""
+        bring_up(run.nets)
+        return score(run, run.rings.shaken, 0, run.nets.network.get_layer("probabilities").get_weights())
+
     epochs = run.recipe["head_epochs" if number == 0 else "round_epochs"]
     slots, pictures = run.rings.views.slots, run.data.pictures
     return train_epochs(
         run, run.nets.fast.top, run.rings.views.features.rows, lambda i, v: slots[view_key(pictures, i, v)],
-        window, number, epochs, lambda: score_shaken(run),
+        window, number, epochs, validate,
     )  # fmt: skip
 
 
 def bring_up(nets):
-    """Bring the float32 network up to date with the one that is trained. Returns its last layer."""
+    """Bring the float32 network up to date with the one that is trained."""
     if nets.fast is not nets.full:
         nets.full.top.set_weights(nets.fast.top.get_weights())
-    return nets.network.get_layer("probabilities")
 
 
 def hidden_units(run, ring, pairs):
@@ -814,21 +815,15 @@ def score(run, ring, view, last):
     return softmax(hidden_units(run, ring, [(i, view) for i in run.data.validation]) @ kernel + bias, axis=1)
 
 
-def score_shaken(run):
-    """Return the probabilities (n, classes) of augmented validation, as the network being trained gives them."""
-    return score(run, run.rings.shaken, 0, bring_up(run.nets).get_weights())
-
-
 def fit_last_layer(run, window):
     """Fit the last layer anew. Returns its kernel (1024, classes) and bias (classes,).
 
-    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are; from scratch,
-    where the whole network knows these by heart, of the newest view of each. Gradient steps with cross-entropy leave
-    a layer that is too sure of what it has never seen; least squares does not, and errs no more often.
+    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are. Gradient steps
+    with cross-entropy leave a layer that is too sure of what it has never seen; least squares does not, and errs no
+    more often.
     """
     data, units = run.data, run.nets.full.hidden.output_shape[1]
-    scratch = run.nets.full.trunk is None
-    pairs = window[-len(data.mine) :] if scratch else [pair for pair in window if pair[1] == PLAIN]
+    pairs = [pair for pair in window if pair[1] == PLAIN]
     bring_up(run.nets)
     sums = np.zeros((units + 1, units + 1 + len(data.labels)))
     for start in range(0, len(pairs), PASS_BATCH):
@@ -836,7 +831,7 @@ def fit_last_layer(run, window):
         rows = [i for i, _ in chunk]
         x = np.column_stack([hidden_units(run, run.rings.views, chunk), np.ones(len(chunk))])
         y = data.targets[rows, None] == np.arange(len(data.labels))
-        sums += (x * data.weights[rows, None]).T @ np.column_stack([x, y])
+        sums += (x * data.sample_weights[rows, None]).T @ np.column_stack([x, y])
     return ridge_regression(total(run.args, sums))
 
 
@@ -869,9 +864,7 @@ def train_rounds(run, state):
     if args.process == 0:
         fill_ring(run, rings.shaken, nets.fast.trunk, [(int(i), 0) for i in data.validation], "validation views")
         fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
-    epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
-    steps = epochs * epoch_size(run)[0]
-    prepare(run, nets.fast.top, steps, SCRATCH_RATE if scratch else ROUND_RATE, warm_up=int(steps * WARM_UP))
+    prepare(run, nets.fast.top)
     if state:
         restore_weights(run, state)
     state = state or {"round": -1, "stale": 0, "best": None, "history": []}
@@ -886,7 +879,9 @@ def train_rounds(run, state):
         stale = 0 if best != state["best"] else state["stale"] + 1
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
-            write_history(args, state["history"])
+            columns = list(state["history"][-1])
+            rows = [[row.get(name, "") for name in columns] for row in state["history"]]
+            utils.write_csv(f"{args.model}-history.csv", columns, rows)
             save_state(run, state)
     return state
 
@@ -920,7 +915,8 @@ def finish_round(run, number, rows, fitted, best):
     if number == 0:
         remove_mosaics(args.model)
         remove_state(args.model)
-    path, picture = f"{number:03d}.png", lambda i: data.store.rows[data.pictures[data.validation[i]].row]
+    path, picture = Path(f"{number:03d}.png"), lambda i: data.store.rows[data.pictures[data.validation[i]].row]
+    check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
     utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
     temperature = fit_temperature(plain, augmented, actual)
     calibrated, shaken = soften(plain, temperature), soften(augmented, temperature)
@@ -1036,8 +1032,13 @@ def check_outputs(args):
             error.filename = place.resolve()  # not that of a file that nobody knows
             raise
     for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MOSAICS)):
-        if path.exists() and mosaic_owner(path) != args.model:
-            raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
+        check_mosaic(path, args.model)
+
+
+def check_mosaic(path, prefix):
+    """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
+    if path.exists() and mosaic_owner(path) != prefix:
+        raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
 
 
 def mosaic_owner(path):
@@ -1061,18 +1062,12 @@ def remove_mosaics(prefix):
 def remove_unfinished(prefix):
     """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
     folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
-    ends = ("", "-labels", "-history", "-report", "-mistakes", "-resume", "-resume.*", "-resume-files")
-    for pattern in [f".{name}{end}-unfinished-*" for end in ends]:
+    ends = "-labels -history -report -mistakes -evaluate -evaluate-report -resume -resume.* -resume-files".split()
+    for pattern in [f".{name}{end}-unfinished-*" for end in ("", *ends)]:
         for path in folder.glob(pattern):
             path.unlink()
     for path in Path().glob(f".{MOSAICS.replace('.', '-unfinished-*.')}"):
         path.unlink()
-
-
-def write_history(args, history):
-    """Write model-history.csv, a row an epoch."""
-    columns = "round epoch loss accuracy val_loss val_accuracy plain_accuracy learning_rate seconds".split()
-    utils.write_csv(f"{args.model}-history.csv", columns, [[row[name] for name in columns] for row in history])
 
 
 def score_saved(args, model, data, what):
@@ -1082,7 +1077,11 @@ def score_saved(args, model, data, what):
     rows of PREDICTION_COLUMNS, a title for pictures).
     """
     actual = data.targets[data.validation]
-    probabilities = predict_pictures(utils.compiled(model), data)
+    rows = [data.pictures[i].row for i in data.validation]
+    chunks = [rows[i : i + PASS_BATCH] for i in range(0, len(rows), PASS_BATCH)]
+    utils.compiled(model)
+    shown = utils.progress(chunks, len(chunks), "scoring")
+    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in shown])
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
@@ -1126,17 +1125,10 @@ def tell_what_next(args, data, info, actual, probabilities):
     if args.cache_dir and args.cache_dir.exists():
         stats = [path.stat() for path in args.cache_dir.iterdir()]
         size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
+        folder = shlex.quote(utils.escape(args.cache_dir))
         lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
-        lines.append(f"    rm -r {shlex.quote(utils.escape(args.cache_dir))}")
+        lines.append(f"    rm {folder}/*.features {folder}/*.keys")
     print("\n".join(lines), file=sys.stderr)
-
-
-def predict_pictures(model, data):
-    """Return the probabilities (n, classes) that a compiled whole model gives for the validation pictures."""
-    rows = [data.pictures[i].row for i in data.validation]
-    chunks = [rows[i : i + PASS_BATCH] for i in range(0, len(rows), PASS_BATCH)]
-    shown = utils.progress(chunks, len(chunks), "scoring")
-    return np.concatenate([utils.predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in shown])
 
 
 # ---------------------------------------------------------------- stop and go on
@@ -1149,7 +1141,7 @@ def state_files(prefix):
 
 def settings_of(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show."""
-    names = ("validation_split", "group_by_folder", "seed", "heavy_augmentation", "unfreeze", "class_weight", "float32")
+    names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32 cache_gb".split()
     settings = {name: getattr(args, name) for name in names}
     return settings | recipe | {"image_size": data.store.rows.shape[1], "classes": data.labels,
                                 "processes": args.processes}  # fmt: skip
@@ -1176,7 +1168,7 @@ def save_state(run, state):
     numbers = numbers.with_suffix(f".{state['round']}.npy")
     with utils.whole_file(numbers) as part:
         np.save(part, flat)
-    if not files.exists() or state["round"] == 0:
+    if not files.exists():
         with utils.whole_file(files) as part:
             part.write_text(json.dumps(file_list(run.args, run.data)))
     more = {"settings": settings_of(run.args, run.recipe, run.data), "number_format": run.nets.number_format}
@@ -1266,7 +1258,10 @@ def find_processes(args):
 
 
 def exchange(args, value):
-    """Return what every process gave, plain data, as a list in their order. All of them must call it."""
+    """Return what every process gave, plain data, as a list in their order. All of them must call it.
+
+    What only the first one knows, it gives to all: `exchange(args, None if args.process else …)[0]`.
+    """
     if args.processes == 1:
         return [value]
     utils.import_keras()
@@ -1279,7 +1274,7 @@ def exchange(args, value):
 
 
 def total(args, array):
-    """Return the sum of an array over all processes. All of them must call it."""
+    """Return the sum of an array over all processes, in JAX's 32 bits. All of them must call it."""
     if args.processes == 1:
         return array
     from jax.experimental import multihost_utils
@@ -1294,12 +1289,10 @@ def watch(args):
     with its parent, whose end of a pipe is then closed. Raises UserError.
     """
     child = subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, env=os.environ | {utils.CHILD: "1"})
-    while True:
-        try:
+    code = None
+    while code is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the child has it too, and says what is to be said
             code = child.wait()
-            break
-        except KeyboardInterrupt:  # the child has it too, and says what is to be said
-            continue
     if code in (0, 1, 3, 130):
         return code
     raise utils.UserError(LOST)
@@ -1341,11 +1334,6 @@ def gate(args, accuracy):
     return 3
 
 
-def summarise(args):
-    """The dry run: read the data, print its line and its warnings."""
-    read_data(args, args.image_size or 75)
-
-
 def make_recipe(args, scratch, count):
     """Return the recipe for `count` training pictures: what the options say, else the defaults. A dict."""
     defaults = FROM_SCRATCH if scratch else FINE_TUNING
@@ -1366,6 +1354,8 @@ def train(args):
     for line in warnings:
         utils.warn(line)
     scratch = path is None
+    if len(set(exchange(args, scratch))) > 1:
+        raise utils.UserError("--weights auto: not every process could have the weights: give their file to --weights")
     if scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     state = read_state(args) if args.resume else None
@@ -1399,15 +1389,15 @@ def main():
         if args.evaluate:
             return evaluate(args)
         if args.dry_run:
-            return summarise(args)
-        if args.process:
-            return train(args)
+            read_data(args, args.image_size or 75)
+            return 0
         check_outputs(args)
         with contextlib.ExitStack() as locks:
-            locks.enter_context(utils.only_run(f"{args.model}.lock"))
+            if args.process == 0:
+                locks.enter_context(utils.only_run(f"{args.model}.lock"))
+                remove_unfinished(args.model)
             if args.cache_dir:
-                locks.enter_context(utils.only_run(args.cache_dir / "cache.lock"))
-            remove_unfinished(args.model)
+                locks.enter_context(utils.only_run(args.cache_dir / f"cache-{args.process}.lock"))
             return train(args)
     except KeyboardInterrupt:
         if not args.evaluate and not args.dry_run and state_files(args.model)[0].exists():

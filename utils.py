@@ -46,7 +46,7 @@ except ImportError as absent:
 
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
-MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and would not fit into 2 GB decoded
+MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
 LARGE_FILE = 2**25  # bytes: what is larger may be a film, and is not read before its beginning was looked at
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
@@ -134,6 +134,20 @@ def missing(error):
     return f"{error}: {remedy}"
 
 
+def explain(error):
+    """Return one line for an exception that a user can do something about, None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return advice(error)
+    if isinstance(error, ImportError):
+        return missing(error)
+    # TensorFlow and JAX have no class in common for it
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return "out of memory: close other programs, or train with a smaller --batch-size or --image-size"
+    return None
+
+
 def run(main):
     """Call a script's `main()` and leave with its exit code.
 
@@ -145,26 +159,17 @@ def run(main):
         stream.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         code = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:
-        print(f"error: {advice(error)}", file=sys.stderr)
-        code = 1
-    except ImportError as error:
-        print(f"error: {missing(error)}", file=sys.stderr)
-        code = 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = 130
-    except Exception as error:  # TensorFlow and JAX have no class in common for it
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+    except Exception as error:
+        line = explain(error)
+        if line is None:
             raise
-        print("error: out of memory: close other programs, or train with a smaller --batch-size or --image-size",
-              file=sys.stderr)  # fmt: skip
+        print(f"error: {line}", file=sys.stderr)
         code = 1
     sys.exit(code)
 
@@ -195,6 +200,7 @@ def number(kind, low, high):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return kind(text)
 
+    value.__name__ = kind.__name__  # argparse says: invalid int value
     return value
 
 
@@ -271,10 +277,11 @@ def list_files(root):
             continue
         for entry in entries:
             path = folder / entry.name
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(path)
-            elif not entry.is_symlink() or path.resolve().is_relative_to(inside):
-                found.append(path)
+            with contextlib.suppress(OSError, RuntimeError):  # a link that leads to itself
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif not entry.is_symlink() or path.resolve().is_relative_to(inside):
+                    found.append(path)
     return sorted(found)
 
 
@@ -414,7 +421,7 @@ def plain_mode(image):
 
 
 def grey_8_bit(image):
-    """Scale a 16-bit, 32-bit or float grey image to 8 bits: by its mode's range, never by its content."""
+    """Scale a 16-bit, 32-bit or float grey image to 8 bits: by its mode's range, and floats up to 1 by 0..1."""
     grey = np.asarray(image).astype("float32")
     scale = 255 if image.mode == "F" and grey.max(initial=0) <= 1 else 1 if image.mode == "F" else 1 / 257
     return with_orientation_of(image, Image.fromarray(np.clip(np.nan_to_num(grey) * scale, 0, 255).astype("uint8")))
@@ -554,7 +561,7 @@ def compiled(model, **settings):
 def predict(model, rows, batch_size):
     """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
 
-    rows: array (n, …), may be a memory map. Returns float32 (n, …). (`predict` waits between batches.)
+    rows: array (n, …), may be a memory map. Returns float32 (n, …). (Keras's own `predict` waits between batches.)
     """
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -604,7 +611,7 @@ def is_ours(prefix):
         if weights.exists():
             with h5py.File(weights, "r") as file:
                 return ATTRIBUTE in file.attrs
-        if architecture.exists():  # a kill between the renames of a first save leaves it alone
+        if architecture.exists():  # a kill between the renames of a first save leaves it without a model.h5
             check_architecture(parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture)
         return True
     except (OSError, UserError):
@@ -619,7 +626,7 @@ def load_model(prefix):
     is imported. What is trusted is h5py with libhdf5. Raises UserError for anything that is not whole.
     """
     weights, architecture, labels_path = trio(prefix)
-    texts = [read_capped(path, limit) for path, limit in ((architecture, MAX_JSON), (labels_path, MAX_JSON))]
+    texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
     side = check_architecture(parse_json(architecture, texts[0]), architecture)
     ours, config = check_hdf5(weights, PARAMETERS + PARAMETERS_A_CLASS * len(labels))
@@ -757,9 +764,13 @@ def font_file(text):
     """Return the path of a font that has every character of `text`: DejaVu Sans, else one of the system's."""
     from matplotlib import font_manager, ft2font
 
+    def candidates():
+        """Yield font files; looking through the system's takes long."""
+        yield first
+        yield from sorted(font_manager.findSystemFonts(), key=lambda path: ("CJK" not in path, "Bold" in path, path))
+
     first = font_manager.findfont("DejaVu Sans")
-    others = sorted(font_manager.findSystemFonts(), key=lambda path: ("CJK" not in path, "Bold" in path, path))
-    for path in [first, *others]:
+    for path in candidates():
         with contextlib.suppress(RuntimeError, OSError):
             if set(map(ord, text)) <= set(ft2font.FT2Font(path).get_charmap()):
                 return path
@@ -785,9 +796,9 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
     cell = int(np.clip(2400 // len(shown), 93, 560))
-    text = 20
-    names = [ImageFont.truetype(font_file(labels[i]), text).getlength(labels[i]) for i in shown]
-    left, top = round(np.clip(max(names) + 40, 130, 340)), 150 if max(names) < cell - 8 else 270
+    size = 20  # of the class names, in pixels
+    widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
+    left, top = round(np.clip(widest + 40, 130, 340)), 150 if widest < cell - 8 else 270
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -798,9 +809,9 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     for row, a in enumerate(shown):
         y, x = top + row * cell, left + row * cell
         total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
-        draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], text, INK, "rs", left - 24)
-        draw_text(draw, (left - 12, y + cell // 2 + 20), f"{right} of {total}", text - 4, GREY, "rs")
-        draw_column_name(canvas, (x, top - 12), labels[a], text, cell)
+        draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], size, INK, "rs", left - 24)
+        draw_text(draw, (left - 12, y + cell // 2 + 20), f"{right} of {total}", size - 4, GREY, "rs")
+        draw_column_name(canvas, (x, top - 12), labels[a], size, cell)
         for column, p in enumerate(shown):
             inside = np.flatnonzero((actual == a) & (predicted == p))
             draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
@@ -886,10 +897,10 @@ def plot_history(axes, history):
     axes.legend(loc="lower right")
 
 
-def plot_reliability(axes, actual, probabilities, bins=10):
-    """Plot how often the model is right against how sure it is, in bins of equally many pictures."""
+def plot_reliability(axes, actual, probabilities):
+    """Plot how often the model is right against how sure it is, in ten bins of equally many pictures."""
     sure, right = probabilities.max(1), probabilities.argmax(1) == actual
-    groups = np.array_split(np.argsort(sure), min(bins, len(sure)))
+    groups = np.array_split(np.argsort(sure), min(10, len(sure)))
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as sure as right")
     x, y, n = ([f(g) for g in groups] for f in (lambda g: sure[g].mean(), lambda g: right[g].mean(), len))
     axes.plot(x, y, "o-", color="#0072b2", label=f"bins of about {round(np.mean(n))} pictures")

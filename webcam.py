@@ -407,7 +407,7 @@ def refresh(state, frame, number, moment):
 
 
 def name_tracks(state):
-    """Give tracks their labels: below the threshold `unknown`; the same name twice only in the closed world."""
+    """Give tracks their labels: below the threshold `unknown`; the same name twice only where everybody gets one."""
     taken = set()
     for track in sorted((t for t in state.tracks if t.mean is not None), key=lambda t: -t.mean.max()):
         label, probability = state.labels[track.mean.argmax()], float(track.mean.max())
@@ -696,7 +696,7 @@ def tag_pictures(state):
         state.picture, state.following = (path, data), 0
         handle(state, pixels, state.counts["frames"], 0.0)
         state.write = functools.partial(write_picture, picture_output(state, path)) if state.args.output else None
-        state.paused = state.kind == "picture"  # a single one stays until a key is pressed
+        state.paused = state.kind == "picture"  # a single one stays until a key says go on or end
         if present(state, pixels, 0.0):
             break
     if not state.counts["frames"]:
@@ -860,7 +860,8 @@ def next_command(state):
     classes = [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)] if data.is_dir() else []
     if len(classes) < 2 and not state.model:
         return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}"
-    return f"next: python train.py {shlex.quote(utils.escape(data))} model"
+    names = [shlex.quote(utils.escape(name)) for name in (data, state.args.model or "model")]
+    return f"next: python train.py {' '.join(names)}"
 
 
 def main():

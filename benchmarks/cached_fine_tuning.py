@@ -39,9 +39,8 @@ def one_way(way, args):
     if way == "end to end":
         run = end_to_end(run)
     model, ring, data = run.nets.fast.top, run.rings.views, run.data
-    epochs = run.recipe["round_epochs"]
-    steps = args.rounds * epochs * train.epoch_size(run)[0]
-    train.prepare(run, model, steps, train.ROUND_RATE, steps // 10)
+    epochs, run.recipe["rounds"] = run.recipe["round_epochs"], args.rounds
+    train.prepare(run, model)
     losses, seconds, step = [], [], model.train_on_batch
 
     def noted(*batch):
@@ -60,7 +59,9 @@ def one_way(way, args):
             clock = time.perf_counter()
             train.train_epoch(run, model, ring.features.rows, pairs, targets, "epoch")
             seconds.append((time.perf_counter() - clock) / len(pairs))
-    right = int((train.score(start)[0].argmax(1) == data.targets[data.validation]).sum())
+    last = start.nets.network.get_layer("probabilities").get_weights()
+    probabilities = train.score(start, start.rings.plain, train.PLAIN, last)
+    right = int((probabilities.argmax(1) == data.targets[data.validation]).sum())
     speed = 1 / float(np.median(seconds[1:]))  # the first epoch compiles
     return {"speed": speed, "right": right, "of": len(data.validation), "losses": [float(x[0]) for x in losses[:10]]}
 

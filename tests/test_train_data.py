@@ -42,6 +42,8 @@ def test_values_out_of_range_are_wrong_usage(run_script, options, tmp_path):
     done = run_script("train.py", tmp_path, "model", *options)
     assert done.returncode == 2 and "usage:" in done.stderr
     assert "Traceback" not in done.stderr
+    if options == ["--rounds", "x"]:
+        assert "invalid int value: 'x'" in done.stderr
 
 
 def test_dry_run_summarises_and_writes_nothing(run_script, make_classes, tmp_path):

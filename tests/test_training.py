@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import sys
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -166,10 +167,20 @@ def test_unfreeze(monkeypatch, tmp_path, small, weights_file, unfreeze, capsys):
 
 
 @pytest.mark.slow
+def test_two_runs_begun_in_one_folder_do_not_take_each_others_pictures(monkeypatch, tmp_path, small, weights_file):
+    draw = utils.draw_mosaic
+
+    def draw_and_be_late(path, prefix, *rest):
+        draw(path, prefix, *rest)
+        Path("001.png").write_bytes(Path("000.png").read_bytes().replace(b": m", b": x"))
+
+    monkeypatch.setattr(utils, "draw_mosaic", draw_and_be_late)
+    with pytest.raises(utils.UserError, match="001\\.png: not a picture of this model"):
+        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
+
+
+@pytest.mark.slow
 def test_a_kept_cache_saves_the_frozen_pass(monkeypatch, tmp_path, small, weights_file):
-    passes = []
-    predict = utils.predict
-    monkeypatch.setattr(utils, "predict", lambda model, rows, n: passes.append(len(rows)) or predict(model, rows, n))
     command = [small, "m", *PRETRAINED, "--weights", weights_file, "--cache-dir", tmp_path / "kept", "--float32"]
     fills = []
     original = train.fill_ring

@@ -186,6 +186,7 @@ def test_listing_leaves_out_what_nobody_means(tmp_path):
     (root / "a" / "out").symlink_to(tmp_path / "outside")
     (root / "a" / "secret.jpg").symlink_to(tmp_path / "outside" / "secret.jpg")
     (root / "a" / "loop").symlink_to(root)
+    (root / "a" / "itself.jpg").symlink_to(root / "a" / "itself.jpg")
     (root / "a" / "again.jpg").symlink_to(root / "a" / "1.jpg")
     found = [str(path.relative_to(root)) for path in utils.list_files(root)]
     assert found == ["a/1.jpg", "a/again.jpg", "a/b/c/2.jpg"]
