@@ -307,14 +307,16 @@ def test_temperature_mends_what_is_too_sure():
     assert temperature > 2 and after < before / 2
 
 
-def test_the_threshold_is_reached_by_95_of_100_new_pictures():
-    """By the smallest of nineteen, as exchangeable pictures go; by none that is right in SURE of cases or more."""
-    probabilities = np.linspace(0.6, 0.9, 19)
-    both = np.column_stack([probabilities, 1 - probabilities])
-    assert train.choose_threshold(both, np.zeros(19, int)) == pytest.approx(0.6)
-    assert train.choose_threshold(np.tile(both, (10, 1)), np.zeros(190, int)) == pytest.approx(0.6, abs=0.02)
+def test_the_threshold_is_reached_by_92_of_100_new_pictures():
+    """Whatever few validation pictures there are: on average over many draws, as exchangeable pictures go."""
+    rng, reached = np.random.default_rng(0), []
+    for _ in range(500):
+        sure = rng.uniform(0.5, 0.94, 31)
+        both = np.column_stack([sure, 1 - sure])
+        reached.append(sure[-1] >= train.choose_threshold(both[:-1], np.zeros(30, int)))
+    assert np.mean(reached) == pytest.approx(0.92, abs=0.03)
     assert train.choose_threshold(np.tile([[0.99, 0.01]], (50, 1)), np.zeros(50, int)) == train.SURE
-    assert train.choose_threshold(both, np.ones(19, int)) == 0.5
+    assert train.choose_threshold(both, np.ones(31, int)) == 0.5
 
 
 @pytest.mark.parametrize(
