@@ -47,8 +47,9 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
 FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=1, batch_size=32)
 FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=7, batch_size=32)
-LEAST_STEPS = dict(head_epochs=240, round_epochs=84)  # from scratch: small sets get more epochs to have as many;
-# in fine-tuning that made the model too sure of strangers
+# From scratch, small sets get more epochs, to have so many steps, and so many a class: people are told apart late.
+# In fine-tuning that made the model too sure of strangers.
+LEAST_STEPS = dict(head_epochs=(120, 8), round_epochs=(40, 3))
 UNFREEZE = 2  # top inception blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 7e-4  # peak for the top blocks; higher jumps about in the first rounds, lower needs more of them
@@ -1335,14 +1336,14 @@ def gate(args, accuracy):
     return 3
 
 
-def make_recipe(args, scratch, count):
-    """Return the recipe for `count` training pictures: what the options say, else the defaults. A dict."""
+def make_recipe(args, scratch, count, classes):
+    """Return the recipe for so many training pictures and classes: what the options say, else the defaults. A dict."""
     defaults = FROM_SCRATCH if scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
     steps = -(-count // recipe["batch_size"])
-    for name, least in LEAST_STEPS.items() if scratch else ():
+    for name, (least, a_class) in LEAST_STEPS.items() if scratch else ():
         if name not in args:
-            recipe[name] = max(recipe[name], -(-least // steps))
+            recipe[name] = max(recipe[name], -(-max(least, a_class * classes) // steps))
     recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
     return recipe
 
@@ -1361,7 +1362,7 @@ def train(args):
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     state = read_state(args) if args.resume else None
     data = read_data(args, args.image_size or (96 if scratch else 224))
-    recipe = make_recipe(args, scratch, len(data.train))
+    recipe = make_recipe(args, scratch, len(data.train), len(data.labels))
     if state:
         check_state(args, state, recipe, data)
     nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])

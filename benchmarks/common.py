@@ -177,7 +177,7 @@ def set_up(data_dir, folder, *options):
     path, _ = train.find_weights(args)
     side = args.image_size or (96 if path is None else 224)
     data = train.read_data(args, side)
-    recipe = train.make_recipe(args, path is None, len(data.train))
+    recipe = train.make_recipe(args, path is None, len(data.train), len(data.labels))
     nets = train.build_networks(args, path, len(data.labels), side, None)
     return train.Run(args, recipe, data, nets, train.open_rings(args, data, nets, recipe))
 
