@@ -393,12 +393,12 @@ def square(image, side):
     """
     with picture_errors():
         image.draft(None, (2 * side, 2 * side))  # large JPEGs: decode a half, quarter or eighth at once
-        image = plain_mode(image)
+        image = turned(plain_mode(image))  # before resizing, as others do it, to the same bits
         margin_x, margin_y = (max(0, a - b) / 2 for a, b in (image.size, image.size[::-1]))
         box = (margin_x, margin_y, image.width - margin_x, image.height - margin_y)
         if image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BILINEAR, box, reducing_gap=3.0)
-        return np.asarray(turned(rgb(image)))
+            image = image.resize((side, side), Image.Resampling.BILINEAR, box)
+        return np.asarray(rgb(image))
 
 
 def upright(image):
