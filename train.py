@@ -116,7 +116,7 @@ def parse_arguments():
     option("weights", "where to start: auto, imagenet, none, or a notop weights FILE", default="auto")
     option("image-size", "side in pixels", "224; 96 from scratch", type=utils.number(int, 75, 1024))
     option("validation-split", "share of each class kept for validation", default=0.2,
-           type=utils.number(float, 0.01, 0.99))  # fmt: skip
+           type=utils.number(float, 1e-6, 1 - 1e-6))  # fmt: skip
     flag("group-by-folder", "keep files of one folder on one side of the split")
     option("seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337)
     option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip", default=heavy_augmentation,

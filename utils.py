@@ -404,7 +404,7 @@ def square(image, side):
 def upright(image):
     """Turn a PIL image into a full-size upright RGB one. Raises PictureError for broken data."""
     with picture_errors():
-        return turned(rgb(plain_mode(image)))
+        return rgb(turned(plain_mode(image)))
 
 
 def plain_mode(image):
@@ -424,12 +424,8 @@ def grey_8_bit(image):
     """Scale a 16-bit, 32-bit or float grey image to 8 bits: by its mode's range, and floats up to 1 by 0..1."""
     grey = np.asarray(image).astype("float32")
     scale = 255 if image.mode == "F" and grey.max(initial=0) <= 1 else 1 if image.mode == "F" else 1 / 257
-    return with_orientation_of(image, Image.fromarray(np.clip(np.nan_to_num(grey) * scale, 0, 255).astype("uint8")))
-
-
-def with_orientation_of(image, copy):
-    """Give `copy` what tells how to turn it: converting through NumPy drops it."""
-    copy.info.update(image.info)
+    copy = Image.fromarray(np.clip(np.nan_to_num(grey) * scale, 0, 255).astype("uint8"))
+    copy.info.update(image.info)  # what tells how to turn it
     return copy
 
 
@@ -438,7 +434,7 @@ def rgb(image):
     if image.mode in ("RGBA", "LA", "RGBa", "La"):
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        return with_orientation_of(image, Image.alpha_composite(white, image).convert("RGB"))
+        return Image.alpha_composite(white, image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")  # converting copies, also from RGB to RGB
 
 
@@ -764,12 +760,13 @@ def font_file(text):
     """Return the path of a font that has every character of `text`: DejaVu Sans, else one of the system's."""
     from matplotlib import font_manager, ft2font
 
+    first = font_manager.findfont("DejaVu Sans")
+
     def candidates():
         """Yield font files; looking through the system's takes long."""
         yield first
         yield from sorted(font_manager.findSystemFonts(), key=lambda path: ("CJK" not in path, "Bold" in path, path))
 
-    first = font_manager.findfont("DejaVu Sans")
     for path in candidates():
         with contextlib.suppress(RuntimeError, OSError):
             if set(map(ord, text)) <= set(ft2font.FT2Font(path).get_charmap()):

@@ -19,9 +19,8 @@ from common import link_classes, machine, print_table, read_folder, run_command,
 BINS = 15
 
 
-def one_seed(args, options, seed):
+def one_seed(args, labels, paths, options, seed):
     """Train and score once. Returns (validation accuracy, probabilities (n, classes), actual (n,), temperature)."""
-    _, labels, paths = read_folder(args.data_dir, 75)
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -50,9 +49,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=40)
     args, options = parser.parse_known_args()
     options = [os.path.abspath(option) if os.path.exists(option) else option for option in options]
-    rows = []
+    rows, (_, labels, paths) = [], read_folder(args.data_dir, 75)
     for seed in range(1, args.seeds + 1):
-        accuracy, p, actual, temperature = one_seed(args, options, seed)
+        accuracy, p, actual, temperature = one_seed(args, labels, paths, options, seed)
         before = train.soften(p, 1 / temperature)
         losses = train.log_loss(before, actual), train.log_loss(p, actual)
         rows.append((accuracy, p.max(1), p.argmax(1) == actual, *losses))
