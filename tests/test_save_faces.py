@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 
 import cv2
@@ -115,7 +116,7 @@ def test_with_a_model_the_label_decides(tmp_path, drawn_model):
     for folder in (tmp_path / "sorted").iterdir():
         assert folder.name in names
         assert all(re.fullmatch(rf"film-[0-9a-f]{{8}}-{folder.name}", run.name) for run in folder.iterdir())
-    assert done.stderr.splitlines()[-1] == "next: python train.py sorted model"
+    assert done.stderr.splitlines()[-1] == f"next: python train.py sorted {shlex.quote(str(drawn_model / 'model'))}"
     tag(tmp_path, drawn_model / "model", "--save-faces", "strict", "--source", source, "--threshold", 1)
     assert os.listdir(tmp_path / "strict") == ["unknown"]
     for run in (tmp_path / "sorted" / "Ann").iterdir():  # folders move between classes without a collision
