@@ -20,12 +20,15 @@ from typing import NamedTuple
 
 import utils  # first: it says which Python and packages are needed
 
+# isort: split
+from PIL import Image
+
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
 SHAPE_TOLERANCE = 0.02  # a picture whose width / height differs more from Photos' own is another rendition
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours and, while locked, as in use
 # Other endings are films, or RAW files of which Pillow would give a thumbnail.
-ENDINGS = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".heic", ".heif", ".avif", ".webp", ".gif", ".bmp"}
+ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in utils.FORMATS}
 # Photos 5 to 11: own originals, those of shared albums (until Photos 7, since Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
 ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")

@@ -113,7 +113,8 @@ def parse_arguments():
     def flag(name, text):
         option(name, text, "off", action="store_true")
 
-    option("weights", "where to start: auto, imagenet, none, or a notop weights FILE", default="auto")
+    option("weights", "where to start: auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
+           default="auto")  # fmt: skip
     option("image-size", "side in pixels", "224; 96 from scratch", type=utils.number(int, 75, 1024))
     option("validation-split", "share of each class kept for validation", default=0.2,
            type=utils.number(float, 1e-6, 1 - 1e-6))  # fmt: skip
@@ -140,7 +141,7 @@ def parse_arguments():
     flag("class-weight", "weigh classes by 1/frequency")
     flag("resume", "go on from the last whole round after a stop or a kill")
     flag("evaluate", "no training: score the saved model on all of data_dir")
-    option("min-accuracy", "exit 3 if the best validation accuracy is lower", "none", type=utils.number(float, 0, 1))
+    option("min-accuracy", "exit 3 if the accuracy is lower", "none", type=utils.number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
     find_processes(args)
@@ -1124,6 +1125,7 @@ def tell_what_next(args, data, info, actual, probabilities):
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
     lines.append(f"    python webcam.py {shlex.quote(name)}")
+    lines.append("or, if these are not faces, the same with --whole-picture.")
     if args.cache_dir and args.cache_dir.exists():
         stats = [path.stat() for path in args.cache_dir.iterdir()]
         size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes

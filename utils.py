@@ -44,7 +44,7 @@ try:
 except ImportError as absent:
     sys.exit(f"error: {absent}: run `pip install -r requirements.txt` in the folder of this script")
 
-# Rarely used parsers are where the holes are: only these are ever tried.
+# Rarely used parsers are where the holes are: only these, of those that Pillow knows, are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
 LARGE_FILE = 2**25  # bytes: what is larger may be a film, and is not read before its beginning was looked at
@@ -860,14 +860,18 @@ def draw_report(path, title, labels, actual, probabilities, history=None):
 
     recall, precision = class_scores(actual, probabilities.argmax(1), len(labels))
     order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MOSAIC_CLASSES]
-    rows = 3 if history else 2
-    figure = Figure(figsize=(9, 3.2 * (rows - 1) + 1.5 + 0.24 * len(order)), layout="constrained")
-    axes = figure.subplots(rows, 1, height_ratios=[3.2] * (rows - 1) + [1.2 + 0.24 * len(order)])
-    figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
+    weakest = [labels[i] for i in order], recall[order], precision[order]
+    panels = [  # (height in inches, function that plots it)
+        (3.2, lambda axes: plot_reliability(axes, actual, probabilities)),
+        (1.2 + 0.24 * len(order), lambda axes: plot_classes(axes, *weakest, len(labels))),
+    ]
     if history:
-        plot_history(axes[0], history)
-    plot_reliability(axes[-2], actual, probabilities)
-    plot_classes(axes[-1], [labels[i] for i in order], recall[order], precision[order], len(labels))
+        panels.insert(0, (3.2, lambda axes: plot_history(axes, history)))
+    heights = [height for height, _ in panels]
+    figure = Figure(figsize=(9, sum(heights) + 0.3), layout="constrained")
+    figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
+    for axes, (_, plot) in zip(figure.subplots(len(panels), 1, height_ratios=heights), panels):
+        plot(axes)
     with whole_file(path) as part:
         figure.savefig(part, dpi=110, metadata={"Software": KIT})
 

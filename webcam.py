@@ -155,7 +155,8 @@ class State:
 def parse_arguments():
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Tag faces live, in films, streams and pictures; or collect them as a training set.",
+        description="Tag faces live, in films, streams and pictures; or collect them as a training set. "
+        "Keys: q or Esc ends, s saves a snapshot, space pauses.",
         epilog="example: python webcam.py model --source party.mp4 --output tagged.mp4",
     )
     option = parser.add_argument
@@ -602,7 +603,11 @@ def present(state, frame, moment, left=0.0):
 
 
 def show(state, image, left):
-    """Show a picture and obey the keys pressed, for `left` seconds, and while it is paused. Returns True to end."""
+    """Show a picture and obey the keys pressed, for `left` seconds, and while it is paused. Returns True to end.
+
+    A new key is one more `if` here. It may set any field of the State, `state.threshold` say: what finds, names and
+    draws the faces reads them again for every frame.
+    """
     if state.counts["shown"] == 1:  # else it would have 400x300 whatever the picture
         scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
         cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))

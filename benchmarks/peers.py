@@ -11,6 +11,7 @@ from the command. The curves of the first run, validation accuracy against secon
 
 import argparse
 import importlib.util
+import io
 import sys
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 
 READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # by image_dataset_from_directory
 MARKS = (0.8, 0.9, 0.95)
+COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#000000")  # told apart by all
 
 
 def parse_arguments():
@@ -43,19 +45,23 @@ def make_readable(folder):
 
 
 def draw(path, curves):
-    """Draw the first run of everybody."""
+    """Draw the first run of everybody, in few colours so that the file stays small."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure, picture = Figure(figsize=(8, 3.6), layout="constrained"), io.BytesIO()
     axes = figure.subplots()
-    for name, found in curves.items():
-        axes.plot(*zip(*found[0]), "*-" if len(found[0]) == 1 else "o-", label=name)
-    axes.set(xscale="log", xlabel="seconds from the command", ylabel="validation accuracy")
+    for (name, found), colour in zip(curves.items(), COLOURS):
+        marker = "*-" if len(found[0]) == 1 else "o-"
+        axes.plot(*zip(*found[0]), marker, color=colour, markersize=10 if marker == "*-" else 4, label=name)
+    axes.set(xscale="log", xlabel="seconds from the command", ylabel="validation accuracy", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
+    figure.savefig(picture, dpi=110)
+    Image.open(picture).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 def main():
@@ -93,6 +99,8 @@ def main():
         best = spread([max(accuracy for _, accuracy in curve) for curve in found], 4)
         rows.append([name, *times, best, spread([run.seconds for run in runs[name]], 1)])
     print_table(["way", *(f"s to {mark}" for mark in MARKS), "best accuracy", "s in all"], rows)
+    for name, found in curves.items():
+        print(f"{name}: " + ", ".join(f"{seconds:.1f} s {accuracy:.4f}" for seconds, accuracy in found[0]))
     draw(args.figure, curves)
 
 
