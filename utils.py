@@ -66,6 +66,7 @@ CLASSES = {
 }  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 
+TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
 BLUE, ORANGE = ("#0072b2", "#deebf5"), ("#d55e00", "#fae3d5")  # right and wrong, strong and pale: told apart by all
 INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
@@ -793,9 +794,10 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
     cell = int(np.clip(2400 // len(shown), 93, 560))
-    size = 20  # of the class names, in pixels
+    size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
     widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
-    left, top = round(np.clip(widest + 40, 130, 340)), 150 if widest < cell - 8 else 270
+    left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
+    top = 120 + (2 * size if widest < cell - 8 or cell >= TURNED * size else TURNED * size)
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -807,7 +809,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
         y, x = top + row * cell, left + row * cell
         total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
         draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], size, INK, "rs", left - 24)
-        draw_text(draw, (left - 12, y + cell // 2 + 20), f"{right} of {total}", size - 4, GREY, "rs")
+        draw_text(draw, (left - 12, y + cell // 2 + size), f"{right} of {total}", size - 4, GREY, "rs")
         draw_column_name(canvas, (x, top - 12), labels[a], size, cell)
         for column, p in enumerate(shown):
             inside = np.flatnonzero((actual == a) & (predicted == p))
@@ -819,16 +821,16 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
 
 
 def draw_column_name(canvas, corner, name, size, cell):
-    """Write a class name above its column, upright if it fits, else turned by a quarter."""
+    """Write a class name above its column, turned by a quarter where the column is too narrow."""
     x, bottom = corner
     font = ImageFont.truetype(font_file(name), size)
-    if font.getlength(name) < cell - 8:
-        draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms")
+    if font.getlength(name) < cell - 8 or cell >= TURNED * size:
+        draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
         return
-    strip = Image.new("RGB", (150, 2 * size), "white")
-    draw_text(ImageDraw.Draw(strip), (0, size), name, size, INK, "lm", 150)
-    strip = strip.rotate(90, expand=True)
-    canvas.paste(strip, (x + cell // 2 - size, bottom - 150))
+    length = TURNED * size
+    strip = Image.new("RGB", (length, 2 * size), "white")
+    draw_text(ImageDraw.Draw(strip), (0, size), name, size, INK, "lm", length)
+    canvas.paste(strip.rotate(90, expand=True), (x + cell // 2 - size, bottom - length))
 
 
 def draw_cell(canvas, corner, cell, pictures, inside, correct):
@@ -844,7 +846,7 @@ def draw_cell(canvas, corner, cell, pictures, inside, correct):
     for n, index in enumerate(inside[: across * across]):
         picture = Image.fromarray(pictures(index)).resize((thumb - 2, thumb - 2), Image.Resampling.LANCZOS)
         canvas.paste(picture, (x + 6 + n % across * thumb, y + 6 + n // across * thumb))
-    text, size = str(len(inside)), 18 if cell > 150 else 13
+    text, size = str(len(inside)), int(np.clip(cell // 18, 13, 26))
     wide = size * len(text) * 0.65 + 8
     draw.rectangle((x + 1, y + 1, x + 1 + wide, y + 5 + size), fill=strong)
     draw_text(draw, (x + 1 + wide / 2, y + 3 + size // 2), text, size, "white", "mm")
