@@ -1,10 +1,12 @@
 """Claim: with its own threshold and no option, the model knows its friends and calls most strangers unknown.
 
     python benchmarks/strangers.py DATA_DIR [--friends 30] [--seeds 5] [options of train.py]
+    python benchmarks/strangers.py DATA_DIR --by-folder [options of train.py]
 
 Trains on `--friends` classes drawn by lot, all but two pictures of each; scores the two kept out, which no choice has
 seen, and all pictures of the other classes. Beside it the nearest neighbour on 16 x 16 thumbnails, its limit set so
-that as many friends keep their name.
+that as many friends keep their name. With --by-folder each class is the stranger once, and the last folder (a film,
+say) of each other class is kept out.
 """
 
 import argparse
@@ -12,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import link_classes, machine, print_table, read_folder, run_command, thumbnails, train_py, utils
+from common import link, link_classes, machine, print_table, read_folder, run_command, thumbnails, train_py, utils
 
 
 def divide(data_dir, folder, friends, seed):
@@ -24,6 +26,17 @@ def divide(data_dir, folder, friends, seed):
         parts = {"strangers": order} if n >= friends else {"held": order[:2], "known": order[2:]}
         for part, indices in parts.items():
             link_classes(paths, labels, indices, folder / part)
+
+
+def divide_by_folder(data_dir, folder, number):
+    """Link class `number` of DATA_DIR into strangers/, the last folder of the others into held/, else into known/."""
+    classes = sorted(path.name for path in data_dir.iterdir() if path.is_dir())
+    for name in classes:
+        inner = sorted(path for path in (data_dir / name).iterdir() if path.is_dir())
+        for path in inner:
+            part = "strangers" if name == classes[number - 1] else "held" if inner[0] != path == inner[-1] else "known"
+            for picture in path.iterdir():
+                link(picture, folder / part / name / path.name / picture.name)
 
 
 def nearest(folder, share):
@@ -45,7 +58,10 @@ def one_seed(args, options, seed):
     """Train and score once. Returns friends right, strangers unknown, and that of the nearest neighbour."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        divide(Path(args.data_dir), folder, args.friends, seed)
+        if args.by_folder:
+            divide_by_folder(Path(args.data_dir), folder, seed)
+        else:
+            divide(Path(args.data_dir), folder, args.friends, seed)
         run_command(train_py("known", "--seed", seed, *options), folder)
         model, info = utils.load_model(folder / "m")
         utils.compiled(model)
@@ -63,7 +79,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data_dir")
     parser.add_argument("--friends", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="with --by-folder: how many of the classes")
+    parser.add_argument("--by-folder", action="store_true")
     args, options = parser.parse_known_args()
     rows = [one_seed(args, options, seed) for seed in range(1, args.seeds + 1)]
     print(machine(), f"n = {args.seeds} seeds, options: {' '.join(options)}", sep="\n")
