@@ -664,7 +664,9 @@ def read_capped(path, limit):
             raise UserError(f"{escape(path)}: larger than {limit:,} bytes, so it is no file of this kit")
         return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{escape(path)}: no such file: give the prefix that train.py was given") from None
+        raise UserError(
+            f"{escape(path)}: no such file: give the prefix that train.py was given, without an ending"
+        ) from None
 
 
 def parse_json(path, text):
