@@ -71,15 +71,14 @@ def commands(args, root):
     train, webcam = ([sys.executable, str(root / name)] for name in ("train.py", "webcam.py"))
     short, film = ["--head-epochs", "1", "--rounds", "0"], ["m", "--source", "film.mp4", "--no-display"]
     learned = [str(args.data_dir), "m", "--weights", str(args.weights), "--image-size", args.image_size, *short]
-    scratch = [str(args.data_dir), "s", "--weights", "none", "--image-size", "75", *short]
+    scratch = [str(args.data_dir), "m", "--weights", "none", "--image-size", "75", *short]
     ways = {
         "train.py to its first epoch": ([*train, *learned], "round 0 epoch 1:"),
-        "the same from scratch": ([*train, *scratch], "round 0 epoch 1:"),
         "webcam.py to its first face": ([*webcam, *film], tuple("0123456789")),
     }
     if os.environ.get("DISPLAY"):
         ways["webcam.py to a camera's first frame"] = ([webcam[0], "-c", CAMERA, *webcam[1:], "m"], "shown")
-    return ways
+    return ways | {"train.py from scratch, to its first epoch": ([*train, *scratch], "round 0 epoch 1:")}
 
 
 def main():
