@@ -799,7 +799,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
     widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
     left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
-    top = 120 + (2 * size if widest < cell - 8 or cell >= TURNED * size else TURNED * size)
+    top = 120 + size * (TURNED if any(is_turned(labels[i], size, cell) for i in shown) else 2)
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -822,11 +822,16 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
         canvas.save(part, "PNG", pnginfo=chunk)
 
 
-def draw_column_name(canvas, corner, name, size, cell):
-    """Write a class name above its column, turned by a quarter where the column is too narrow."""
-    x, bottom = corner
+def is_turned(name, size, cell):
+    """Say whether a class name has to be turned by a quarter to stand above its column."""
     font = ImageFont.truetype(font_file(name), size)
-    if font.getlength(name) < cell - 8 or cell >= TURNED * size:
+    return cell < TURNED * size and font.getlength(name) >= cell - 8
+
+
+def draw_column_name(canvas, corner, name, size, cell):
+    """Write a class name above its column, upright or turned."""
+    x, bottom = corner
+    if not is_turned(name, size, cell):
         draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
         return
     length = TURNED * size

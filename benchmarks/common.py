@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine in one line, a table, timed runs of commands, the split, two yardsticks."""
 
 import collections
+import io
 import os
 import platform
 import re
@@ -46,6 +47,13 @@ def print_table(header, rows):
     """Print a Markdown table."""
     for row in (header, ["---"] * len(header), *rows):
         print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def save_figure(figure, path, dpi):
+    """Save a matplotlib figure as PNG in few colours, so that the file stays small."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi)
+    Image.open(picture).convert("RGB").quantize(64).save(path, optimize=True)
 
 
 # ---------------------------------------------------------------- commands

@@ -11,12 +11,23 @@ from the command. The curves of the first run, validation accuracy against secon
 
 import argparse
 import importlib.util
-import io
 import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, accuracies, divide, machine, print_table, reached, run_command, spread, time_to, train_py
+from common import (
+    ROOT,
+    accuracies,
+    divide,
+    machine,
+    print_table,
+    reached,
+    run_command,
+    save_figure,
+    spread,
+    time_to,
+    train_py,
+)
 from PIL import Image
 
 READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # by image_dataset_from_directory
@@ -45,11 +56,11 @@ def make_readable(folder):
 
 
 def draw(path, curves):
-    """Draw the first run of everybody, in few colours so that the file stays small."""
+    """Draw the first run of everybody."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    figure, picture = Figure(figsize=(8, 3.6), layout="constrained"), io.BytesIO()
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
     axes = figure.subplots()
     for (name, found), colour in zip(curves.items(), COLOURS):
         marker = "*-" if len(found[0]) == 1 else "o-"
@@ -60,8 +71,7 @@ def draw(path, curves):
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper")
-    figure.savefig(picture, dpi=110)
-    Image.open(picture).convert("RGB").quantize(64).save(path, optimize=True)
+    save_figure(figure, path, 110)
 
 
 def main():

@@ -11,7 +11,6 @@ follow the folders. The figure shows the mean of the seeds and, shaded, the smal
 """
 
 import argparse
-import io
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -27,10 +26,10 @@ from common import (
     read_folder,
     ridge_readout,
     run_command,
+    save_figure,
     spread,
     train_py,
 )
-from PIL import Image
 
 SIDE = 224  # of the pictures that the yardsticks see
 COLOURS = {"train.py": "#0072b2", "linear readout": "#d55e00", "nearest neighbour": "#666666"}
@@ -91,7 +90,7 @@ def one_set(args, data_dir, options):
 
 
 def draw(path, sets):
-    """Draw accuracy against pictures a class, a panel for each set, in few colours so that the file stays small."""
+    """Draw accuracy against pictures a class, a panel for each set."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(sets), 3.4), layout="constrained")
@@ -105,9 +104,7 @@ def draw(path, sets):
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=100)
-    Image.open(picture).convert("RGB").quantize(64).save(path, optimize=True)
+    save_figure(figure, path, 100)
 
 
 def main():
