@@ -106,6 +106,22 @@ def memory(pid, field):
     return own + sum(memory(child, field) for child in children)
 
 
+def watched_command(command, notes):
+    """Return the command that runs a script of ours under watched.py, which writes to the file `notes`."""
+    return [command[0], str(ROOT / "benchmarks/watched.py"), str(notes), *command[1:]]
+
+
+def time_in_functions(notes, start, end):
+    """Return {function of the main thread: seconds} of a watched command, `end` seconds from `start`."""
+    parts, before, name = collections.Counter(), 0.0, "Python itself"
+    for line in Path(notes).read_text().splitlines():
+        moment, _, function = line.partition("\t")
+        now = min(float(moment) - start, end)
+        parts[name] += now - before
+        before, name = now, function or "others"
+    return parts
+
+
 def accuracies(outcome):
     """Return [(seconds, validation accuracy)] from the lines of train.py, or others that print `epoch N: …` like it."""
     found = [(s, re.match(r"(?:round|epoch) \d+: validation accuracy (\S+)", line)) for s, line in outcome.lines]

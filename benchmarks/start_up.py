@@ -21,7 +21,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from common import ROOT, machine, print_table, random_weights, run_command, spread
+from common import (
+    ROOT,
+    machine,
+    print_table,
+    random_weights,
+    run_command,
+    spread,
+    time_in_functions,
+    watched_command,
+)
 
 LEAST = 0.05  # seconds that deserve a row
 CAMERA = """
@@ -40,18 +49,10 @@ def measure(command, folder, mark, watched):
     """Run a script. Returns the seconds to its first line that begins with `mark`, and {function: seconds} of these."""
     notes = Path(folder, "notes")
     if watched:
-        command = [command[0], str(ROOT / "benchmarks/watched.py"), str(notes), *command[1:]]
+        command = watched_command(command, notes)
     start = time.monotonic()
     end = next(seconds for seconds, line in run_command(command, folder).lines if line.startswith(mark))
-    parts = Counter()
-    if watched:
-        before, name = 0.0, "Python itself"
-        for line in notes.read_text().splitlines():
-            moment, _, function = line.partition("\t")
-            now = min(float(moment) - start, end)
-            parts[name] += now - before
-            before, name = now, function or "others"
-    return end, parts
+    return end, time_in_functions(notes, start, end) if watched else Counter()
 
 
 def prepare(args, folder):
