@@ -850,11 +850,11 @@ def ridge_regression(sums):
     if not np.isfinite(sums).all():
         raise utils.UserError("training has led to numbers without end: use --float32, or other pictures")
     means = sums / sums[n, n]
-    mean, cross = means[n, :n], means[:n, n + 1 :] - np.outer(means[n, :n], means[n, n + 1 :])
-    covariance = means[:n, :n] - np.outer(mean, mean)
+    mean, shares = means[n, :n], means[n, n + 1 :]
+    covariance, cross = means[:n, :n] - np.outer(mean, mean), means[:n, n + 1 :] - np.outer(mean, shares)
     ridge = RIDGE * max(np.trace(covariance) / n, 1e-12)
     kernel = LOGITS * solve(covariance + ridge * np.eye(n), cross, assume_a="pos")
-    return kernel, -mean @ kernel
+    return kernel, LOGITS * shares - mean @ kernel
 
 
 def train_rounds(run, state):
