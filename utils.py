@@ -257,6 +257,17 @@ def folder_names(names, taken=()):
     return folders
 
 
+def is_utf8(name):
+    """Say whether a name is proper Unicode, and not bytes of another encoding, which Python passes on as surrogates."""
+    return name.encode(errors="ignore").decode() == name
+
+
+def is_inside(path, place):
+    """Say whether `path` is or lies in what is at `place`, also where names differ only in case or spelling."""
+    path = Path(os.path.realpath(path))
+    return any(one.exists() and one.samefile(place) for one in (path, *path.parents))
+
+
 def list_files(root):
     """Return the files below the folder `root`, any depth, sorted, as paths.
 

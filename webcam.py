@@ -127,6 +127,8 @@ class State:
     smallest: int = 0  # face looked for, pixels
     tracks: list = field(default_factory=list)
     following: int = 0  # number of the next track
+    number: int = -1  # of the frame
+    step: int = 1  # how many frames it is after the one before: more than 1 where a camera is too fast
     scanned: int = 0  # frame in which the whole picture was last searched
 
     # what is shown and written
@@ -206,13 +208,13 @@ def source_kind(source):
 
 def check_output(option, path, source, kind):
     """Raise UserError before any work where --output or --save-faces cannot be; warn where a file is replaced."""
-    inside = kind == "folder" and path.resolve().is_relative_to(Path(source).resolve())
+    inside = kind in ("film", "picture", "folder") and utils.is_inside(path, Path(source))
     endings = (".png", ".jpg", ".jpeg") if kind == "picture" else (".mp4", ".avi")
     folder = option == "--save-faces" or kind == "folder"
     if folder:
         problems = {
             "is a file: give a folder": path.exists() and not path.is_dir(),
-            "lies in the source: choose a folder outside it": inside,
+            "lies in the source: choose a folder outside it": inside and kind == "folder",
         }
     else:
         wrong = f"cannot hold what a {kind} gives: choose a name with {' or '.join(endings)}"
@@ -220,11 +222,13 @@ def check_output(option, path, source, kind):
             wrong: path.suffix.lower() not in endings,
             "is a folder: give a file": path.is_dir(),
             "no such folder: make it first": not path.parent.is_dir(),
-            "is the source itself: choose another name": path.exists() and path.resolve() == Path(source).resolve(),
+            "is the source itself: choose another name": inside,
         }
     for problem, found in problems.items():
         if found:
             raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
+    if path.suffix.lower() in (".mp4", ".avi"):
+        opencv_name(path)
     if option == "--output" and path.exists():
         utils.warn(f"{utils.escape(path)}: {'files of the same names in it are' if folder else 'is'} replaced")
 
@@ -253,12 +257,20 @@ def load_network(state):
     state.model = network
 
 
+def opencv_name(path):
+    """Return a path as OpenCV may have it: absolute, for ffmpeg takes some names for protocols. Raises UserError."""
+    name = os.path.abspath(path)
+    if not utils.is_utf8(name):  # OpenCV ends the process on such a name
+        raise utils.UserError(f"{utils.escape(name)}: OpenCV cannot open such a name: rename it")
+    return name
+
+
 def load_cascade():
     """Load the face detector from the current folder, else from beside this script. Raises UserError."""
     path = Path(CASCADE) if Path(CASCADE).is_file() else Path(__file__).with_name(CASCADE)
     cascade = cv2.CascadeClassifier()
     with contextlib.suppress(cv2.error, SystemError):
-        cascade.load(str(path))
+        cascade.load(opencv_name(path))
     if cascade.empty():
         raise utils.UserError(f"{CASCADE}: missing or damaged: copy it from the kit to beside webcam.py")
     return cascade
@@ -338,14 +350,17 @@ def search(state, frame, number):
 
 
 def follow(state, frame, number):
-    """Link the faces of a frame to the tracks; those not found for HOLD frames end. Replaces state.tracks."""
+    """Link the faces of a frame to the tracks. Replaces state.tracks.
+
+    Tracks end that were not found for HOLD frames; on a slow machine, which sees few of them, in two frames on end.
+    """
     found = search(state, frame, number)
     for t, b in link([track.box for track in state.tracks], [box for box, _ in found]).items():
         track, box = state.tracks[t], found[b][0]
         calm = overlap(box, track.box) > CALM
         track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
         track.seen = number
-    tracks = [track for track in state.tracks if number - track.seen <= HOLD]
+    tracks = [track for track in state.tracks if number - track.seen <= max(HOLD, 2 * state.step - 1)]
     for box, count in sorted(found):
         if count >= NEW_NEIGHBOURS and all(overlap(box, track.box) < OVERLAP for track in tracks):
             tracks.append(Track(state.following, box, number))
@@ -421,6 +436,7 @@ def name_tracks(state):
 def handle(state, frame, number, moment):
     """Do all that is done with a frame: find, classify, print, keep. frame: uint8 BGR (h, w, 3); moment: seconds."""
     (height, width, _), handled = frame.shape, state.counts["frames"]
+    state.step, state.number = number - state.number, number
     if frame.shape != state.shape or state.picture:  # the first frame, another picture, a film that changes its size
         state.shape, state.tracks, state.scanned = frame.shape, [], number - SCAN_EVERY
         state.smallest = state.args.min_face or max(40, height // 8)
@@ -646,7 +662,7 @@ def film_output(state):
         nonlocal size
         if not film.isOpened():
             size, code = image.size, "mp4v" if path.suffix.lower() == ".mp4" else "MJPG"
-            if not film.open(str(part.resolve()), cv2.VideoWriter.fourcc(*code), state.fps, size):
+            if not film.open(opencv_name(part), cv2.VideoWriter.fourcc(*code), state.fps, size):
                 raise utils.UserError(f"{shown}: no codec for it here: try .avi")
         image = image if image.size == size else ImageOps.pad(image, size)  # films may change their size
         film.write(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR))
@@ -658,7 +674,7 @@ def film_output(state):
         except (KeyboardInterrupt, utils.UserError, OSError) as error:
             stop = error
         film.release()
-        if not cv2.VideoCapture(str(part.resolve()), cv2.CAP_FFMPEG).isOpened():
+        if not cv2.VideoCapture(opencv_name(part), cv2.CAP_FFMPEG).isOpened():
             raise stop or utils.UserError(f"{shown}: could not be written: check the free space")
     if stop:
         raise stop
@@ -669,18 +685,18 @@ def film_output(state):
 
 def tag_film(state):
     """Handle a film frame by frame, in order, nothing dropped, so that two runs print the same lines."""
-    path = Path(state.args.source).resolve()  # absolute: ffmpeg would take some names for protocols
-    capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+    capture = cv2.VideoCapture(opencv_name(state.args.source), cv2.CAP_FFMPEG)
     rate, total = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    state.fps = rate if 1 <= rate <= 240 else 25
-    numbers, start = itertools.count(), time.monotonic()
+    state.fps = round(rate, 2) if 1 <= rate <= 500 else 25  # MPEG-4 has no room for more digits
+    numbers, start, moment = itertools.count(), time.monotonic(), -1 / state.fps
     if 0 < total < 10**7 and not state.window:  # what the file says may be nonsense
         numbers = utils.progress(numbers, total, "frames")
     for number in numbers:
         good, frame = capture.read()
         if not good:
             break
-        moment = max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)
+        told = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000  # 0 in raw streams and at the end of some AVIs
+        moment = told if told > moment else moment + 1 / state.fps
         handle(state, frame, number, moment)
         start = max(start, time.monotonic() - moment)  # a pause stops the film's clock, too
         if present(state, frame, moment, start + moment - time.monotonic()):
@@ -794,8 +810,8 @@ def read_live(state, capture):
             if good and frame is not None and frame.size:
                 tries, last, state.start = 0, now, state.start or now
                 state.newest = number, now - state.start, frame
-            elif state.stop.is_set() or 0 < capture.get(cv2.CAP_PROP_FRAME_COUNT) <= number:
-                return
+            elif state.stop.is_set() or (number and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0):
+                return  # what counts its frames is a film; some count too many
             elif capture.isOpened() and now - last < EMPTY:
                 state.stop.wait(0.02)
             elif not number:

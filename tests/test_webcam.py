@@ -158,6 +158,39 @@ def test_a_pause_stops_the_clock_of_a_film(monkeypatch, film):
     assert left[1:20] + left[21:] == pytest.approx([1 / sample_faces.FPS] * (len(left) - 2), abs=0.002)
 
 
+def test_a_film_of_an_odd_rate_and_without_times_can_be_written(monkeypatch, tmp_path, film):
+    """Phones film with 116.98324 frames a second, which MPEG-4 has no room for; raw streams tell no times."""
+
+    real = cv2.VideoCapture
+
+    def odd(*arguments):
+        capture = real(*arguments)
+
+        def get(what):
+            told = capture.get(what)
+            return {cv2.CAP_PROP_FPS: 116.98324, cv2.CAP_PROP_POS_MSEC: told if told < 500 else 0.0}.get(what, told)
+
+        return SimpleNamespace(read=capture.read, get=get, isOpened=capture.isOpened)
+
+    moments, state = [], new_state()
+    state.args.source, state.args.output = str(film), tmp_path / "out.mp4"
+    monkeypatch.setattr(webcam, "handle", lambda state, _, number, moment: moments.append(moment))
+    monkeypatch.setattr(webcam.cv2, "VideoCapture", odd)
+    state.counts["frames"] = 1
+    with webcam.film_output(state):
+        webcam.tag_film(state)
+    monkeypatch.undo()
+    assert len(moments) == len(read_film(tmp_path / "out.mp4")) == 2 * sample_faces.FPS
+    assert moments[0] == 0 and min(np.diff(moments)) > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allow no such names")
+def test_a_film_whose_name_is_not_utf8_is_one_line(tmp_path, film):
+    shutil.copy(film, os.fsencode(tmp_path) + b"/x\xff.mp4")
+    done = tag(tmp_path, "--save-faces", "faces", "--source", os.fsdecode(b"x\xff.mp4"))
+    assert done.returncode == 1 and re.search(r"^error: .*OpenCV cannot open such a name", done.stderr, re.M)
+
+
 def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
     termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
     terminal, end = os.openpty()
@@ -355,6 +388,17 @@ def test_dropped_frames_are_no_loss_and_a_lost_camera_is_tried_three_times(monke
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
 
 
+def test_on_a_slow_machine_a_face_may_be_missed_once(monkeypatch):
+    """It sees every ninth frame of a camera, so a face that is missed once was last seen 18 frames ago."""
+    faces = iter([[((10, 10, 50, 50), 9)], [((10, 10, 50, 50), 9)], [], [((10, 10, 50, 50), 9)], [], []])
+    monkeypatch.setattr(webcam, "search", lambda *_: next(faces))
+    state, seen = new_state("camera"), []
+    for number in range(0, 54, 9):
+        webcam.handle(state, np.zeros((100, 100, 3), "uint8"), number, number / 30)
+        seen.append([track.number for track in state.tracks])
+    assert seen == [[0], [0], [0], [0], [0], []]
+
+
 def test_nothing_is_printed_or_saved_after_the_end(monkeypatch):
     """The frame at hand is finished, and no other is begun, before the summary is made."""
     begun, finished = [], []
@@ -547,11 +591,13 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: lies in the source"),
     ("--save-faces faces --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is the source itself"),
+    ("--save-faces faces --source film.mp4 --output twin.mp4", 1, "error: --output twin.mp4: is the source itself"),
     ("--save-faces faces --source film.mp4 --output out.gif", 1, "error: --output out.gif: cannot hold"),
     ("--save-faces faces --source film.mp4 --output no/out.mp4", 1, "error: --output no/out.mp4: no such folder"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_line(tmp_path, film, arguments, code, message):
     shutil.copy(film, tmp_path / "film.mp4")
+    os.link(tmp_path / "film.mp4", tmp_path / "twin.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "notes.txt").write_text("no film")
     (tmp_path / "nothing").mkdir()
