@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import sqlite3
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def person_names(rows):
             passed.add(key)
             key = persons[key][2]
         full, shown, merged = persons.get(key, (None, None, None))
-        name = str(full or "").strip() or str(shown or "").strip()
+        name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
         names[start] = name if name and not merged else None  # merged in a circle: better unknown than wrong
     return names
 
@@ -349,10 +350,12 @@ def check_folders(library, out):
     """Raise UserError unless `library` is a folder, and `out` absent or empty and outside of it."""
     if not library.is_dir():
         raise utils.UserError(f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary")
-    if any(path.exists() and path.samefile(library) for path in (out, *out.parents)):
+    if utils.is_inside(out, library):
         raise utils.UserError(f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise utils.UserError(f"{utils.escape(out)}: is there already: choose another out_dir or move this one away")
+    if os.path.ismount(out):  # it could not be replaced at the end
+        raise utils.UserError(f"{utils.escape(out)}: is where a disk is mounted: give a folder in it")
 
 
 @contextlib.contextmanager
