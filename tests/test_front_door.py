@@ -522,7 +522,7 @@ def named(block):
 
 
 # A line break inside backquotes is a space, as Markdown has it.
-INLINE = [re.sub(r"\s+", " ", command) for command in re.findall(r"`(python\s[^`]*)`", README)]
+INLINE = [re.sub(r"\s+", " ", command) for command in re.findall(r"(?<!`)`(python\s[^`]*)`(?!`)", README)]
 
 
 @pytest.mark.slow

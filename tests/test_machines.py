@@ -88,7 +88,8 @@ def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights
 
 
 @needs_jax
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(tmp_path, weights_file, victim):
     draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
     recipe = [*RECIPE, "--rounds", 50, "--patience", 0, "--weights", weights_file]
