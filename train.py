@@ -60,7 +60,8 @@ LABEL_SMOOTHING = 0.1
 RIDGE = 0.1  # of the last layer's fit, in mean variances of a hidden unit; 0.03 to 1 are nearly as good
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
-SURE = 0.95  # no threshold is higher
+SURE = 0.9  # who is recognised with so much is never called unknown,
+DOUBT = 2  # nor who leaves (1 - probability) no more than so many times the doubt of these pictures in the mean
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 64  # pictures at once through the frozen part
@@ -133,7 +134,8 @@ def parse_arguments():
         key = name.replace("-", "_")
         small = ", more on small sets" if key in LEAST_STEPS else ""
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch{small}"
-        option(name, text, shown, type=utils.number(int, low, 10**6), default=argparse.SUPPRESS)
+        high = 999 if name == "rounds" else 10**6  # the mosaics' names have three digits
+        option(name, text, shown, type=utils.number(int, low, high), default=argparse.SUPPRESS)
     option("unfreeze", "how many top inception blocks are fine-tuned", type=utils.number(int, 0, 10), default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
     option("cache-gb", "how large the cache may be", type=utils.number(float, 1e-6, 1e6), default=CACHE_GB)
@@ -198,6 +200,8 @@ def read_pictures(args, files, side, store):
             skipped += 1
         else:
             pictures.append(Picture(path, label, bytes.fromhex(digest), bytes.fromhex(look), n))
+    for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
+        utils.warn(f"{label}: none of its files is a picture that can be used, so there is no such class")
     return pictures, skipped
 
 
@@ -302,13 +306,15 @@ def warn_as_a_colleague(pictures, train, validation):
 # ---------------------------------------------------------------- the cache
 
 
-def open_store(folder, name, count, shape, dtype):
+def open_store(args, name, count, shape, dtype):
     """Open a file of `count` rows of one shape: written by ordinary writes, read through a memory map.
 
-    folder: where. name: None for a temporary file that vanishes with the process, kills included.
+    It lies in --cache-dir, else beside the model. Without --cache-dir, or with None as its name, it is a temporary
+    file that vanishes with the process, kills included.
     """
+    folder = args.cache_dir or Path(args.model).parent
     size = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if name is None:
+    if name is None or not args.cache_dir:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)
     else:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -328,11 +334,8 @@ def write_rows(store, indices, values):
 
 def open_ring(args, name, count, shape, dtype):
     """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
-    folder, names = Path(args.model).parent, (None, None)
-    if args.cache_dir:
-        folder, names = args.cache_dir, (f"{name}.features", f"{name}.keys")
-    features = open_store(folder, names[0], count, shape, dtype)
-    keys = open_store(folder, names[1], count, (40,), "uint8")  # digest, view, checksum of the slot
+    features = open_store(args, f"{name}.features", count, shape, dtype)
+    keys = open_store(args, f"{name}.keys", count, (40,), "uint8")  # digest, view, checksum of the slot
     slots = {}
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
@@ -351,13 +354,14 @@ def claim_slots(ring, keys):
 
     Returns the positions of those whose slots are still to be filled. At most as many keys as slots.
     """
+    for key in keys:  # those that are wanted are the youngest, before any slot is given away
+        if key in ring.slots:
+            ring.slots[key] = ring.slots.pop(key)
     missing = []
     for position, key in enumerate(keys):
-        slot = ring.slots.pop(key, None)
-        if slot is None:
-            slot = ring.free.pop() if ring.free else ring.slots.pop(next(iter(ring.slots)))
+        if key not in ring.slots:
+            ring.slots[key] = ring.free.pop() if ring.free else ring.slots.pop(next(iter(ring.slots)))
             missing.append(position)
-        ring.slots[key] = slot  # the youngest now
     return missing
 
 
@@ -526,6 +530,11 @@ def find_weights(args):
     ]
 
 
+def source_of(path):
+    """Return what tells one file of weights from another; path: None for from scratch."""
+    return "none" if path is None else f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
 def try_connection(address):
     """Raise OSError unless a server answers in DOWNLOAD_SECONDS, however many addresses its name has."""
     answers = []
@@ -604,7 +613,7 @@ def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
     files = find_files(args.data_dir)
     shape = (side, side, 3)
-    store = None if args.dry_run else open_store(Path(args.model).parent, None, max(1, len(files)), shape, "uint8")
+    store = None if args.dry_run else open_store(args, None, max(1, len(files)), shape, "uint8")
     pictures, skipped = read_pictures(args, files, side, store)
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
@@ -649,10 +658,9 @@ def build_networks(args, path, class_count, side, number_format):
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     network = utils.build_network(class_count, side)
-    source, together = "none", contextlib.nullcontext
+    together = contextlib.nullcontext
     if path is not None:
         load_base(network, path)
-        source = f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
     def twin():
         """Build the network once more, to be trained, with the same numbers. Returns its Parts."""
@@ -668,7 +676,7 @@ def build_networks(args, path, class_count, side, number_format):
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
     utils.compiled(full.head)
-    return Nets(network, full, fast, number_format, source, devices, together)
+    return Nets(network, full, fast, number_format, source_of(path), devices, together)
 
 
 def open_rings(args, data, nets, recipe):
@@ -678,11 +686,14 @@ def open_rings(args, data, nets, recipe):
     plain_kind = "uint8" if scratch else "float32"
     shapes = ((data.store.rows.shape[1:], "uint8"), (cut, kind), (cut, plain_kind))
     row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+    row_bytes[1] += 0 if scratch else nets.full.pool.output_shape[1] * 4  # which train_head keeps of each
     wanted = 1 + recipe["views"] + recipe["rounds"] * recipe["fresh"]
     scored = len(data.validation) if args.process == 0 else 1
     slots = plan_cache(args, row_bytes, len(data.pictures) // args.processes, len(data.mine), scored, wanted)
-    views = HEAVY if args.heavy_augmentation else LIGHT, args.seed
-    settings = (nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views)
+    if slots < 2 * len(data.mine):
+        utils.warn(f"--cache-gb {args.cache_gb:g}: fits the last layer on {slots // 2} of {len(data.mine)} pictures")
+    views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
+    settings = (nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views, backend)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
     name += f"-{args.process}-of-{args.processes}" if args.processes > 1 else ""
     return Rings(
@@ -760,7 +771,7 @@ def train_epochs(run, model, rows, slot_of, window, number, epochs, validate):
 def train_head(run, window):
     """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
     args, recipe, data, nets, rings = run
-    pooled = open_store(Path(args.model).parent, None, len(window), (2048,), "float32")
+    pooled = open_store(args, None, len(window), (2048,), "float32")
     keys = [view_key(data.pictures, *pair) for pair in window]
     for start in range(0, len(keys), PASS_BATCH):
         chunk = keys[start : start + PASS_BATCH]
@@ -821,12 +832,13 @@ def score(run, ring, view, last):
 def fit_last_layer(run, window):
     """Fit the last layer anew. Returns its kernel (1024, classes) and bias (classes,).
 
-    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are. Gradient steps
-    with cross-entropy leave a layer that is too sure of what it has never seen; least squares does not, and errs no
-    more often.
+    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are; classes count
+    alike, or a stranger would be taken for whoever has most pictures. Gradient steps with cross-entropy leave a layer
+    that is too sure of what it has never seen; least squares does not, and errs no more often.
     """
     data, units = run.data, run.nets.full.hidden.output_shape[1]
     pairs = [pair for pair in window if pair[1] == PLAIN]
+    weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
     sums = np.zeros((units + 1, units + 1 + len(data.labels)))
     for start in range(0, len(pairs), PASS_BATCH):
@@ -834,7 +846,7 @@ def fit_last_layer(run, window):
         rows = [i for i, _ in chunk]
         x = np.column_stack([hidden_units(run, run.rings.views, chunk), np.ones(len(chunk))])
         y = data.targets[rows, None] == np.arange(len(data.labels))
-        sums += (x * data.sample_weights[rows, None]).T @ np.column_stack([x, y])
+        sums += (x * weights[data.targets[rows], None]).T @ np.column_stack([x, y])
     return ridge_regression(total(run.args, sums))
 
 
@@ -991,11 +1003,14 @@ def fit_temperature(plain, augmented, actual):
 def choose_threshold(probabilities, actual):
     """Return the probability that a new picture, if rightly named, reaches in KEPT of all cases.
 
-    The quantile k / (n + 1), as in conformal prediction, keeps that promise with few validation pictures too. Who is
-    recognised with SURE is never called unknown: easy pictures all have more, and a film's are seldom as easy.
+    The quantile k / (n + 1), as in conformal prediction, keeps that promise with few validation pictures too. SURE and
+    DOUBT limit it: easy pictures all reach much the same probability, and a film's are seldom as easy.
     """
     right = probabilities.max(1)[probabilities.argmax(1) == actual]
-    return min(SURE, float(np.quantile(right, 1 - KEPT, method="weibull"))) if len(right) else 0.5
+    if not len(right):
+        return 0.5
+    limit = max(SURE, 1 - DOUBT * (1 - right.mean()))
+    return float(min(limit, np.quantile(right, 1 - KEPT, method="weibull")))
 
 
 def interval(right, total):
@@ -1022,9 +1037,11 @@ def check_outputs(args):
     folder = Path(args.model).parent
     if not folder.is_dir():
         raise utils.UserError(f"{utils.escape(folder)}: no such folder: make it or choose another prefix")
+    if not utils.is_utf8(args.model):
+        raise utils.UserError(f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix")
     if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
         raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
-    if not args.evaluate and not args.resume and not utils.is_ours(args.model):
+    if not args.evaluate and not utils.is_ours(args.model):
         raise utils.UserError(f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix")
     if args.cache_dir:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -1178,7 +1195,7 @@ def save_state(run, state):
     more = {"settings": settings_of(run.args, run.recipe, run.data), "number_format": run.nets.number_format}
     with utils.whole_file(facts) as part:
         part.write_text(json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)}))
-    for old in numbers.parent.glob(f"{glob.escape(Path(run.args.model).name)}-resume.*.npy"):
+    for old in numbers.parent.glob(f"{glob.escape(facts.stem)}.*.npy"):
         if old != numbers:
             old.unlink()
 
@@ -1231,8 +1248,9 @@ def restore_weights(run, state):
 
 def remove_state(prefix):
     """Remove what --resume needs, at the end of a run that needs it no more."""
-    for path in Path(prefix).parent.glob(f"{glob.escape(Path(prefix).name)}-resume*"):
-        path.unlink()
+    facts, files, numbers = state_files(prefix)
+    for path in (facts, files, *numbers.parent.glob(f"{glob.escape(numbers.stem)}.*.npy")):  # the commit first
+        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- several processes
@@ -1311,7 +1329,7 @@ def evaluate(args):
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
     files = find_files(args.data_dir)
-    store = open_store(Path(args.model).parent, None, max(1, len(files)), (side, side, 3), "uint8")
+    store = open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
     pictures, skipped = read_pictures(args, files, side, store)
     strange = sorted({p.label for p in pictures} - set(labels))
     if strange and "unknown" not in labels:
@@ -1363,14 +1381,16 @@ def train(args):
     if scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     state = read_state(args) if args.resume else None
+    if state and state["weights"] != source_of(path):
+        raise utils.UserError(
+            f"--resume: the interrupted run had other --weights ({utils.escape(state['weights'])}): give these again"
+        )
     data = read_data(args, args.image_size or (96 if scratch else 224))
     recipe = make_recipe(args, scratch, len(data.train), len(data.labels))
     if state:
         check_state(args, state, recipe, data)
     nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])
     run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
-    if state and state["weights"] != nets.source:
-        raise utils.UserError(f"--resume: the interrupted run had other --weights ({utils.escape(state['weights'])})")
     state = train_rounds(run, state)
     accuracy = exchange(args, None if args.process else report(run, state))[0]
     if args.process == 0:
@@ -1390,11 +1410,11 @@ def main():
     if args.process:
         sys.stdout = open(os.devnull, "w")
     try:
-        if args.evaluate:
-            return evaluate(args)
         if args.dry_run:
             read_data(args, args.image_size or 75)
             return 0
+        if args.evaluate:
+            return evaluate(args)
         check_outputs(args)
         with contextlib.ExitStack() as locks:
             if args.process == 0:

@@ -74,7 +74,7 @@ def wait_for(process, text):
     raise AssertionError(process.stderr.read())
 
 
-@pytest.mark.parametrize("line", ["round 0:", "round 1:", "best:"])
+@pytest.mark.parametrize("line", ["round 0:", pytest.param("round 1:", marks=pytest.mark.long), "best:"])
 def test_a_killed_run_goes_on_to_the_same_bits(command, undisturbed, tmp_path, line):
     process = start(command, tmp_path)
     wait_for(process, line)
@@ -87,7 +87,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(command, undisturbed, tmp_path, l
 
 def test_from_scratch_too(tmp_path):
     data = draw_classes(tmp_path / "set", {"a": 8, "b": 8})
-    command = [str(data), "m", *TINY, "--rounds", "2"]
+    command = [str(data), "m", *TINY, "--rounds", "1"]
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
     assert run_process(ROOT / "train.py", tmp_path / "whole", *command).returncode == 0
@@ -143,7 +143,7 @@ def add_class(folder):
     ("change", "options", "reason"),
     [(add_picture, [], "data has changed.*new.png"), (add_class, [], "other classes"),
      (None, ["--image-size", "80"], "other image size"), (None, ["--seed", "2"], "other seed"),
-     (None, ["--rounds", "5"], "other rounds")],
+     (None, ["--rounds", "5"], "other rounds"), (None, ["--weights", "none"], "other --weights .*SHA-256")],
 )  # fmt: skip
 def test_another_run_is_not_gone_on_with(stopped, command, tmp_path, change, options, reason):
     shutil.copytree(stopped, tmp_path / "copy")
@@ -153,6 +153,14 @@ def test_another_run_is_not_gone_on_with(stopped, command, tmp_path, change, opt
     done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume", *options)
     assert done.returncode == 1 and re.search(rf"^error: --resume: .*{reason}", done.stderr, re.M), done.stderr
     assert numbers(tmp_path / "copy" / "m") == before
+
+
+def test_a_state_is_removed_without_models_of_like_names(tmp_path):
+    others = ["m-resume.h5", "m-resumed.h5", "m-resume-files-labels.json", "n-resume.json", "m-resume2.1.npy"]
+    for name in [*others, "m-resume.json", "m-resume-files.json", "m-resume.3.npy", "m-resume.4.npy"]:
+        (tmp_path / name).touch()
+    train.remove_state(tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
 
 
 def spoil_state(folder, kind):

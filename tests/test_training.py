@@ -159,7 +159,7 @@ def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypat
     assert info["number_format"] == "float32" and weights_file.name in info["weights"]
 
 
-@pytest.mark.parametrize("unfreeze", [0, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("unfreeze", [0, pytest.param(10, marks=pytest.mark.long)])
 def test_unfreeze(monkeypatch, tmp_path, small, weights_file, unfreeze, capsys):
     run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", unfreeze)
     rounds = accuracy_counts(capsys.readouterr().out, "round")
@@ -220,7 +220,7 @@ def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, wei
 @pytest.mark.slow
 def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, capsys):
     data = draw_classes(tmp_path / "many", {"a": 60, "b": 60})
-    row, fixed = 1280 * 2, 120 * 75 * 75 * 3 + 24 * 1280 * 6
+    row, fixed = 1280 * 2 + 2048 * 4, 120 * 75 * 75 * 3 + 24 * (1280 * 6 + 2048 * 4)
     room = (fixed + 70 * row) / 1e9  # 70 slots for 96 pictures
     command = [data, "m", *PRETRAINED, "--rounds", "2", "--weights", weights_file, "--cache-gb", room]
     assert run_here(monkeypatch, tmp_path, *command) == 0
@@ -293,16 +293,16 @@ def test_without_a_connection_auto_says_what_is_lost_and_goes_on(run_script, mak
 
 
 @pytest.mark.slow
-def test_class_weights_and_light_views_and_seeds(monkeypatch, tmp_path, weights_file, capsys):
+def test_class_weights_and_light_views(monkeypatch, tmp_path, weights_file, capsys):
     data = draw_classes(tmp_path / "data", {"a": 6, "b": 18})
     base = [data, "m", *PRETRAINED, "--weights", weights_file, "--float32"]
     results = []
-    for options in ([], ["--class-weight"], ["--no-heavy-augmentation"], ["--seed", "7"], []):
+    for options in ([], ["--class-weight"], ["--no-heavy-augmentation"], []):
         run_here(monkeypatch, tmp_path, *base, *options)
         losses = re.findall(r"loss (\d+\.\d+)", capsys.readouterr().out)
         results.append((losses, [array.tobytes() for array in utils.load_model(tmp_path / "m")[0].get_weights()]))
-    assert results[0] == results[4]  # same seed, data and machine: same bits
-    assert all(results[0][0] != other[0] for other in results[1:4])
+    assert results[0] == results[3]  # same seed, data and machine: same bits
+    assert all(results[0][0] != other[0] for other in results[1:3])
 
 
 @pytest.mark.slow
