@@ -933,7 +933,7 @@ def finish_round(run, number, rows, fitted, best):
     path, picture = Path(f"{number:03d}.png"), lambda i: data.store.rows[data.pictures[data.validation[i]].row]
     check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
     utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
-    temperature = fit_temperature(plain, augmented, actual)
+    temperature = fit_temperature(plain, actual)
     calibrated, shaken = soften(plain, temperature), soften(augmented, temperature)
     loss = log_loss(np.concatenate([calibrated, shaken]), np.concatenate([actual, actual]))  # breaks ties
     if best and (right, -loss) <= (best["right"], -best["loss"]):
@@ -982,19 +982,18 @@ def log_loss(probabilities, actual):
     return float(-np.log(np.maximum(probabilities[np.arange(len(actual)), actual], 1e-30)).mean())
 
 
-def fit_temperature(plain, augmented, actual):
+def fit_temperature(probabilities, actual):
     """Return the temperature, 1/8 to 8, under which the probabilities say best how often they are right.
 
-    Fitted on both kinds of view; targets smoothed by 1 / (n + 2), since no finite set proves certainty.
+    No finite set proves certainty: half a mistake more is assumed (Jeffreys' prior), as smoothed targets.
     """
     from scipy.optimize import minimize_scalar
 
-    smooth, classes = 1 / (len(actual) + 2), plain.shape[1]
-    both, truth = np.concatenate([plain, augmented]), np.concatenate([actual, actual])
+    smooth, classes = 0.5 / (len(actual) + 1), probabilities.shape[1]
 
     def loss(log_temperature):
-        p = np.log(np.maximum(soften(both, np.exp(log_temperature)), 1e-30))
-        return -((1 - smooth) * p[np.arange(len(truth)), truth] + smooth / classes * p.sum(1)).mean()
+        p = np.log(np.maximum(soften(probabilities, np.exp(log_temperature)), 1e-30))
+        return -((1 - smooth) * p[np.arange(len(actual)), actual] + smooth / classes * p.sum(1)).mean()
 
     bounds = (-np.log(8), np.log(8))
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))

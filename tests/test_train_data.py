@@ -296,7 +296,7 @@ def test_training_that_ran_away_is_one_line():
 
 def test_temperature_of_a_perfect_set_stays_bounded():
     perfect = np.eye(4)[np.arange(40) % 4] * (1 - 4e-6) + 1e-6
-    temperature = train.fit_temperature(perfect, perfect, np.arange(40) % 4)
+    temperature = train.fit_temperature(perfect, np.arange(40) % 4)
     assert 1 / 8 <= temperature <= 8
     assert train.soften(perfect, temperature).max() < 1
 
@@ -306,7 +306,7 @@ def test_temperature_mends_what_is_too_sure():
     actual = rng.integers(0, 5, 400)
     guess = np.where(rng.random(400) < 0.7, actual, rng.integers(0, 5, 400))
     sure = np.eye(5)[guess] * (1 - 5e-4) + 1e-4
-    temperature = train.fit_temperature(sure, sure, actual)
+    temperature = train.fit_temperature(sure, actual)
     before, after = (train.log_loss(p, actual) for p in (sure, train.soften(sure, temperature)))
     assert temperature > 2 and after < before / 2
 
