@@ -61,7 +61,7 @@ RIDGE = 0.1  # of the last layer's fit, in mean variances of a hidden unit; 0.03
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
 SURE = 0.9  # who is recognised with so much is never called unknown,
-DOUBT = 2  # nor who leaves (1 - probability) no more than so many times the doubt of these pictures in the mean
+DOUBT = 3  # nor who leaves (1 - probability) no more than so many times the doubt of these pictures in the mean
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 64  # pictures at once through the frozen part
