@@ -420,7 +420,7 @@ def upright(image):
 
 
 def plain_mode(image):
-    """Give a PIL image a mode that can be resized: palettes, bits and 16-bit or float greys become others."""
+    """Give a PIL image a mode to resize in: palettes, bits, 16-bit or float greys, CMYK and the like become others."""
     image.load()
     info = image.info
     if image.mode in ("P", "PA") or (image.mode in ("L", "RGB", "1") and "transparency" in info):
@@ -429,7 +429,7 @@ def plain_mode(image):
         return image.convert("L")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return grey_8_bit(image)
-    return image
+    return image if image.mode in ("L", "LA", "La", "RGB", "RGBA", "RGBa") else image.convert("RGB")
 
 
 def grey_8_bit(image):

@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import utils
 
@@ -218,3 +218,16 @@ def test_in_order_keeps_order_and_stops_early():
     assert [next(results) for _ in range(3)] == [0, 2, 4]
     results.close()
     assert len(started) < 20
+
+
+def test_a_picture_is_squared_as_plain_pillow_does_it():
+    """README's snippet has to give the same pixels; CMYK is turned into RGB before it is resized."""
+    rng = np.random.default_rng(0)
+    large = Image.fromarray(rng.integers(0, 255, (12, 16, 3)).astype("uint8")).resize((900, 700))
+    for mode in ("RGB", "L", "CMYK"):
+        file = io.BytesIO()
+        large.convert(mode).save(file, "JPEG")
+        image = Image.open(file)
+        image.draft(None, (150, 150))
+        plain = ImageOps.fit(image.convert("RGB"), (75, 75), Image.Resampling.BILINEAR)
+        assert np.array_equal(utils.square(utils.open_picture(file.getvalue()), 75), np.asarray(plain)), mode
