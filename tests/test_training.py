@@ -73,6 +73,7 @@ def test_the_files(scratch_run):
 def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
     folder, done = scratch_run
     args = argparse.Namespace(
+        cache_dir=None,
         data_dir=folder / "data", model=str(folder / "model"), dry_run=False, group_by_folder=False,
         validation_split=0.2, seed=1337, class_weight=False, process=0, processes=1)  # fmt: skip
     data = train.read_data(args, 75)
