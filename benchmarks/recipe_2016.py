@@ -35,7 +35,6 @@ from common import (
 )
 
 GOAL = 0.90
-OUR_RUNS = 3  # for each of the recipe's
 
 
 def parse_arguments():
@@ -47,7 +46,8 @@ def parse_arguments():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the recipe of 2016 (default: {value})")
     parser.add_argument("--image-size", type=int, default=224, help="of both (default: 224)")
     parser.add_argument("--max-minutes", type=float, default=1e9, help="cut the recipe of 2016 (default: never)")
-    parser.add_argument("--runs", type=int, default=1, help=f"train.py runs {OUR_RUNS} times as often (default: 1)")
+    parser.add_argument("--runs", type=int, default=1, help="of the recipe of 2016 (default: 1)")
+    parser.add_argument("--ours", type=int, default=3, help="runs of train.py for each of these (default: 3)")
     parser.add_argument("--seed", type=int, default=1337, help="of the split (default: 1337)")
     parser.add_argument("--recipe", metavar="FOLDER", help=argparse.SUPPRESS)
     return parser.parse_known_args()
@@ -133,7 +133,7 @@ def report(args, runs):
         if None not in goal:
             parts[1] = f"{whole / statistics.median(goal):.1f}"
         rows.append([*row, *parts])
-    print(machine(), f"{args.image_size} px, n = {args.runs} for 2016, else {OUR_RUNS * args.runs}", sep="\n")
+    print(machine(), f"{args.image_size} px, n = {args.runs} for 2016, else {args.ours * args.runs}", sep="\n")
     print(f"recipe of 2016: {done} of {epochs} epochs run; the whole schedule takes {whole / 60:.1f} minutes")
     marks = f"s to {mark:.4f} (dense layers of 2016)", f"s to {GOAL}"
     ratios = "times as fast to that", f"whole schedule of 2016 / s to {GOAL}"
@@ -156,7 +156,7 @@ def main():
         ours = train_py(args.data_dir.resolve(), *options)
         for _ in range(args.runs):
             runs["recipe of 2016"].append(run_command([*theirs, folder]))
-            for _ in range(OUR_RUNS):
+            for _ in range(args.ours):
                 runs["train.py --float32"].append(run_command([*ours, "--float32"], folder))
                 runs["train.py"].append(run_command(ours, folder))
     report(args, runs)
