@@ -60,8 +60,8 @@ LABEL_SMOOTHING = 0.1
 RIDGE = 0.1  # of the last layer's fit, in mean variances of a hidden unit; 0.03 to 1 are nearly as good
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
-SURE = 0.9  # who is recognised with so much is never called unknown,
-DOUBT = 3  # nor who leaves (1 - probability) no more than so many times the doubt of these pictures in the mean
+DOUBT = 3  # the threshold is at most 1 - so many times the mean doubt (1 - probability) of these pictures,
+SURE = 0.9  # or this, if that is lower
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 64  # pictures at once through the frozen part
@@ -201,7 +201,7 @@ def read_pictures(args, files, side, store):
         else:
             pictures.append(Picture(path, label, bytes.fromhex(digest), bytes.fromhex(look), n))
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
-        utils.warn(f"{label}: none of its files is a picture that can be used, so there is no such class")
+        utils.warn(f"{label}: none of its files is a picture that can be used")
     return pictures, skipped
 
 
@@ -319,6 +319,8 @@ def open_store(args, name, count, shape, dtype):
     else:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         file = open(os.open(folder / name, flags, 0o600), "r+b", buffering=0)
+        kept = os.fstat(file.fileno()).st_size  # a longer run may want it all again
+        size = max(size, kept) if kept <= args.cache_gb * 1e9 else size
     file.truncate(size)  # takes no space yet: the map must not end before the file
     return Store(file, np.memmap(file, dtype, "r", shape=(count, *shape)))
 
@@ -691,7 +693,8 @@ def open_rings(args, data, nets, recipe):
     scored = len(data.validation) if args.process == 0 else 1
     slots = plan_cache(args, row_bytes, len(data.pictures) // args.processes, len(data.mine), scored, wanted)
     if slots < 2 * len(data.mine):
-        utils.warn(f"--cache-gb {args.cache_gb:g}: fits the last layer on {slots // 2} of {len(data.mine)} pictures")
+        fitted = f"the last layer is fitted on {slots // 2} of {len(data.mine)} pictures"
+        utils.warn(f"--cache-gb {args.cache_gb:g}: {fitted}: give more if you can")
     views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
     settings = (nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views, backend)
     name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
@@ -1002,8 +1005,8 @@ def fit_temperature(probabilities, actual):
 def choose_threshold(probabilities, actual):
     """Return the probability that a new picture, if rightly named, reaches in KEPT of all cases.
 
-    The quantile k / (n + 1), as in conformal prediction, keeps that promise with few validation pictures too. SURE and
-    DOUBT limit it: easy pictures all reach much the same probability, and a film's are seldom as easy.
+    The quantile k / (n + 1), as in conformal prediction, keeps that promise with few validation pictures too. DOUBT and
+    SURE limit it: easy pictures all reach much the same probability, and a film's are seldom as easy.
     """
     right = probabilities.max(1)[probabilities.argmax(1) == actual]
     if not len(right):
@@ -1136,7 +1139,7 @@ def tell_what_next(args, data, info, actual, probabilities):
     if pairs:
         confused = ", ".join(f"{a} for {p} ({n})" for (a, p), n in pairs.most_common(3))
         lines.append(f"Taken for another most often: {confused}.")
-    lines.append(f"Below a probability of {info['threshold']:.2f} the tagger says unknown.")
+    lines.append(f"Below a probability of {info['threshold']:.3f} the tagger says unknown.")
     if "unknown" not in data.labels:
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")

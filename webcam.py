@@ -259,7 +259,7 @@ def load_network(state):
 
 def opencv_name(path):
     """Return a path as OpenCV may have it: absolute, for ffmpeg takes some names for protocols. Raises UserError."""
-    name = os.path.abspath(path)
+    name = str(Path(path).resolve())
     if not utils.is_utf8(name):  # OpenCV ends the process on such a name
         raise utils.UserError(f"{utils.escape(name)}: OpenCV cannot open such a name: rename it")
     return name
@@ -267,10 +267,11 @@ def opencv_name(path):
 
 def load_cascade():
     """Load the face detector from the current folder, else from beside this script. Raises UserError."""
-    path = Path(CASCADE) if Path(CASCADE).is_file() else Path(__file__).with_name(CASCADE)
+    # relative where it can be: on Windows, OpenCV reads no XML file below a folder whose name is not ASCII
+    name = CASCADE if Path(CASCADE).is_file() else opencv_name(Path(__file__).with_name(CASCADE))
     cascade = cv2.CascadeClassifier()
     with contextlib.suppress(cv2.error, SystemError):
-        cascade.load(opencv_name(path))
+        cascade.load(name)
     if cascade.empty():
         raise utils.UserError(f"{CASCADE}: missing or damaged: copy it from the kit to beside webcam.py")
     return cascade
@@ -360,7 +361,7 @@ def follow(state, frame, number):
         calm = overlap(box, track.box) > CALM
         track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
         track.seen = number
-    tracks = [track for track in state.tracks if number - track.seen <= max(HOLD, 2 * state.step - 1)]
+    tracks = [track for track in state.tracks if number - track.seen <= max(HOLD, min(2 * state.step - 1, LIVE_FPS))]
     for box, count in sorted(found):
         if count >= NEW_NEIGHBOURS and all(overlap(box, track.box) < OVERLAP for track in tracks):
             tracks.append(Track(state.following, box, number))
@@ -695,7 +696,7 @@ def tag_film(state):
         good, frame = capture.read()
         if not good:
             break
-        told = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000  # 0 in raw streams and at the end of some AVIs
+        told = max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)  # 0 in raw streams and at the end of some AVIs
         moment = told if told > moment else moment + 1 / state.fps
         handle(state, frame, number, moment)
         start = max(start, time.monotonic() - moment)  # a pause stops the film's clock, too
@@ -810,8 +811,12 @@ def read_live(state, capture):
             if good and frame is not None and frame.size:
                 tries, last, state.start = 0, now, state.start or now
                 state.newest = number, now - state.start, frame
-            elif state.stop.is_set() or (number and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0):
-                return  # what counts its frames is a film; some count too many
+            elif state.stop.is_set():
+                return
+            elif number and (count := capture.get(cv2.CAP_PROP_FRAME_COUNT)) > 0:  # a film, and some count too many
+                if number < 0.9 * count:
+                    utils.warn(f"{name}: broke off after {number} of {count:.0f} frames: try again")
+                return
             elif capture.isOpened() and now - last < EMPTY:
                 state.stop.wait(0.02)
             elif not number:

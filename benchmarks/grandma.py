@@ -5,7 +5,7 @@
 
 Runs train.py on DATA_DIR with an empty cache, then again after 20 drawn faces, as a class `grandma`, were added. Both
 make the views of a whole run, with one short epoch a round; watched.py tells the seconds in which the main thread reads
-pictures, looks through the kept cache and fills it.
+pictures, looks through the kept cache and fills it (what is written while reading counts as filling).
 """
 
 import argparse

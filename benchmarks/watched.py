@@ -1,8 +1,9 @@
-"""Run a script, and note a hundred times a second which function of ours its main thread is in; start_up.py uses it.
+"""Run a script, and note a hundred times a second which function of ours its main thread is in.
 
     python benchmarks/watched.py NOTES SCRIPT [its arguments]
 
-A line of NOTES: the time (`time.monotonic`), a tab, `function of the script > function of utils.py`.
+start_up.py and grandma.py use it. A line of NOTES: the time (`time.monotonic`), a tab, `function of the script >
+function of utils.py`.
 """
 
 import runpy

@@ -235,7 +235,7 @@ def test_the_ring_overwrites_the_oldest_and_knows_what_it_holds(tmp_path):
 
 def test_a_kept_ring_is_found_again_and_a_damaged_slot_is_not(tmp_path):
     class Args:
-        model, cache_dir = str(tmp_path / "m"), tmp_path
+        model, cache_dir, cache_gb = str(tmp_path / "m"), tmp_path, 1
 
     ring = train.open_ring(Args, "x", 4, (2,), "float32")
     keys = [bytes([n + 1]) * 36 for n in range(2)]
@@ -248,6 +248,11 @@ def test_a_kept_ring_is_found_again_and_a_damaged_slot_is_not(tmp_path):
         keys[0]: [1, 2], keys[1]: [3, 4]}  # fmt: skip
     train.write_rows(ring.features, slots[:1], rows[1:] + 1)
     assert list(train.open_ring(Args, "x", 4, (2,), "float32").slots) == keys[1:]
+    assert not train.open_ring(Args, "x", 1, (2,), "float32").slots  # a shorter run leaves the rest as it is,
+    assert list(train.open_ring(Args, "x", 4, (2,), "float32").slots) == keys[1:]
+    Args.cache_gb = 1e-8  # unless there is no room for it
+    train.open_ring(Args, "x", 1, (2,), "float32")
+    assert not train.open_ring(Args, "x", 4, (2,), "float32").slots
 
 
 def test_every_epoch_takes_every_picture_once_with_a_random_view():

@@ -225,7 +225,9 @@ def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, 
     room = (fixed + 70 * row) / 1e9  # 70 slots for 96 pictures
     command = [data, "m", *PRETRAINED, "--rounds", "2", "--weights", weights_file, "--cache-gb", room]
     assert run_here(monkeypatch, tmp_path, *command) == 0
-    assert len(accuracy_counts(capsys.readouterr().out, "round")) == 3
+    told = capsys.readouterr()
+    assert len(accuracy_counts(told.out, "round")) == 3
+    assert "the last layer is fitted on 35 of 96 pictures" in told.err
 
 
 @pytest.mark.slow
