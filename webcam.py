@@ -813,7 +813,8 @@ def read_live(state, capture):
                 state.newest = number, now - state.start, frame
             elif state.stop.is_set():
                 return
-            elif number and (count := capture.get(cv2.CAP_PROP_FRAME_COUNT)) > 0:  # a film, and some count too many
+            elif number and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:  # a film, and some count too many
+                count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
                 if number < 0.9 * count:
                     utils.warn(f"{name}: broke off after {number} of {count:.0f} frames: try again")
                 return
