@@ -334,7 +334,11 @@ def whole_file(path):
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        try:
+            os.replace(name, path)
+        except OSError as error:
+            error.filename = path  # on Windows another program may have it open
+            raise
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
