@@ -264,18 +264,21 @@ def test_every_epoch_takes_every_picture_once_with_a_random_view():
     assert not np.array_equal(*orders)
 
 
-@pytest.mark.parametrize(("slots", "at_first", "later"), [(1000, 50 + 50, 50 + 50 + 3 * 50), (60, 30 + 30, 30 + 30)])
-def test_the_ring_holds_pictures_as_they_are_beside_the_latest_views(slots, at_first, later):
+@pytest.mark.parametrize(("slots", "first", "at_first", "later"), [
+    (1000, 0, 50 + 50, 50 + 50 + 3 * 50), (60, 0, 30 + 30, 30 + 30),
+    (1000, 1, 50, 50 + 50 + 2 * 50), (60, 1, 30, 30 + 30),
+])  # fmt: skip
+def test_the_ring_holds_pictures_as_they_are_beside_the_latest_views(slots, first, at_first, later):
     ring = SimpleNamespace(keys=SimpleNamespace(rows=range(slots)))
     run = SimpleNamespace(
         rings=SimpleNamespace(views=ring), data=SimpleNamespace(mine=np.arange(50)),
-        args=SimpleNamespace(seed=1), recipe={"views": 1, "fresh": 1},
+        args=SimpleNamespace(seed=1), recipe={"views": 1, "fresh": 1, "first": first},
     )  # fmt: skip
     windows = [train.ring_window(run, number) for number in (0, 3)]
     for window, size in zip(windows, (at_first, later)):
         assert len(window) == len(set(window)) == size <= slots
         assert [view for _, view in window].count(train.PLAIN) == min(50, slots // 2)
-    assert max(view for _, view in windows[1] if view != train.PLAIN) >= 2
+    assert max(view for _, view in windows[1] if view != train.PLAIN) >= 2 - first
     assert {pair for pair in windows[0] if pair[1] == train.PLAIN} <= set(windows[1])
 
 
