@@ -70,7 +70,8 @@ def prepare(args, folder):
 def commands(args, root):
     """Return {what is measured: (command, what its last line begins with)} for the scripts in a folder."""
     train, webcam = ([sys.executable, str(root / name)] for name in ("train.py", "webcam.py"))
-    short, film = ["--head-epochs", "1", "--rounds", "0"], ["m", "--source", "film.mp4", "--no-display"]
+    short = "--head-epochs 1 --rounds 1 --round-epochs 1".split()
+    film = ["m", "--source", "film.mp4", "--no-display"]
     learned = [str(args.data_dir), "m", "--weights", str(args.weights), "--image-size", args.image_size, *short]
     scratch = [str(args.data_dir), "m", "--weights", "none", "--image-size", "75", *short]
     ways = {
