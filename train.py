@@ -343,7 +343,7 @@ def open_ring(args, name, count, shape, dtype):
     slots = {}
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
-        if checksum(features.rows[slot]) == record[36:]:
+        if checksum(features.rows[slot]) == record[36:] and np.isfinite(features.rows[slot]).all():
             slots[record[:36]] = slot
     return Ring(features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True))
 
@@ -507,6 +507,8 @@ def find_weights(args):
     if args.weights == "none":
         return None, []
     if args.weights not in ("auto", "imagenet"):
+        if not args.weights.endswith((".h5", ".hdf5")):  # Keras would read a .keras file as something else
+            raise utils.UserError(f"--weights {utils.escape(args.weights)}: give a file whose name ends in .h5")
         utils.check_hdf5(Path(args.weights), utils.BASE_PARAMETERS)
         return Path(args.weights), []
     keras, name = utils.import_keras(), IMAGENET.rpartition("/")[2]
@@ -1077,6 +1079,8 @@ def check_outputs(args):
         raise utils.UserError(f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix")
     if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
         raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
+    if args.model.endswith(".weights"):  # Keras reads names in .weights.h5 as another format
+        raise utils.UserError(f"{utils.escape(args.model)}: choose a prefix that does not end in .weights")
     if not args.evaluate and not utils.is_ours(args.model):
         raise utils.UserError(f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix")
     if args.cache_dir:
@@ -1100,10 +1104,12 @@ def check_mosaic(path, prefix):
 def mosaic_owner(path):
     """Return the prefix named in one of our mosaics, None for any other file."""
     mark = f"{utils.KIT}: "
+    if not path.is_file():
+        return None
     try:
         with Image.open(path, formats=["PNG"]) as image:
             text = str(image.info.get("Software"))
-    except (OSError, SyntaxError, ValueError):
+    except Exception:  # Pillow's parsers raise much
         return None
     return text.removeprefix(mark) if text.startswith(mark) else None
 
@@ -1180,7 +1186,7 @@ def tell_what_next(args, data, info, actual, probabilities):
     lines.append(f"    python webcam.py {shlex.quote(name)}")
     lines.append("or, if these are not faces, the same with --whole-picture.")
     if args.cache_dir and args.cache_dir.exists():
-        stats = [path.stat() for path in args.cache_dir.iterdir()]
+        stats = [path.lstat() for path in args.cache_dir.iterdir()]
         size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
         folder = shlex.quote(utils.escape(args.cache_dir))
         lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
@@ -1245,9 +1251,23 @@ def read_state(args):
     state = utils.parse_json(facts, utils.read_capped(facts, utils.MAX_JSON * 10))
     kinds = {"round": int, "stale": int, "best": dict, "history": list, "settings": dict,
              "number_format": str, "weights": str, "numbers": int}  # fmt: skip
-    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    good = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
+    if not good or not is_sound(state):
         raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
     return state
+
+
+def is_sound(state):
+    """Say whether a state of the right kinds can be one that we have saved: what is not printed or used is left out."""
+    rows, best = state["history"], state["best"]
+    plotted = ("loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy")
+    return (
+        state["number_format"] in ("float32", "mixed_bfloat16")
+        and 0 <= state["round"] <= 999
+        and all(isinstance(best.get(name), int | float) for name in ("round", "right", "loss"))
+        and all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows)
+        and all(row.get(name) == "" or isinstance(row.get(name), int | float) for row in rows for name in plotted)
+    )
 
 
 def check_state(args, state, recipe, data):
@@ -1259,9 +1279,10 @@ def check_state(args, state, recipe, data):
                 f"--resume: the interrupted run had other {name.replace('_', ' ')} "
                 f"({utils.escape(state['settings'].get(name))[:200]}): give it again, or train anew without --resume"
             )
-    before = utils.parse_json(files, utils.read_capped(files, utils.MAX_JSON * 100))
-    now = file_list(args, data)
-    if before != now:
+    text, now = utils.read_capped(files, utils.MAX_JSON * 10), file_list(args, data)
+    if text != json.dumps(now).encode():
+        before = utils.parse_json(files, text)
+        before = [row for row in before if isinstance(row, list)] if isinstance(before, list) else []
         old, new = ({tuple(map(str, row[:2])) for row in rows} for rows in (before, now))  # file and hash
         name = min((old ^ new) or {("the split",)})[0]
         raise utils.UserError(f"--resume: the data has changed ({utils.escape(name)}): train anew without --resume")
@@ -1274,12 +1295,17 @@ def restore_weights(run, state):
     sizes = [int(np.prod(variable.shape)) for variable in variables]
     try:
         flat = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        flat = np.empty(0)
-    if flat.shape != (sum(sizes),) or flat.dtype != "float32" or zlib.crc32(flat) != state["numbers"]:
+        good = flat.shape == (sum(sizes),) and flat.dtype == "float32" and zlib.crc32(flat) == state["numbers"]
+    except Exception:  # NumPy's parser raises much
+        good = False
+    if not good:
         raise utils.UserError(f"{utils.escape(path)}: missing or damaged: train again without --resume")
     for variable, numbers in zip(variables, np.split(flat, np.cumsum(sizes)[:-1])):
         variable.assign(numbers.reshape(variable.shape))
+    (steps, _), scratch = epoch_size(run), run.nets.full.trunk is None
+    epochs = sum(scratch or row["round"] > 0 for row in state["history"])
+    if int(run.nets.fast.top.optimizer.iterations) != epochs * steps:
+        raise utils.UserError(f"{utils.escape(path)}: belongs to another round: train again without --resume")
 
 
 def remove_state(prefix):

@@ -18,6 +18,7 @@ import os
 import re
 import sqlite3
 import stat
+import struct
 import sys
 import tempfile
 import threading
@@ -48,6 +49,15 @@ except ImportError as absent:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
 LARGE_FILE = 2**25  # bytes: what is larger may be a film, and is not read before its beginning was looked at
+# Files made to keep a decoder busy for minutes, or to fill the memory, take more than these:
+MAX_SLOW = {"ppm": 8e6, "ppm_plain": 8e6, "bmp_rle": 4e7}  # pixels for decoders that are written in Python
+MAX_COMMENTS = 1_000  # in such a PPM
+MAX_SCANNED = 2e10  # pixels times scans of a progressive JPEG
+MAX_STRIPS = 65_536  # of a TIFF, or tiles
+MAX_ANIMATED = 6e7  # pixels of an animated WebP or AVIF, whose decoder keeps several frames
+MAX_FILE = (16, 2**26)  # bytes: so many a pixel, and as many beside
+STRIPE = 2**20  # pixels that are computed with at once
+
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
@@ -65,6 +75,7 @@ CLASSES = {
     *("Zeros", "Ones", "__keras_tensor__"),
 }  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
+MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
 
 TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
@@ -239,7 +250,7 @@ def folder_names(names, taken=()):
     80 characters and 200 bytes; names that fall together by case or normalisation get ` (2)`, ` (3)`…
     `taken`: folder names that are in use already.
     """
-    used, folders = {unicodedata.normalize("NFC", name).casefold() for name in taken}, {}
+    used, folders, last = {unicodedata.normalize("NFC", name).casefold() for name in taken}, {}, {}
     for name in sorted(set(names)):
         text = unicodedata.normalize("NFC", name)
         text = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in text)[:80]
@@ -248,10 +259,11 @@ def folder_names(names, taken=()):
             text = "_" + text[1:]
         if not text or text.split(".")[0].rstrip().lower() in RESERVED_NAMES:
             text = "_" + text
-        folder, number = text, 1
+        folder, number = text, last.get(text.casefold(), 1)
         while folder.casefold() in used:
             number += 1
             folder = f"{text} ({number})"
+        last[text.casefold()] = number
         used.add(folder.casefold())
         folders[name] = folder
     return folders
@@ -306,8 +318,13 @@ def is_ignored(name):
 def only_run(path):
     """Hold a lock, the file `path`, while the block runs. A killed process holds it no more.
 
-    Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows.)
+    Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows; ours are empty. A
+    database from somebody else could have it delete files.)
     """
+    path = Path(path)
+    foreign = path.is_symlink() or (path.exists() and path.stat().st_size > 0)
+    if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal", "-shm")):
+        raise UserError(f"{escape(path)}: not a lock of this kit: delete it and what begins with its name")
     lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
         lock.execute("BEGIN EXCLUSIVE")
@@ -318,14 +335,15 @@ def only_run(path):
     finally:
         lock.close()
         with contextlib.suppress(OSError):  # somebody else may have opened it already
-            Path(path).unlink()
+            path.unlink()
 
 
 @contextlib.contextmanager
 def whole_file(path):
     """Give a path beside `path` to write to, and rename it to `path` when the block ends without error."""
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-unfinished-", suffix=path.suffix, dir=path.parent)
+    stem = path.stem if len(os.fsencode(path.stem)) <= 200 else path.stem[:50]  # a name has at most 255 bytes
+    handle, name = tempfile.mkstemp(prefix=f".{stem}-unfinished-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:
         yield Path(name)
@@ -366,7 +384,9 @@ def read_picture(path):
             raise PictureError("not a file")
         with open(path, "rb") as file:
             if facts.st_size > LARGE_FILE:
-                open_picture(file)
+                image = open_picture(file)
+                if facts.st_size > MAX_FILE[0] * image.width * image.height + MAX_FILE[1]:
+                    raise PictureError("far larger than its picture")
                 file.seek(0)
             data = file.read()
         return data, open_picture(data)
@@ -381,10 +401,55 @@ def open_picture(data):
     Raises PictureError for what is no picture of a known format, or has over MAX_PIXELS pixels.
     """
     with picture_errors():
-        image = Image.open(io.BytesIO(data) if isinstance(data, bytes) else data, formats=FORMATS)
+        file = io.BytesIO(data) if isinstance(data, bytes) else data
+        if max(tiff_entries(file).get(tag, 0) for tag in (273, 324)) > MAX_STRIPS:
+            raise PictureError("too many strips or tiles")
+        image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise PictureError(f"larger than {MAX_PIXELS:,} pixels")
+        if isinstance(data, bytes):
+            refuse_traps(image, data)
         return image
+
+
+def tiff_entries(file):
+    """Return {tag: number of values} of the first directory of an open TIFF file, {} for others; it stays where it is.
+
+    Pillow would make a list of all tiles before it looks at how large the picture is.
+    """
+    start = file.tell()
+    head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    big = order and struct.unpack(f"{order}H", head[2:4])[0] == 43  # BigTIFF
+    entry = struct.Struct(f"{order or '<'}{'HHQQ' if big else 'HHII'}")
+    found = {}
+    if order and len(head) == 16:
+        offset = struct.unpack(f"{order}{'Q' if big else 'I'}", head[8:16] if big else head[4:8])[0]
+        file.seek(min(offset, 2**40) + start)
+        count = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
+        for _ in range(min(count[0], 1000)):
+            data = file.read(entry.size)
+            if len(data) == entry.size:
+                tag, _, values, _ = entry.unpack(data)
+                found[tag] = values
+    file.seek(start)
+    return found
+
+
+def refuse_traps(image, data):
+    """Raise PictureError for a picture that would take a decoder minutes or gigabytes, its size notwithstanding."""
+    pixels, kind = image.width * image.height, image.format
+    decoder = image.tile[0][0] if image.tile else ""
+    slow = pixels > MAX_SLOW.get(decoder, MAX_PIXELS)
+    slow |= decoder.startswith("ppm") and data.count(b"#") > MAX_COMMENTS
+    if image.info.get("progressive") and kind in ("JPEG", "MPO"):
+        slow |= pixels * data.count(b"\xff\xda") > MAX_SCANNED
+    if kind in ("WEBP", "AVIF"):
+        slow |= pixels > MAX_ANIMATED and getattr(image, "is_animated", False)
+    if kind == "TIFF" and 322 in image.tag_v2:
+        slow |= image.tag_v2[322] * image.tag_v2[323] > 4 * max(pixels, STRIPE)
+    if slow:
+        raise PictureError("would take minutes or gigabytes to decode: save it in another format")
 
 
 @contextlib.contextmanager
@@ -438,19 +503,32 @@ def plain_mode(image):
 
 def grey_8_bit(image):
     """Scale a 16-bit, 32-bit or float grey image to 8 bits: by its mode's range, and floats up to 1 by 0..1."""
-    grey = np.asarray(image).astype("float32")
-    scale = 255 if image.mode == "F" and grey.max(initial=0) <= 1 else 1 if image.mode == "F" else 1 / 257
-    copy = Image.fromarray(np.clip(np.nan_to_num(grey) * scale, 0, 255).astype("uint8"))
+    scale = 1 / 257
+    if image.mode == "F":
+        scale = 255 if np.max([np.asarray(part).max(initial=0) for _, part in stripes(image)]) <= 1 else 1
+    copy = Image.new("L", image.size)
+    for corner, part in stripes(image):
+        grey = np.nan_to_num(np.asarray(part).astype("float32")) * scale
+        copy.paste(Image.fromarray(np.clip(grey, 0, 255).astype("uint8")), corner)
     copy.info.update(image.info)  # what tells how to turn it
     return copy
+
+
+def stripes(image):
+    """Yield (corner, part) for stripes of a PIL image: computing with those of a large one takes little memory."""
+    rows = max(1, STRIPE // image.width)
+    for top in range(0, image.height, rows):
+        yield (0, top), image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def rgb(image):
     """Convert to RGB, what is transparent on white."""
     if image.mode in ("RGBA", "LA", "RGBa", "La"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        copy = Image.new("RGB", image.size)
+        for corner, part in stripes(image):
+            white = Image.new("RGBA", part.size, "white")
+            copy.paste(Image.alpha_composite(white, part.convert("RGBA")).convert("RGB"), corner)
+        return copy
     return image if image.mode == "RGB" else image.convert("RGB")  # converting copies, also from RGB to RGB
 
 
@@ -620,6 +698,8 @@ def is_ours(prefix):
 
     weights, architecture, _ = trio(prefix)
     try:
+        if os.path.lexists(weights) and not weights.is_file():
+            return False
         if weights.exists():
             with h5py.File(weights, "r") as file:
                 return ATTRIBUTE in file.attrs
@@ -651,7 +731,9 @@ def load_model(prefix):
             "of one training run again, or finish that run with --resume"
         )
     threshold = info.setdefault("threshold", 0.5)
-    known = info.get("labels") == labels and info.get("image_size") == side
+    info.setdefault("round", 0)
+    good = all(type(info.get(name)) is int for name in ("image_size", "round")) and 0 <= info["round"] <= 999
+    known = good and info.get("labels") == labels and info["image_size"] == side
     if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise UserError(f"{escape(weights)}: what belongs to the model is damaged in it: train again")
     model = build_network(len(labels), side)
@@ -663,7 +745,7 @@ def load_weights(model, path):
     """Load a checked HDF5 file's arrays into a Keras model. Raises UserError for other shapes or NaN."""
     try:
         model.load_weights(path)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
         reason = escape(error).partition("\\n")[0][:200]
         raise UserError(f"{escape(path)}: these weights do not fit InceptionV3 ({reason}): use another file") from None
     if not all(np.isfinite(array).all() for array in model.get_weights()):
@@ -675,6 +757,8 @@ def read_capped(path, limit):
     try:
         if path.is_symlink():
             raise UserError(f"{escape(path)}: is a link: copy the file itself here")
+        if path.exists() and not path.is_file():  # a named pipe would wait for ever
+            raise UserError(f"{escape(path)}: is no file: remove it")
         if path.stat().st_size > limit:
             raise UserError(f"{escape(path)}: larger than {limit:,} bytes, so it is no file of this kit")
         return path.read_bytes()
@@ -718,7 +802,8 @@ def check_architecture(config, path):
         item = pending.pop()
         if isinstance(item, dict):
             pending += item.values()
-            if not {item.get(key) for key in ("class_name", "registered_name") if item.get(key)} <= CLASSES:
+            names = [item[key] for key in ("class_name", "registered_name") if item.get(key)]
+            if not all(isinstance(name, str) and name in CLASSES for name in names):
                 raise UserError(f"{escape(path)}: has layers that this kit does not use: do not open it with Keras")
         elif isinstance(item, list):
             pending += item
@@ -747,35 +832,72 @@ def check_hdf5(path, parameters):
             if count != parameters:
                 reason = f"holds {count:,} numbers, not {parameters:,}: it belongs to another network"
                 raise UserError(f"{escape(path)}: {reason}")
-            return file.attrs.get(ATTRIBUTE), file.attrs.get("model_config")
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None
 
 
-def count_numbers(group, path, depth=0):
-    """Count the numbers that an open HDF5 group declares. Raises UserError for what we never write."""
+def text_attribute(file, name):
+    """Return an attribute of an HDF5 file that is one text of at most MAX_JSON characters, else None."""
+    if name not in file.attrs or file.attrs.get_id(name).shape != ():
+        return None
+    text = file.attrs[name]
+    return text if isinstance(text, str) and len(text) <= MAX_JSON else None
+
+
+def count_numbers(file, path):
+    """Count the numbers that an open HDF5 file declares. Raises UserError for what we never write."""
     import h5py
 
-    count = 0
-    for name in group if depth < 8 else ():
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise UserError(f"{escape(path)}: links to other data inside: do not use this file")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            count += count_numbers(item, path, depth + 1)
-        elif item.external or item.is_virtual or item.dtype.kind != "f" or item.dtype.itemsize > 4:
-            raise UserError(f"{escape(path)}: data kept elsewhere or of another kind inside: do not use this file")
-        else:
+    count, seen, pending = 0, 0, [(file, 0)]
+    while pending:
+        group, depth = pending.pop()
+        check_names(group, path)
+        for name in group:
+            seen += 1
+            if seen > MAX_ITEMS or depth > 7:
+                raise UserError(f"{escape(path)}: more inside than such a file has: do not use this file")
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                raise UserError(f"{escape(path)}: links to other data inside: do not use this file")
+            item = group[name]
+            if isinstance(item, h5py.Group):
+                pending.append((item, depth + 1))
+                continue
+            good = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
+            if not good or item.dtype.kind != "f" or item.dtype.itemsize > 4:
+                raise UserError(f"{escape(path)}: data kept elsewhere or of another kind inside: do not use this file")
+            if item.chunks and np.prod(item.chunks, dtype=float) > item.size:  # all of a piece is unpacked
+                raise UserError(f"{escape(path)}: unpacks to more than it is: do not use this file")
             count += item.size
     return count
+
+
+def check_names(group, path):
+    """Raise UserError unless the lists of what Keras is to read in a group are short and without repeats."""
+    for key in group.attrs:
+        most = {"layer_names": 500, "weight_names": 8}.get(key.rstrip("0123456789"))
+        if most and (key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)):
+            raise UserError(f"{escape(path)}: lists more than such a file has: do not use this file")
+        if most and len(set(group.attrs[key])) < len(group.attrs[key]):
+            raise UserError(f"{escape(path)}: lists the same data twice: do not use this file")
 
 
 # ---------------------------------------------------------------- mosaic and report
 
 
 @functools.cache
+def import_matplotlib():
+    """Import matplotlib with its own settings: it would read those of the current folder, whoever they are from."""
+    logging.getLogger("matplotlib").setLevel("CRITICAL")
+    import matplotlib
+
+    matplotlib.rcdefaults()
+
+
+@functools.cache
 def font_file(text):
     """Return the path of a font that has every character of `text`: DejaVu Sans, else one of the system's."""
+    import_matplotlib()
     from matplotlib import font_manager, ft2font
 
     first = font_manager.findfont("DejaVu Sans")
@@ -880,6 +1002,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None):
     actual: int (n,). probabilities: (n, classes). history: list of dicts, an epoch each, with the
     columns of `model-history.csv`. With over MOSAIC_CLASSES classes those with the lowest scores are shown.
     """
+    import_matplotlib()
     from matplotlib.figure import Figure
 
     recall, precision = class_scores(actual, probabilities.argmax(1), len(labels))

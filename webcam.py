@@ -62,10 +62,14 @@ CLASSIFY_EVERY = 8  # frames between two classifications of a track
 MEMORY = 5  # classifications that the running mean remembers
 MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the next frame
 
+FILMS = {".mp4": "mp4v", ".avi": "MJPG"}  # endings of --output and their codecs
+PICTURES = (".png", ".jpg", ".jpeg")
 LIVE = ("camera", "stream")
 PAUSES = (1, 2, 4)  # seconds before a lost camera or stream is tried again
 EMPTY = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
+SILENCE = 0.5  # seconds without a frame after which the window is served all the same
+LONGEST = 60.0  # seconds that a frame of a film is shown; what is longer is a clock that jumps
 LIVE_FPS = 30  # of the film that --output makes of a camera or stream
 NO_PICTURE = {
     "camera": "no picture comes from it: is it connected, used by another program, or forbidden to this one by the "
@@ -186,13 +190,16 @@ def parse_arguments():
 def source_kind(source):
     """Say what a source is: camera, stream, folder, picture or film. Raises UserError if there is nothing."""
     path = Path(source)
+    if not source:  # an unset variable of a shell; as a path it would be the current folder
+        raise utils.UserError("--source is empty: give a camera number, file, folder or address")
     if source.isascii() and source.isdigit() and len(source) < 6:
         return "camera"
     if "://" in source:
         with contextlib.suppress(ValueError):
             if urllib.parse.urlsplit(source).hostname:
                 return "stream"
-        raise utils.UserError(f"--source {utils.escape(source)}: no address: give one like rtsp://192.168.1.20/live")
+        shown = f"{utils.escape(source.partition('://')[0])}://…"  # what follows may hold a password
+        raise utils.UserError(f"--source {shown}: no address: give one like rtsp://192.168.1.20/live")
     if path.is_dir():
         return "folder"
     if not path.is_file() or path.stat().st_size == 0:
@@ -201,7 +208,7 @@ def source_kind(source):
     try:
         _, image = utils.read_picture(path)
         with utils.picture_errors():
-            return "film" if image.format == "GIF" and image.n_frames > 1 else "picture"
+            return "film" if image.format == "GIF" and image.is_animated else "picture"
     except utils.PictureError:
         return "film"
 
@@ -209,7 +216,7 @@ def source_kind(source):
 def check_output(option, path, source, kind):
     """Raise UserError before any work where --output or --save-faces cannot be; warn where a file is replaced."""
     inside = kind in ("film", "picture", "folder") and utils.is_inside(path, Path(source))
-    endings = (".png", ".jpg", ".jpeg") if kind == "picture" else (".mp4", ".avi")
+    endings = PICTURES if kind == "picture" else tuple(FILMS)
     folder = option == "--save-faces" or kind == "folder"
     if folder:
         problems = {
@@ -227,7 +234,7 @@ def check_output(option, path, source, kind):
     for problem, found in problems.items():
         if found:
             raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
-    if path.suffix.lower() in (".mp4", ".avi"):
+    if path.suffix.lower() in FILMS:
         opencv_name(path)
     if option == "--output" and path.exists():
         utils.warn(f"{utils.escape(path)}: {'files of the same names in it are' if folder else 'is'} replaced")
@@ -344,7 +351,7 @@ def search(state, frame, number):
     else:
         hits = [hit for track in state.tracks for hit in look_around(state.cascade, grey, scale, track.box)]
     found = []
-    for box, count in sorted(hits, key=lambda hit: -hit[1]):  # the surest first
+    for box, count in sorted(hits, key=lambda hit: (-hit[1], hit[0])):  # the surest first, and always the same one
         if all(overlap(box, other) < OVERLAP for other, _ in found):  # else the same face, in another size or search
             found.append((box, count))
     return found
@@ -459,6 +466,9 @@ def handle(state, frame, number, moment):
     state.counts["frames"] += 1
 
 
+COLUMNS = "frame time track x y w h label probability".split()  # of the lines; a folder's have `file` before them
+
+
 def print_line(state, number, moment, track):
     """Print one face's line, once it has a label."""
     if track.label or not state.model:
@@ -495,8 +505,8 @@ def look(crop):
 
 
 def reason_against(state, frame, track, crop):
-    """Return why a crop is not worth keeping, None if it is. Pictures that are only copied are never refused."""
-    if state.picture and state.args.whole_picture:
+    """Return why a crop is not worth keeping, None if it is. Of pictures, a model keeps every face."""
+    if state.picture and (state.model or state.args.whole_picture):
         return None
     if min(crop.shape[:2]) < SMALL:
         return "too small"
@@ -590,7 +600,8 @@ def open_window(state):
     """Open the window, or warn and go on without. A child process tries first: Qt ends a process without a display."""
     if state.args.no_display:
         return
-    trial = [sys.executable, "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
+    # -P: not a cv2.py of the current folder
+    trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         state.window = subprocess.run(trial, capture_output=True, timeout=60, check=False).returncode == 0
     if state.window:
@@ -630,20 +641,34 @@ def show(state, image, left):
         cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
     cv2.imshow(TITLE, cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR))
     while True:
-        key = cv2.waitKey(50 if state.paused else max(1, round(1000 * left))) & 0xFF
-        try:
-            closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
-        except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
-            closed = True
-        if closed or key in (ord("q"), 27):
+        key, ends = wait_for_key(50 if state.paused else round(1000 * left))
+        if ends or state.stop.is_set():
             return True
-        if key == ord("s"):
-            path = Path(f"snapshot-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}.png")
-            write_picture(path, image)
-            print(f"snapshot: {path}", file=sys.stderr, flush=True)
-        state.paused ^= key == ord(" ")
+        if key == "s":
+            save_snapshot(image)
+        state.paused ^= key == " "
         if not state.paused:
             return False
+
+
+def wait_for_key(milliseconds):
+    """Let the window live for so long. Returns (the key pressed, a small letter, and whether it is to end)."""
+    key = chr(cv2.waitKey(max(1, milliseconds)) & 0xFF).lower()
+    try:
+        closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
+    except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
+        closed = True
+    return key, closed or key in ("q", "\x1b")
+
+
+def save_snapshot(image):
+    """Save what is shown, a PIL image, in the current folder; warn where that cannot be."""
+    path = Path(f"snapshot-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}.png")
+    try:
+        write_picture(path, image)
+        print(f"snapshot: {path}", file=sys.stderr, flush=True)
+    except OSError as error:
+        utils.warn(f"no snapshot: {utils.advice(error)}")
 
 
 def write_picture(path, image):
@@ -662,7 +687,7 @@ def film_output(state):
         """Add a PIL image to the film, whose size and rate are known with the first one."""
         nonlocal size
         if not film.isOpened():
-            size, code = image.size, "mp4v" if path.suffix.lower() == ".mp4" else "MJPG"
+            size, code = image.size, FILMS[path.suffix.lower()]
             if not film.open(opencv_name(part), cv2.VideoWriter.fourcc(*code), state.fps, size):
                 raise utils.UserError(f"{shown}: no codec for it here: try .avi")
         image = image if image.size == size else ImageOps.pad(image, size)  # films may change their size
@@ -688,18 +713,22 @@ def tag_film(state):
     """Handle a film frame by frame, in order, nothing dropped, so that two runs print the same lines."""
     capture = cv2.VideoCapture(opencv_name(state.args.source), cv2.CAP_FFMPEG)
     rate, total = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    state.fps = round(rate, 2) if 1 <= rate <= 500 else 25  # MPEG-4 has no room for more digits
+    state.fps = round(rate, 2 if rate > 1 else 3) if 0.05 <= rate <= 500 else 25  # MPEG-4 has no room for more digits
     numbers, start, moment = itertools.count(), time.monotonic(), -1 / state.fps
     if 0 < total < 10**7 and not state.window:  # what the file says may be nonsense
         numbers = utils.progress(numbers, total, "frames")
     for number in numbers:
         good, frame = capture.read()
         if not good:
+            if 0 < number < 0.9 * total < 10**7:  # some count too many
+                name = utils.escape(state.args.source)
+                utils.warn(f"{name}: broke off after {number} of {total} frames: its end may be missing")
             break
         told = max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)  # 0 in raw streams and at the end of some AVIs
-        moment = told if told > moment else moment + 1 / state.fps
+        before, moment = moment, told if told > moment else moment + 1 / state.fps
         handle(state, frame, number, moment)
-        start = max(start, time.monotonic() - moment)  # a pause stops the film's clock, too
+        now = time.monotonic() - moment
+        start = now if moment > before + LONGEST else max(start, now)  # a pause stops the film's clock, too
         if present(state, frame, moment, start + moment - time.monotonic()):
             break
     if not state.counts["frames"]:
@@ -739,8 +768,9 @@ def picture_output(state, path):
     if state.kind == "picture":
         return state.args.output
     target = state.args.output / path.relative_to(state.args.source)
-    if target.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        target = target.with_name(target.name + ".jpg")
+    if target.suffix.lower() not in PICTURES:
+        taken = path.with_name(f"{path.name}.jpg").exists()  # what some converters make of it
+        target = target.with_name(f"{path.stem} (2){path.suffix}.jpg" if taken else f"{path.name}.jpg")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
@@ -754,7 +784,7 @@ def tag_live(state):
     capture = open_live(state) if state.kind == "camera" else None  # macOS asks for permission in the main thread only
     reader, worker = pool.submit(read_live, state, capture), pool.submit(work_live, state)
     try:
-        for _, _, frame in newest_frames(state):
+        for _, _, frame in newest_frames(state, lambda: keep_alive(state)):
             if present(state, frame, time.monotonic() - state.start):
                 break
         else:
@@ -782,8 +812,16 @@ def work_live(state):
         raise
 
 
-def newest_frames(state):
-    """Yield (number, seconds, frame), each time the newest one, until the source ends."""
+def keep_alive(state):
+    """Wait a little for the next frame; where none comes for long, a window can be closed nevertheless."""
+    if not state.window or not state.shown or time.monotonic() - state.shown[-1] < SILENCE:
+        time.sleep(0.005)
+    elif wait_for_key(5)[1]:
+        state.stop.set()
+
+
+def newest_frames(state, pause=lambda: time.sleep(0.005)):
+    """Yield (number, seconds, frame), each time the newest one, until the source ends. pause: what to do meanwhile."""
     done = -1
     while not state.stop.is_set():
         ended, newest = state.ended, state.newest  # in this order: one more may come before the end
@@ -793,7 +831,7 @@ def newest_frames(state):
         elif ended:
             return
         else:
-            time.sleep(0.005)
+            pause()
 
 
 def read_live(state, capture):
@@ -811,6 +849,10 @@ def read_live(state, capture):
             if good and frame is not None and frame.size:
                 tries, last, state.start = 0, now, state.start or now
                 state.newest = number, now - state.start, frame
+                # a served film comes faster than it plays
+                if state.kind == "stream" and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+                    ahead = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - (now - state.start)
+                    state.stop.wait(min(1.0, max(0.0, ahead)))
             elif state.stop.is_set():
                 return
             elif number and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:  # a film, and some count too many
@@ -872,8 +914,9 @@ def summarise(state):
 
 def smaller_face(state):
     """Search the spare frames for faces of any size; return what to say about the smallest one."""
-    found = [hit for grey, scale in state.spare for hit in find(state.cascade, grey, scale, 24 / scale)]
-    sides = [box[2] for box, count in found if count >= NEW_NEIGHBOURS]
+    look = find_twice if state.picture else find
+    found = [hit for grey, scale in state.spare for hit in look(state.cascade, grey, scale, 24 / scale)]
+    sides = [box[2] for box, count in found if count >= NEW_NEIGHBOURS and box[2] < state.smallest]
     text = f"nothing was tagged: no face of {state.smallest} px or larger was found"
     if not sides:
         return f"{text}, and no smaller one"
@@ -900,7 +943,7 @@ def main():
             check_output(option, path, args.source, kind)
     state = prepare(args, kind)
     open_window(state)
-    utils.say("\t".join(["file"] * (kind == "folder") + "frame time track x y w h label probability".split()))
+    utils.say("\t".join(["file"] * (kind == "folder") + COLUMNS))
     tag = {"film": tag_film, "picture": tag_pictures, "folder": tag_pictures}.get(kind, tag_live)
     film = args.output and kind not in ("picture", "folder")
     try:

@@ -7,6 +7,8 @@ import marshal
 import os
 import resource
 import shutil
+import sqlite3
+import struct
 import subprocess
 import sys
 
@@ -198,6 +200,27 @@ def size_claim(config):
     config["config"]["layers"][0]["config"]["batch_shape"] = [None, 10**9, 10**9, 3]
 
 
+def bush(weights):
+    """Give a group six names, seven levels deep: 280,000 ways to its end, none of them a loop."""
+    for _ in range(7):
+        inner = weights.create_group("n0")
+        for n in range(1, 6):
+            weights[f"n{n}"] = inner
+        weights = inner
+
+
+def deep_bomb(weights):
+    """Hide a bomb where no real file has anything."""
+    weights.create_group("/".join("abcdefgh")).create_dataset("x", (2**29,), "float32", chunks=(2**20,))
+
+
+def wide_chunk(weights):
+    """One chunk of 120 MB for 3 numbers."""
+    del weights["probabilities/probabilities/bias"]
+    more = {"maxshape": (None,), "chunks": (30_000_000,), "compression": "gzip"}
+    weights["probabilities/probabilities"].create_dataset("bias", (3,), "float32", **more)
+
+
 TRIOS = {
     "lambda in json": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "json")(f),
     "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(f),
@@ -245,6 +268,19 @@ TRIOS = {
     "a link": linked,
     "missing labels": lambda f: (f / "m-labels.json").unlink(),
     "a folder": lambda f: (f / "m.h5").unlink() or (f / "m.h5").mkdir(),
+    "a named pipe": lambda f: (f / "m.json").unlink() or os.mkfifo(f / "m.json"),
+    "class a list": edit_json(lambda c: c["config"]["layers"][1].update(class_name=["x"])),
+    "image size a float": attribute(image_size=75.0),
+    "round with escapes": attribute(round="\x1b[2J"),
+    "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
+    "a type as data": rewrite(lambda w: w.__setitem__("t", np.dtype("float32"))),
+    "many names for few groups": rewrite(bush),
+    "bomb far below": rewrite(deep_bomb),
+    "wide chunk": rewrite(wide_chunk),
+    "the same data listed twice": rewrite(
+        lambda w: w["hidden"].attrs.__setitem__("weight_names", [b"hidden/kernel"] * 2)
+    ),
+    "more names than data": rewrite(lambda w: w.attrs.__setitem__("layer_names0", [b"hidden"] * 900)),
 }
 
 
@@ -277,6 +313,53 @@ def test_the_tagger_refuses_them_too(trio, name):
     done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--no-display", "--whole-picture")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: m")
     assert not (trio / "canary").exists()
+
+
+def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
+    """What lies beside a model that somebody sent, and is named like a module, does not run."""
+    for name in ("cv2", "numpy", "PIL", "keras", "matplotlib"):
+        (trio / f"{name}.py").write_text("open('canary', 'w').close()")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--whole-picture")
+    assert done.returncode == 0 and "no window can be opened" in done.stderr, done.stderr
+    assert not (trio / "canary").exists()
+
+
+def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
+    """SQLite deletes the file that a left journal names, which is why ours are refused unless they are empty."""
+    (tmp_path / "precious").write_text("mine")
+    database = sqlite3.connect(tmp_path / "lock")
+    database.execute("CREATE TABLE t(a)")
+    database.commit()
+    database.close()
+    magic, name = bytes.fromhex("d9d505f920a163d7"), str(tmp_path / "precious").encode()
+    head = (magic + struct.pack(">5I", 0, 1234, 2, 512, 4096)).ljust(512, b"\0")
+    tail = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    (tmp_path / "lock-journal").write_bytes(head + tail)
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with pytest.raises(utils.UserError, match="not a lock of this kit"), utils.only_run(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "precious").exists()
+    database = sqlite3.connect(tmp_path / "lock", isolation_level=None)
+    database.execute("BEGIN EXCLUSIVE")  # what plain SQLite does
+    database.close()
+    assert not (tmp_path / "precious").exists()
+
+
+def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weights_file):
+    shutil.copy(weights_file, tmp_path / "w.keras")
+    draw = tmp_path / "data" / "a"
+    draw.mkdir(parents=True)
+    done = run_script("train.py", "data", "m", "--weights", "w.keras")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --weights w.keras: give a file")
+
+
+def test_the_settings_of_a_stranger_do_not_change_the_pictures(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("foo\x1b]0;x\x07: 1\ntext.usetex: True\nfigure.dpi: 1\n")
+    code = "import utils; utils.draw_report('r.png', 'title', ['a', 'b'], utils.np.array([0, 1]), utils.np.eye(2))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"") and Image.open(tmp_path / "r.png").width == 990
 
 
 def test_the_good_trio_is_not_refused(trio):

@@ -1,8 +1,10 @@
 """Broken and hostile pictures: a picture or a reason, never a crash, a hang or gigabytes."""
 
 import io
+import os
 import random
 import resource
+import struct
 import subprocess
 import sys
 import time
@@ -119,7 +121,8 @@ print(utils.square(utils.open_picture(data), 224).shape)
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("mode", "kind"), [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "JPEG")]
+    ("mode", "kind"),
+    [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "JPEG"), ("I;16", "PNG"), ("F", "TIFF")],
 )
 def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
     program = LARGEST.replace("print", "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, end=' '); print")
@@ -127,6 +130,99 @@ def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
                           capture_output=True, text=True)  # fmt: skip
     assert "(224, 224, 3)" in done.stdout, done.stderr
     assert int(done.stdout.split()[0]) < 2_000_000  # kB, encoding included
+
+
+def tiff(side, *more, data=b""):
+    """Return a grey TIFF: entries (tag, type, count, value); longer values as bytes, None for the place of the data."""
+    entries = [(256, 4, 1, side), (257, 4, 1, side), *[(tag, 3, 1, n) for tag, n in ((258, 8), (259, 1), (262, 1))]]
+    entries += [(277, 3, 1, 1), *more]
+    start = 8 + 2 + 12 * len(entries) + 4
+    long = b"".join(value for *_, value in entries if isinstance(value, bytes))
+    inner, place = b"", start
+    for tag, kind, count, value in entries:
+        inner += struct.pack("<HHI", tag, kind, count)
+        if isinstance(value, bytes):
+            inner, place = inner + struct.pack("<I", place), place + len(value)
+        else:
+            inner += struct.pack("<I", start + len(long) if value is None else value)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + inner + bytes(4) + long + data
+
+
+def tiles(side, tile, offsets, sizes, data=b""):
+    """Return a TIFF in tiles."""
+    n = len(sizes) if isinstance(sizes, bytes) else 1
+    kind = 1 if n > 1 else 4
+    return tiff(side, (322, 4, 1, tile), (323, 4, 1, tile), (324, kind, n, offsets), (325, kind, n, sizes), data=data)
+
+
+def progressive(side, scans):
+    """Return a progressive JPEG of so many scans that say nothing."""
+    segment = lambda mark, data: bytes([255, mark]) + struct.pack(">H", len(data) + 2) + data  # noqa: E731
+    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    tables += segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\xe0")
+    scan = segment(0xDA, b"\1\1\0" + bytes([1, 63, 0])) + bytes(side * side // 64 * 15 // 16384 // 8 + 2)
+    return b"\xff\xd8" + tables + scan * scans + b"\xff\xd9"
+
+
+def rle_bmp(side):
+    """Return a BMP whose rows are all empty, in a few bytes each."""
+    rows = b"\x01\0\0\0" * side + b"\0\1"
+    head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0) + bytes(1024)
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows
+
+
+def animated_webp(side):
+    """Return a WebP whose two frames are 2 x 2 pixels on a large canvas."""
+    buffer = io.BytesIO()
+    Image.new("RGBA", (2, 2), (9, 9, 9, 100)).save(buffer, "WEBP", lossless=True)
+    frame, three = buffer.getvalue()[buffer.getvalue().find(b"VP8L") :], lambda n: struct.pack("<I", n)[:3]
+    chunk = lambda name, data: name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)  # noqa: E731
+    body = b"WEBP" + chunk(b"VP8X", bytes([0x12, 0, 0, 0]) + three(side - 1) * 2) + chunk(b"ANIM", bytes(6))
+    body += chunk(b"ANMF", three(0) * 2 + three(1) * 2 + three(100) + b"\0" + frame) * 2
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+TRAPS = {  # each with a harmless picture of the same kind
+    "comments": (b"P2 9 9 255\n" + b"#\n" * 250_000 + b"0 " * 81, b"P2 9 9 255\n#\n" + b"0 " * 81),
+    "numbers in letters": (b"P2 9000 9000 255\n" + b"0 " * 1000, b"P2 900 900 255\n" + b"0 " * 810_000),
+    "an odd maximum": (b"P5 9000 9000 254\n" + bytes(81_000_000), b"P5 900 900 254\n" + bytes(810_000)),
+    "scans": (progressive(8192, 400), progressive(512, 5)),
+    "empty rows": (rle_bmp(13_000), rle_bmp(900)),
+    "a canvas": (animated_webp(12_000), animated_webp(900)),
+    "tiny tiles": (tiles(900, 1, bytes(810_000), b"\1" * 810_000), tiles(64, 64, None, 4096, bytes(4096))),
+    "a large tile": (tiles(64, 16384, None, 9, bytes(9)), tiles(64, 128, None, 128**2, bytes(128**2))),
+}
+
+
+@pytest.mark.parametrize("name", TRAPS)
+def test_a_picture_that_would_take_minutes_or_gigabytes_is_refused(name):
+    bad, good = TRAPS[name]
+    start = time.process_time()
+    with pytest.raises(utils.PictureError, match=r"minutes or gigabytes|too many strips"):
+        utils.square(utils.open_picture(bad), 75)
+    assert time.process_time() - start < 2
+    assert utils.square(utils.open_picture(good), 75).shape == (75, 75, 3)
+
+
+def test_a_file_far_larger_than_its_picture_is_not_read(tmp_path):
+    path = tmp_path / "tail.jpg"
+    Image.new("RGB", (80, 80)).save(path)
+    os.truncate(path, 2**33)  # takes no space
+    with pytest.raises(utils.PictureError, match="far larger than its picture"):
+        utils.read_picture(path)
+    os.truncate(path, 2**24)  # what phones hang behind a picture is fine
+    assert utils.read_picture(path)[1].size == (80, 80)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F"])
+def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
+    numbers = np.random.default_rng(0).integers(0, 255, (90, 70, 4)).astype("uint8")
+    image = Image.fromarray(numbers, "RGBA").convert("LA" if mode == "LA" else "RGBA")
+    if mode in ("I;16", "F"):
+        image = Image.fromarray(numbers[..., 0].astype({"I;16": "uint16", "F": "float32"}[mode]) * 200)
+    whole = np.asarray(utils.upright(image))
+    monkeypatch.setattr(utils, "STRIPE", 1000)
+    assert np.array_equal(np.asarray(utils.upright(image)), whole) and whole.std() > 10
 
 
 def test_a_file_that_blows_up_is_refused_before_it_is_decoded():

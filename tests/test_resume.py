@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -172,6 +173,8 @@ def spoil_state(folder, kind):
         facts.write_text(json.dumps({**json.loads(facts.read_text()), "round": "1"}))
     elif kind == "pickle":
         np.save(array, np.array([{"x": 1}], dtype=object), allow_pickle=True)
+    elif kind == "zip":
+        array.write_bytes(b"PK\x03\x04junk")
     elif kind == "cut":
         os.truncate(array, array.stat().st_size // 2)
     elif kind == "bomb":
@@ -184,12 +187,30 @@ def spoil_state(folder, kind):
         array.unlink()
 
 
-@pytest.mark.parametrize("kind", ["facts", "types", "pickle", "cut", "bomb", "missing"])
+@pytest.mark.parametrize("kind", ["facts", "types", "pickle", "zip", "cut", "bomb", "missing"])
 def test_a_damaged_state_is_one_line(stopped, command, tmp_path, kind):
     shutil.copytree(stopped, tmp_path / "copy")
     spoil_state(tmp_path / "copy", kind)
     done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: m-resume"), done.stderr
+
+
+ROW = dict.fromkeys(["round", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy"], 1)
+STATE = {"round": 1, "stale": 0, "best": {"round": 1, "right": 3, "loss": 0.5}, "history": [ROW], "settings": {},
+         "number_format": "float32", "weights": "none", "numbers": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {"number_format": "\x1b[2J"}, {"round": -1}, {"round": 10**9}, {"best": {"x": 1}}, {"history": [5]},
+    {"history": [{}]}, {"history": [ROW | {"loss": "x"}]}, {"history": [ROW | {"round": None}]},
+])  # fmt: skip
+def test_a_state_that_we_have_not_saved_is_refused(tmp_path, change):
+    args = SimpleNamespace(model=str(tmp_path / "m"))
+    (tmp_path / "m-resume.json").write_text(json.dumps(STATE))
+    assert train.read_state(args) == STATE
+    (tmp_path / "m-resume.json").write_text(json.dumps(STATE | change))
+    with pytest.raises(utils.UserError, match=r"m-resume\.json: damaged"):
+        train.read_state(args)
 
 
 def old_model(folder, labels=("x", "y", "z")):

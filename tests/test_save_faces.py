@@ -123,6 +123,15 @@ def test_with_a_model_the_label_decides(tmp_path, drawn_model):
         assert not (tmp_path / "sorted" / "Ben" / run.name).exists()
 
 
+@pytest.mark.slow
+def test_with_a_model_every_face_of_a_picture_is_kept(tmp_path, drawn_model):
+    (tmp_path / "photos").mkdir()
+    frame = cv2.GaussianBlur(read_film(drawn_model / "film.mp4")[0], (0, 0), 3)
+    cv2.imwrite(str(tmp_path / "photos" / "blurred.png"), frame)
+    done = tag(tmp_path, drawn_model / "model", "--save-faces", "sorted", "--source", "photos")
+    assert len(crops(tmp_path / "sorted")) == len(rows(done.stdout)) > 0, done.stderr
+
+
 def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, drawn_model):
     source = tmp_path / "mixed"
     source.mkdir()

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import http.server
 import io
 import itertools
@@ -317,6 +318,15 @@ def test_names(threshold, means, expected):
     assert [track.probability for track in state.tracks] == [pytest.approx(max(mean)) for mean in means]
 
 
+def test_of_equally_sure_boxes_of_one_face_it_is_always_the_same(monkeypatch):
+    hits, found = [((10, 10, 50, 50), 7), ((14, 12, 48, 48), 7)], []
+    for order in (hits, hits[::-1]):
+        monkeypatch.setattr(webcam, "find", lambda *_, order=order: order)
+        state = new_state(smallest=40, tracks=[], scanned=-99)
+        found.append(webcam.search(state, np.zeros((90, 90, 3), "uint8"), 0))
+    assert found[0] == found[1] == [hits[0]]
+
+
 def test_two_tracks_never_share_one_face(film):
     """Where people cross, one of them is hidden: only one track goes on."""
     frame = read_film(film)[0][:, :300]  # one person
@@ -510,6 +520,24 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, film):
     assert len(read_film(tmp_path / "out.avi")) > 10 and last
 
 
+@pytest.mark.slow
+def test_a_served_film_plays_once_and_as_fast_as_it_is(tmp_path, film):
+    frames = read_film(film)
+    out = cv2.VideoWriter(str(tmp_path / "served.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, frames[0].shape[1::-1])
+    for frame in frames:
+        out.write(frame)
+    out.release()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    done = tag(tmp_path, "--save-faces", "faces", "--source", f"http://127.0.0.1:{server.server_port}/served.avi")
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    moments = {float(row["time"]) for row in rows(done.stdout)}
+    assert len(moments) > 5 and 0.8 * len(frames) / 25 < max(moments) < 2 * len(frames) / 25, moments
+
+
 needs_screen = pytest.mark.skipif(not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb, xdotool")
 
 
@@ -588,6 +616,7 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("--save-faces faces --source nothing", 1, "error: --source nothing: no picture in it can be read"),
     ("--save-faces faces --source 97", 1, "error: camera 97: no picture comes from it"),
     ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: stream 127.0.0.1: no picture comes from there"),
+    ("--save-faces faces --source rtsp://me:secret@:554/live", 1, "error: --source rtsp://…: no address: give one"),
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: lies in the source"),
     ("--save-faces faces --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is the source itself"),
