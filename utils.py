@@ -61,6 +61,7 @@ STRIPE = 2**20  # pixels that are computed with at once
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
+SQLITE_HEADER, SQLITE_MAGIC = 512, bytes.fromhex("d9d505f920a163d7")  # of a journal: bytes, and how one may end
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")  # as TensorFlow and JAX say it
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
@@ -321,9 +322,14 @@ def only_run(path):
     Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows; ours are empty. A
     database from somebody else could have it delete files.)
     """
-    path = Path(path)
-    foreign = path.is_symlink() or (path.exists() and path.stat().st_size > 0)
-    if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal", "-shm")):
+    path, journal = Path(path), Path(f"{path}-journal")
+    foreign = any(one.is_symlink() or (one.exists() and not one.is_file()) for one in (path, journal))
+    foreign = foreign or (path.exists() and path.stat().st_size > 0)
+    if journal.exists() and not foreign:  # a killed run leaves one: a header that names nothing
+        with open(journal, "rb") as file:
+            left = file.read(SQLITE_HEADER + 1)
+        foreign = len(left) > SQLITE_HEADER or left.endswith(SQLITE_MAGIC)  # behind it stands a file to delete
+    if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-wal", "-shm")):
         raise UserError(f"{escape(path)}: not a lock of this kit: delete it and what begins with its name")
     lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
