@@ -423,17 +423,16 @@ def tiff_entries(file):
 
     Pillow would make a list of all tiles before it looks at how large the picture is.
     """
-    start = file.tell()
+    start, found = file.tell(), {}
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    big = order and struct.unpack(f"{order}H", head[2:4])[0] == 43  # BigTIFF
-    entry = struct.Struct(f"{order or '<'}{'HHQQ' if big else 'HHII'}")
-    found = {}
     if order and len(head) == 16:
-        offset = struct.unpack(f"{order}{'Q' if big else 'I'}", head[8:16] if big else head[4:8])[0]
-        file.seek(min(offset, 2**40) + start)
-        count = struct.unpack(f"{order}{'Q' if big else 'H'}", file.read(8 if big else 2).ljust(8 if big else 2, b"\0"))
-        for _ in range(min(count[0], 1000)):
+        big = struct.unpack(f"{order}H", head[2:4])[0] == 43  # BigTIFF
+        kinds = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")
+        place, number, entry = (struct.Struct(order + kind) for kind in kinds)
+        file.seek(start + min(place.unpack_from(head, 8 if big else 4)[0], 2**40))
+        count = int.from_bytes(file.read(number.size), "little" if order == "<" else "big")
+        for _ in range(min(count, 1000)):
             data = file.read(entry.size)
             if len(data) == entry.size:
                 tag, _, values, _ = entry.unpack(data)
