@@ -20,7 +20,6 @@ import sqlite3
 import stat
 import struct
 import sys
-import tempfile
 import threading
 import time
 import unicodedata
@@ -40,7 +39,7 @@ try:
     import numpy as np
     import pillow_heif
     import tqdm
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
     from PIL.PngImagePlugin import PngInfo
 except ImportError as absent:
     sys.exit(f"error: {absent}: run `pip install -r requirements.txt` in the folder of this script")
@@ -48,20 +47,18 @@ except ImportError as absent:
 # Rarely used parsers are where the holes are: only these, of those that Pillow knows, are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
-LARGE_FILE = 2**25  # bytes: what is larger may be a film, and is not read before its beginning was looked at
 # Files made to keep a decoder busy for minutes, or to fill the memory, take more than these:
 MAX_SLOW = {"ppm": 8e6, "ppm_plain": 8e6, "bmp_rle": 4e7}  # pixels for decoders that are written in Python
 MAX_COMMENTS = 1_000  # in such a PPM
 MAX_SCANNED = 2e10  # pixels times scans of a progressive JPEG
 MAX_STRIPS = 65_536  # of a TIFF, or tiles
 MAX_ANIMATED = 6e7  # pixels of an animated WebP or AVIF, whose decoder keeps several frames
-MAX_FILE = (16, 2**26)  # bytes: so many a pixel, and as many beside
+MAX_FILE = (16, 2**26)  # bytes: so many a pixel, and as many beside; what has more of these may be a film
 STRIPE = 2**20  # pixels that are computed with at once
 
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
 RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
 
-SQLITE_HEADER, SQLITE_MAGIC = 512, bytes.fromhex("d9d505f920a163d7")  # of a journal: bytes, and how one may end
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")  # as TensorFlow and JAX say it
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
@@ -228,17 +225,16 @@ def in_order(function, items, workers=None):
     Only a few results wait at a time, so memory stays flat. workers: threads, one a core if not given.
     """
     workers = workers or cores()
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = collections.deque()
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
+    pool, waiting = ThreadPoolExecutor(workers), collections.deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * workers:
                 yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------- names and files
@@ -288,24 +284,19 @@ def list_files(root):
     A folder that is reached twice keeps its own name: links are followed last.
     """
     inside, found, seen = Path(root).resolve(), [], set()
-    folders, links = [Path(root)] if Path(root).is_dir() else [], []
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        real = folder.resolve()
-        if real in seen or not real.is_relative_to(inside):
-            continue
-        seen.add(real)
-        try:
-            entries = sorted((e for e in os.scandir(folder) if not is_ignored(e.name)), key=lambda e: e.name)
-        except OSError as error:
-            warn(advice(error))
-            continue
-        for entry in entries:
-            path = folder / entry.name
-            with contextlib.suppress(OSError, RuntimeError):  # a link that leads to itself
-                if entry.is_dir():
-                    (links if entry.is_symlink() else folders).append(path)
-                elif not entry.is_symlink() or path.resolve().is_relative_to(inside):
+    starts = [Path(root)] if Path(root).is_dir() else []
+    for start in starts:  # to which links to folders are added
+        for folder, names, files in os.walk(start, onerror=lambda error: warn(advice(error))):
+            folder, real = Path(folder), Path(folder).resolve()
+            if real in seen or not real.is_relative_to(inside):
+                names.clear()
+                continue
+            seen.add(real)
+            names[:] = sorted(name for name in names if not is_ignored(name))
+            starts += [folder / name for name in names if (folder / name).is_symlink()]
+            for path in (folder / name for name in files if not is_ignored(name)):
+                real = Path(os.path.realpath(path))
+                if real.is_relative_to(inside) and not real.is_symlink():  # else a link that leads away, or to itself
                     found.append(path)
     return sorted(found)
 
@@ -322,20 +313,19 @@ def only_run(path):
     Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows; ours are empty. A
     database from somebody else could have it delete files.)
     """
-    path, journal = Path(path), Path(f"{path}-journal")
-    foreign = any(one.is_symlink() or (one.exists() and not one.is_file()) for one in (path, journal))
-    foreign = foreign or (path.exists() and path.stat().st_size > 0)
-    if journal.exists() and not foreign:  # a killed run leaves one: a header that names nothing
-        with open(journal, "rb") as file:
-            left = file.read(SQLITE_HEADER + 1)
-        foreign = len(left) > SQLITE_HEADER or left.endswith(SQLITE_MAGIC)  # behind it stands a file to delete
-    if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-wal", "-shm")):
+    path = Path(path)
+    foreign = path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_size == 0))
+    if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal", "-shm")):
         raise UserError(f"{escape(path)}: not a lock of this kit: delete it and what begins with its name")
-    lock = sqlite3.connect(path, timeout=0, isolation_level=None)
     try:
+        lock = sqlite3.connect(path, timeout=0, isolation_level=None)
+        lock.execute("PRAGMA journal_mode = MEMORY")  # else a kill would leave a journal beside it
         lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.Error:
-        raise UserError(f"{escape(path)}: another run is at work here: wait for it or choose another name") from None
+    except sqlite3.Error as error:
+        reason = "another run is at work here: wait for it or choose another name"
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            reason = f"cannot be locked ({error}): choose a folder with a shorter path or on another disk"
+        raise UserError(f"{escape(path)}: {reason}") from None
     try:
         yield
     finally:
@@ -349,23 +339,19 @@ def whole_file(path):
     """Give a path beside `path` to write to, and rename it to `path` when the block ends without error."""
     path = Path(path)
     stem = path.stem if len(os.fsencode(path.stem)) <= 200 else path.stem[:50]  # a name has at most 255 bytes
-    handle, name = tempfile.mkstemp(prefix=f".{stem}-unfinished-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    part = path.with_name(f".{stem}-unfinished-{os.urandom(4).hex()}{path.suffix}")
+    open(part, "x").close()  # unlike mkstemp's, with the permissions that new files have here
     try:
-        yield Path(name)
-        with open(name, "rb+") as file:  # on the disk before its name is: a power cut leaves old or new
+        yield part
+        with open(part, "rb+") as file:  # on the disk before its name is: a power cut leaves old or new
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
         try:
-            os.replace(name, path)
+            os.replace(part, path)
         except OSError as error:
             error.filename = path  # on Windows another program may have it open
             raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        part.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):
@@ -389,7 +375,7 @@ def read_picture(path):
         if not stat.S_ISREG(facts.st_mode):  # a named pipe would wait for ever
             raise PictureError("not a file")
         with open(path, "rb") as file:
-            if facts.st_size > LARGE_FILE:
+            if facts.st_size > MAX_FILE[1]:
                 image = open_picture(file)
                 if facts.st_size > MAX_FILE[0] * image.width * image.height + MAX_FILE[1]:
                     raise PictureError("far larger than its picture")
@@ -408,7 +394,7 @@ def open_picture(data):
     """
     with picture_errors():
         file = io.BytesIO(data) if isinstance(data, bytes) else data
-        if max(tiff_entries(file).get(tag, 0) for tag in (273, 324)) > MAX_STRIPS:
+        if count_strips(file) > MAX_STRIPS:
             raise PictureError("too many strips or tiles")
         image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
@@ -418,27 +404,25 @@ def open_picture(data):
         return image
 
 
-def tiff_entries(file):
-    """Return {tag: number of values} of the first directory of an open TIFF file, {} for others; it stays where it is.
+def count_strips(file):
+    """Return how many strips or tiles an open TIFF file's first directory names, 0 for others; it stays where it is.
 
     Pillow would make a list of all tiles before it looks at how large the picture is.
     """
-    start, found = file.tell(), {}
+    start, most = file.tell(), 0
     head = file.read(16)
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order and len(head) == 16:
-        big = struct.unpack(f"{order}H", head[2:4])[0] == 43  # BigTIFF
+        big = head[2] == 43  # BigTIFF, as Pillow sees it
         kinds = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")
         place, number, entry = (struct.Struct(order + kind) for kind in kinds)
         file.seek(start + min(place.unpack_from(head, 8 if big else 4)[0], 2**40))
         count = int.from_bytes(file.read(number.size), "little" if order == "<" else "big")
-        for _ in range(min(count, 1000)):
-            data = file.read(entry.size)
-            if len(data) == entry.size:
-                tag, _, values, _ = entry.unpack(data)
-                found[tag] = values
+        data = file.read(min(count, 2**16) * entry.size)
+        whole = data[: len(data) // entry.size * entry.size]
+        most = max([count, *(n for tag, _, n, _ in entry.iter_unpack(whole) if tag in (273, 324))])
     file.seek(start)
-    return found
+    return most
 
 
 def refuse_traps(image, data):
@@ -446,13 +430,13 @@ def refuse_traps(image, data):
     pixels, kind = image.width * image.height, image.format
     decoder = image.tile[0][0] if image.tile else ""
     slow = pixels > MAX_SLOW.get(decoder, MAX_PIXELS)
-    slow |= decoder.startswith("ppm") and data.count(b"#") > MAX_COMMENTS
-    if image.info.get("progressive") and kind in ("JPEG", "MPO"):
-        slow |= pixels * data.count(b"\xff\xda") > MAX_SCANNED
+    slow |= decoder == "ppm_plain" and data.count(b"#") > MAX_COMMENTS
+    if kind in ("JPEG", "MPO"):
+        slow |= pixels * data.count(b"\xff\xda\0") > MAX_SCANNED
     if kind in ("WEBP", "AVIF"):
         slow |= pixels > MAX_ANIMATED and getattr(image, "is_animated", False)
     if kind == "TIFF" and 322 in image.tag_v2:
-        slow |= image.tag_v2[322] * image.tag_v2[323] > 4 * max(pixels, STRIPE)
+        slow |= float(image.tag_v2[322]) * image.tag_v2[323] > 4 * max(pixels, STRIPE)
     if slow:
         raise PictureError("would take minutes or gigabytes to decode: save it in another format")
 
@@ -480,11 +464,7 @@ def square(image, side):
     with picture_errors():
         image.draft(None, (2 * side, 2 * side))  # large JPEGs: decode a half, quarter or eighth at once
         image = turned(plain_mode(image))  # before resizing, as others do it, to the same bits
-        margin_x, margin_y = (max(0, a - b) / 2 for a, b in (image.size, image.size[::-1]))
-        box = (margin_x, margin_y, image.width - margin_x, image.height - margin_y)
-        if image.size != (side, side):
-            image = image.resize((side, side), Image.Resampling.BILINEAR, box)
-        return np.asarray(rgb(image))
+        return np.asarray(rgb(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)))
 
 
 def upright(image):
@@ -496,43 +476,34 @@ def upright(image):
 def plain_mode(image):
     """Give a PIL image a mode to resize in: palettes, bits, 16-bit or float greys, CMYK and the like become others."""
     image.load()
-    info = image.info
-    if image.mode in ("P", "PA") or (image.mode in ("L", "RGB", "1") and "transparency" in info):
-        return image.convert("RGBA" if image.mode == "PA" or "transparency" in info else "RGB")
-    if image.mode == "1":
-        return image.convert("L")
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return grey_8_bit(image)
-    return image if image.mode in ("L", "LA", "La", "RGB", "RGBA", "RGBa") else image.convert("RGB")
+    if image.mode == "PA" or "transparency" in image.info:
+        return image.convert("RGBA")
+    if image.mode == "La":
+        return image.convert("LA")
+    return image if image.mode in ("L", "LA", "RGB", "RGBA", "RGBa") else image.convert("RGB")
 
 
 def grey_8_bit(image):
     """Scale a 16-bit, 32-bit or float grey image to 8 bits: by its mode's range, and floats up to 1 by 0..1."""
     scale = 1 / 257
     if image.mode == "F":
-        scale = 255 if np.max([np.asarray(part).max(initial=0) for _, part in stripes(image)]) <= 1 else 1
-    copy = Image.new("L", image.size)
-    for corner, part in stripes(image):
+        scale = 255 if image.getextrema()[1] <= 1 else 1
+    copy, rows = Image.new("L", image.size), max(1, STRIPE // image.width)
+    for top in range(0, image.height, rows):  # in stripes, which take little memory
+        part = image.crop((0, top, image.width, min(top + rows, image.height)))
         grey = np.nan_to_num(np.asarray(part).astype("float32")) * scale
-        copy.paste(Image.fromarray(np.clip(grey, 0, 255).astype("uint8")), corner)
+        copy.paste(Image.fromarray(np.clip(grey, 0, 255).astype("uint8")), (0, top))
     copy.info.update(image.info)  # what tells how to turn it
     return copy
 
 
-def stripes(image):
-    """Yield (corner, part) for stripes of a PIL image: computing with those of a large one takes little memory."""
-    rows = max(1, STRIPE // image.width)
-    for top in range(0, image.height, rows):
-        yield (0, top), image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
 def rgb(image):
     """Convert to RGB, what is transparent on white."""
-    if image.mode in ("RGBA", "LA", "RGBa", "La"):
-        copy = Image.new("RGB", image.size)
-        for corner, part in stripes(image):
-            white = Image.new("RGBA", part.size, "white")
-            copy.paste(Image.alpha_composite(white, part.convert("RGBA")).convert("RGB"), corner)
+    if image.mode in ("RGBA", "LA", "RGBa"):
+        copy = Image.new("RGB", image.size, "white")
+        copy.paste(image, mask=image)
         return copy
     return image if image.mode == "RGB" else image.convert("RGB")  # converting copies, also from RGB to RGB
 
@@ -606,9 +577,7 @@ def import_keras():
                 f"{error}: run `pip install -r requirements.txt` in the folder of this script (TensorFlow has "
                 "no packages for Intel Macs and Windows on ARM: there `pip install jax`, then KERAS_BACKEND=jax)"
             ) from None
-    import keras
-
-    return keras
+    return sys.modules["keras"]
 
 
 @contextlib.contextmanager
@@ -757,20 +726,22 @@ def load_weights(model, path):
         raise UserError(f"{escape(path)}: holds numbers that are not finite: train again or use another file")
 
 
+def check_file(path, limit):
+    """Raise UserError unless there is a file of at most `limit` bytes at `path`, and no link to one."""
+    if path.is_symlink():
+        raise UserError(f"{escape(path)}: is a link: copy the file itself here")
+    if not path.exists():
+        raise UserError(f"{escape(path)}: no such file: check the name; a model is named without an ending")
+    if not path.is_file():  # a named pipe would wait for ever
+        raise UserError(f"{escape(path)}: is no file: remove it")
+    if path.stat().st_size > limit:
+        raise UserError(f"{escape(path)}: larger than {limit:,} bytes, as no such file is: use another one")
+
+
 def read_capped(path, limit):
-    """Return the bytes of a file; a link, a larger or a missing file raises UserError."""
-    try:
-        if path.is_symlink():
-            raise UserError(f"{escape(path)}: is a link: copy the file itself here")
-        if path.exists() and not path.is_file():  # a named pipe would wait for ever
-            raise UserError(f"{escape(path)}: is no file: remove it")
-        if path.stat().st_size > limit:
-            raise UserError(f"{escape(path)}: larger than {limit:,} bytes, so it is no file of this kit")
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(
-            f"{escape(path)}: no such file: give the prefix that train.py was given, without an ending"
-        ) from None
+    """Return the bytes of a file that `check_file` lets pass."""
+    check_file(path, limit)
+    return path.read_bytes()
 
 
 def parse_json(path, text):
@@ -796,8 +767,7 @@ def check_architecture(config, path):
     The network is never made from it, but plain Keras would do so: whatever is not part of ours is refused.
     """
     try:
-        shape = config["config"]["layers"][0]["config"]["batch_shape"]
-        _, height, width, channels = shape
+        _, height, width, channels = config["config"]["layers"][0]["config"]["batch_shape"]
     except (TypeError, KeyError, IndexError, ValueError):
         raise UserError(f"{escape(path)}: names no image size: it was not written by this kit") from None
     if type(height) is not int or not 75 <= height <= 1024 or width != height or channels != 3:
@@ -825,18 +795,13 @@ def check_hdf5(path, parameters):
     """
     import h5py
 
-    if path.is_symlink():
-        raise UserError(f"{escape(path)}: is a link: copy the file itself here")
-    if not path.is_file():
-        raise UserError(f"{escape(path)}: no such file: check the name")
-    if path.stat().st_size > 5 * parameters + 10 * MAX_JSON:
-        raise UserError(f"{escape(path)}: larger than such a file can be: use another one")
+    check_file(path, 5 * parameters + 10 * MAX_JSON)
     try:
         with h5py.File(path, "r") as file:
             count = count_numbers(file, path)
             if count != parameters:
-                reason = f"holds {count:,} numbers, not {parameters:,}: it belongs to another network"
-                raise UserError(f"{escape(path)}: {reason}")
+                numbers = f"{count:,} numbers, not {parameters:,}"
+                raise UserError(f"{escape(path)}: holds {numbers}: it belongs to another network")
             return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None
@@ -941,7 +906,8 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
     widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
     left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
-    top = 120 + size * (TURNED if any(is_turned(labels[i], size, cell) for i in shown) else 2)
+    turned = cell - 8 <= widest and cell < TURNED * size  # by a quarter, to stand above the columns
+    top = 120 + size * (TURNED if turned else 2)
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
@@ -954,7 +920,7 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
         total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
         draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], size, INK, "rs", left - 24)
         draw_text(draw, (left - 12, y + cell // 2 + size), f"{right} of {total}", size - 4, GREY, "rs")
-        draw_column_name(canvas, (x, top - 12), labels[a], size, cell)
+        draw_column_name(canvas, (x, top - 12), labels[a], size, cell, turned)
         for column, p in enumerate(shown):
             inside = np.flatnonzero((actual == a) & (predicted == p))
             draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
@@ -964,16 +930,10 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
         canvas.save(part, "PNG", pnginfo=chunk)
 
 
-def is_turned(name, size, cell):
-    """Say whether a class name has to be turned by a quarter to stand above its column."""
-    font = ImageFont.truetype(font_file(name), size)
-    return cell < TURNED * size and font.getlength(name) >= cell - 8
-
-
-def draw_column_name(canvas, corner, name, size, cell):
+def draw_column_name(canvas, corner, name, size, cell, turned):
     """Write a class name above its column, upright or turned."""
     x, bottom = corner
-    if not is_turned(name, size, cell):
+    if not turned:
         draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
         return
     length = TURNED * size
