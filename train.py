@@ -10,25 +10,25 @@ and model-labels.json, and after every round a confusion matrix made of the pict
 """
 
 import argparse
-import collections
 import contextlib
 import datetime
+import functools
 import glob
 import hashlib
 import json
 import os
 import shlex
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import timeit
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import utils  # first: it says which Python and packages are needed
@@ -40,7 +40,7 @@ from PIL import Image
 # ---------------------------------------------------------------- settings
 
 heavy_augmentation = True  # False for pictures that all look the way your camera will see them
-Augmentation = collections.namedtuple("Augmentation", "rotation shift zoom colour")
+Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
 HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # degrees, of the side, factor, of 255
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
@@ -84,17 +84,17 @@ MACHINES = "KERAS_DISTRIBUTION_"  # begins the three environment variables of a 
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
-Picture = collections.namedtuple("Picture", "path label digest look row")  # row of the store
-Parts = collections.namedtuple("Parts", "trunk pool head top")
-Store = collections.namedtuple("Store", "file rows")
-Ring = collections.namedtuple("Ring", "features keys slots free")
+Picture = namedtuple("Picture", "path label digest look row")  # row of the store
+Parts = namedtuple("Parts", "trunk pool head top")
+Store = namedtuple("Store", "file rows")
+Ring = namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
 # many the process with the largest share trains on
-Data = collections.namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
+Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
 # Parts: full is float32, fast is trained; devices train as one, in the scope that together() gives
-Nets = collections.namedtuple("Nets", "network full fast number_format source devices together")
-Rings = collections.namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
-Run = collections.namedtuple("Run", "args recipe data nets rings")
+Nets = namedtuple("Nets", "network full fast number_format source devices together")
+Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
+Run = namedtuple("Run", "args recipe data nets rings")
 
 
 # ---------------------------------------------------------------- arguments
@@ -182,12 +182,14 @@ def label_of(folder):
     return utils.escape(unicodedata.normalize("NFC", folder))
 
 
-def read_pictures(args, files, side, store):
-    """Decode every file once, in parallel; write the square of files[n] to row n of `store`.
+def read_pictures(args, side):
+    """Decode every file below data_dir once, in parallel, to squares of that side.
 
     With several processes each reads its share and tells the others. What gives no picture is listed with the
-    reason and left out. store: a Store or None. Returns ([Picture], number skipped).
+    reason and left out. Returns ([Picture], number skipped, Store of the squares or None in a dry run).
     """
+    files = find_files(args.data_dir)
+    store = None if args.dry_run else open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
     mine, found = range(args.process, len(files), args.processes), []
     results = utils.in_order(lambda n: read_picture(files[n][0], side), mine)
     for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
@@ -204,7 +206,7 @@ def read_pictures(args, files, side, store):
             pictures.append(Picture(path, label, bytes.fromhex(digest), bytes.fromhex(look), n))
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
-    return pictures, skipped
+    return pictures, skipped, store
 
 
 def read_picture(path, side):
@@ -229,26 +231,20 @@ def group_pictures(pictures, data_dir, by_folder):
 
     Warns where the same bytes lie under two classes.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
+    from scipy.cluster.hierarchy import DisjointSet
 
-    first, links = {}, []
+    first, together = {}, DisjointSet(range(len(pictures)))
     for i, picture in enumerate(pictures):
         keys = [picture.digest]
         inner = picture.path.relative_to(data_dir).parent
         if by_folder and len(inner.parts) > 1:
             keys.append(inner)
         for key in keys:
-            links.append((i, first.setdefault(key, i)))
+            together.merge(i, first.setdefault(key, i))
         twin = pictures[first[picture.digest]]
         if twin.label != picture.label:
             utils.warn(f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class")
-    ends, size = np.array(links, int).reshape(-1, 2).T, len(pictures)
-    graph = coo_array((np.ones(len(links)), tuple(ends)), shape=(size, size))
-    groups = defaultdict(list)
-    for i, group in enumerate(connected_components(graph, directed=False)[1] if pictures else ()):
-        groups[group].append(i)
-    return list(groups.values())
+    return [sorted(group) for group in together.subsets()]
 
 
 def split(pictures, groups, fraction, seed):
@@ -287,18 +283,17 @@ def warn_as_a_colleague(pictures, train, validation):
     for label, size in sorted(sizes.items()):
         if size < FEW_PICTURES:
             utils.warn(f"{label}: only {size} pictures: {FEW_PICTURES} or more make a class reliable")
-    (most, large), (least, small) = sizes.most_common()[0], sizes.most_common()[-1]
+    (most, large), *_, (least, small) = sizes.most_common()
     if large > 20 * small:
         utils.warn(
             f"{most}: {large / small:.0f} times as many pictures as {least}: even them out or use --class-weight"
         )
     if len(validation) < FEW_VALIDATION:
         utils.warn(f"only {len(validation)} validation pictures: the accuracy is a rough figure")
-    looks = {(pictures[i].label, pictures[i].look): i for i in train}
-    copies = [(i, looks.get((pictures[i].label, pictures[i].look))) for i in validation]
-    copies = [pair for pair in copies if pair[1] is not None]
+    looks = {(p.label, p.look): p.path for p in (pictures[i] for i in train)}
+    copies = [p for p in (pictures[i] for i in validation) if (p.label, p.look) in looks]
     if copies:
-        one, other = (utils.escape(pictures[i].path) for i in copies[0])
+        one, other = utils.escape(copies[0].path), utils.escape(looks[copies[0].label, copies[0].look])
         utils.warn(
             f"{one}: looks like {other}; {len(copies)} validation pictures have such a near copy in training, which "
             "flatters the accuracy: put what belongs together into one folder and use --group-by-folder"
@@ -330,8 +325,8 @@ def open_store(args, name, count, shape, dtype):
 def write_rows(store, indices, values):
     """Write rows of a Store; a full disk is an OSError here, and never a crash in the memory map."""
     for index, value in zip(indices, values):
-        store.file.seek(int(index) * value.nbytes)
         data = memoryview(np.ascontiguousarray(value, store.rows.dtype)).cast("B")
+        store.file.seek(int(index) * len(data))
         while data:
             data = data[store.file.write(data) :]
 
@@ -367,22 +362,6 @@ def claim_slots(ring, keys):
             ring.slots[key] = ring.free.pop() if ring.free else ring.slots.pop(next(iter(ring.slots)))
             missing.append(position)
     return missing
-
-
-def plan_cache(args, row_bytes, count, train_count, validation_count, views_wanted):
-    """Return how many slots the ring of training views gets within --cache-gb.
-
-    count: pictures read. Raises UserError if not even the pictures and a small ring fit.
-    """
-    picture, features, plain = row_bytes
-    fixed = count * picture + validation_count * (features + plain)
-    least = fixed + min(train_count, SMALLEST_RING) * features
-    if least > args.cache_gb * 1e9:
-        raise utils.UserError(
-            f"--cache-gb {args.cache_gb:g}: the cache needs at least {least * 1.06 / 1e9:.2g} GB: give more with "
-            "--cache-gb, and a folder on a disk that has it with --cache-dir"
-        )
-    return int(min(views_wanted * train_count, (args.cache_gb * 1e9 - fixed) // features))
 
 
 # ---------------------------------------------------------------- pictures → views → features
@@ -426,6 +405,12 @@ def training_views(seed, train, start, stop):
     return wanted
 
 
+def views_made(recipe, number):
+    """Return how many augmented views of each picture a run has made by a round."""
+    later = number - recipe["first"]
+    return recipe["views"] + later * recipe["fresh"] if later >= 0 else 0
+
+
 def view_key(pictures, index, view):
     """Return the 36 bytes under which a view is kept."""
     return pictures[index].digest + view.to_bytes(4, "big")
@@ -465,9 +450,9 @@ def fill_ring(run, ring, trunk, wanted, label):
         write_rows(ring.keys, slots, records)
 
 
-def predict_slots(model, ring, keys):
-    """Predict for the features of the given keys. Returns float32 (n, classes or units)."""
-    slots = [ring.slots[key] for key in keys]
+def predict_views(run, model, ring, pairs):
+    """Predict for the features of (index, view) pairs that a ring holds. Returns float32 (n, classes or units)."""
+    slots = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
     chunks = [slots[i : i + PASS_BATCH] for i in range(0, len(slots), PASS_BATCH)]
     return np.concatenate([utils.predict(model, ring.features.rows[chunk], PASS_BATCH) for chunk in chunks])
 
@@ -484,22 +469,18 @@ def fastest_format(args):
     keras = utils.import_keras()
     if args.float32:
         return "float32"
-    batch, models = np.zeros((8, 28, 28, 192), "float32"), {}
+    batch, trials = np.zeros((8, 28, 28, 192), "float32"), []
     try:
         for name in ("float32", "mixed_bfloat16"):
             layers = [keras.layers.Conv2D(192, 3, padding="same", dtype=name) for _ in range(2)]
-            models[name] = utils.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
-            models[name].predict_on_batch(batch)
-        times = defaultdict(list)
-        for _ in range(5):
-            for name, model in models.items():
-                start = time.perf_counter()
-                model.predict_on_batch(batch)
-                times[name].append(time.perf_counter() - start)
+            model = utils.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
+            trials.append(functools.partial(model.predict_on_batch, batch))
+            trials[-1]()
+        times = [[timeit.timeit(trial, number=1) for trial in trials] for _ in range(5)]
     except Exception:  # what a library raises for want of an instruction is its own affair
         return "float32"
-    gain = statistics.median(times["float32"]) / statistics.median(times["mixed_bfloat16"])
-    return "mixed_bfloat16" if gain >= WORTH_ROUNDING else "float32"
+    plain, rounded = np.median(times, axis=0)
+    return "mixed_bfloat16" if plain / rounded >= WORTH_ROUNDING else "float32"
 
 
 def find_weights(args):
@@ -644,15 +625,11 @@ def learning_rates(run, model):
 
 def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
-    files = find_files(args.data_dir)
-    shape = (side, side, 3)
-    store = None if args.dry_run else open_store(args, None, max(1, len(files)), shape, "uint8")
-    pictures, skipped = read_pictures(args, files, side, store)
+    pictures, skipped, store = read_pictures(args, side)
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
     labels = sorted({picture.label for picture in pictures})
-    counts = f"{len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
-    utils.say(f"images: {counts}")
+    utils.say(f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped")
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
     shares = np.bincount(owner[train], minlength=args.processes)
@@ -715,22 +692,31 @@ def build_networks(args, path, class_count, side, number_format):
 
 
 def open_rings(args, data, nets, recipe):
-    """Make room for views: as many as the whole run makes, or as --cache-gb allows. Returns Rings."""
-    cut, scratch = nets.full.top.input_shape[1:], nets.full.trunk is None
+    """Make room for views: as many as the whole run makes, or as --cache-gb allows. Returns Rings.
+
+    Raises UserError if not even the pictures and a small ring fit.
+    """
+    cut, square, scratch = nets.full.top.input_shape[1:], data.store.rows.shape[1:], nets.full.trunk is None
     kind = "uint8" if scratch else "float32" if args.float32 else "float16"
     plain_kind = "uint8" if scratch else "float32"
-    shapes = ((data.store.rows.shape[1:], "uint8"), (cut, kind), (cut, plain_kind))
-    row_bytes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
-    row_bytes[1] += 0 if scratch else nets.full.pool.output_shape[1] * 4  # which train_head keeps of each
-    wanted = 1 + recipe["views"] + (recipe["rounds"] - recipe["first"]) * recipe["fresh"]
+    picture, view, plain = (np.dtype(row).itemsize for row in (("uint8", square), (kind, cut), (plain_kind, cut)))
+    view += 0 if scratch else nets.full.pool.output_shape[1] * 4  # which train_head keeps of each
     scored = len(data.validation) if args.process == 0 else 1
-    slots = plan_cache(args, row_bytes, len(data.pictures) // args.processes, len(data.mine), scored, wanted)
+    fixed = len(data.pictures) // args.processes * picture + scored * (view + plain)
+    least = fixed + min(len(data.mine), SMALLEST_RING) * view
+    if least > args.cache_gb * 1e9:
+        raise utils.UserError(
+            f"--cache-gb {args.cache_gb:g}: the cache needs at least {least * 1.06 / 1e9:.2g} GB: give more with "
+            "--cache-gb, and a folder on a disk that has it with --cache-dir"
+        )
+    wanted = 1 + views_made(recipe, recipe["rounds"])
+    slots = int(min(wanted * len(data.mine), (args.cache_gb * 1e9 - fixed) // view))
     if slots < 2 * len(data.mine):
         fitted = f"the last layer is fitted on {slots // 2} of {len(data.mine)} pictures"
         utils.warn(f"--cache-gb {args.cache_gb:g}: {fitted}: give more if you can")
     views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
-    settings = FEATURES, nets.source, args.unfreeze, data.store.rows.shape[1:], kind, nets.number_format, views, backend
-    name = hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend
+    name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     name += f"-{args.process}-of-{args.processes}" if args.processes > 1 else ""
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),
@@ -749,14 +735,14 @@ def train_epoch(run, model, rows, order, targets, label):
     batch is full. targets: float (pictures, classes), one-hot. label: of its progress.
     """
     steps, batch_size, weights = *epoch_size(run), run.data.sample_weights
-    batches = np.resize(order, (steps * batch_size, 2)).reshape(steps, batch_size, 2)
+    batches = np.resize(order, (steps, batch_size, 2))
     logs, features_ahead = [], utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)
     rates = learning_rates(run, model)[int(model.optimizer.iterations) :]
     with run.nets.together():
         for batch, features, rate in zip(utils.progress(batches, steps, label), features_ahead, rates):
             model.optimizer.learning_rate = rate
             logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
-    return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist()))
+    return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist(), strict=True))
 
 
 def epoch_size(run):
@@ -777,16 +763,15 @@ def epoch_order(seed, window, slot_of, round_number, epoch):
     return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
 
 
-def train_epochs(run, model, rows, slot_of, window, number, epochs, validate):
+def train_epochs(run, model, rows, slot_of, window, number, validate):
     """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
 
     rows, slot_of: where the features of a view (index, view) lie. validate: gives the probabilities of the
     augmented validation pictures, (n, classes).
     """
-    data = run.data
+    data, history = run.data, []
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
-    history = []
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, run.recipe["round_epochs" if number else "head_epochs"] + 1):
         start = time.monotonic()
         order = epoch_order(run.args.seed, window, slot_of, number, epoch)
         name = f"round {number} epoch {epoch}"
@@ -806,15 +791,13 @@ def train_epochs(run, model, rows, slot_of, window, number, epochs, validate):
 
 def train_head(run, window):
     """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
-    args, recipe, data, nets, rings = run
+    args, _, data, nets, rings = run
     pooled = open_store(args, None, len(window), (2048,), "float32")
-    keys = [view_key(data.pictures, *pair) for pair in window]
-    for start in range(0, len(keys), PASS_BATCH):
-        chunk = keys[start : start + PASS_BATCH]
-        write_rows(pooled, range(start, start + len(chunk)), predict_slots(nets.fast.pool, rings.views, chunk))
+    for start in range(0, len(window), PASS_BATCH):
+        chunk = window[start : start + PASS_BATCH]
+        write_rows(pooled, range(start, start + len(chunk)), predict_views(run, nets.fast.pool, rings.views, chunk))
     if args.process == 0:
-        shaken = [view_key(data.pictures, int(i), 0) for i in data.validation]
-        validation = predict_slots(nets.fast.pool, rings.shaken, shaken)
+        validation = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
     place = {pair: n for n, pair in enumerate(window)}
     model = nets.fast.head
     prepare(run, model)
@@ -825,9 +808,7 @@ def train_head(run, window):
             nets.full.head.set_weights(model.get_weights())
         return utils.predict(nets.full.head, validation, PASS_BATCH)
 
-    return train_epochs(
-        run, model, pooled.rows, lambda i, v: place[i, v], window, 0, recipe["head_epochs"], validate
-    )  # fmt: skip
+    return train_epochs(run, model, pooled.rows, lambda i, v: place[i, v], window, 0, validate)
 
 
 def train_top(run, window, number):
@@ -838,12 +819,10 @@ def train_top(run, window, number):
         bring_up(run.nets)
         return score(run, run.rings.shaken, 0, run.nets.network.get_layer("probabilities").get_weights())
 
-    epochs = run.recipe["head_epochs" if number == 0 else "round_epochs"]
-    slots, pictures = run.rings.views.slots, run.data.pictures
+    model, ring, pictures = run.nets.fast.top, run.rings.views, run.data.pictures
     return train_epochs(
-        run, run.nets.fast.top, run.rings.views.features.rows, lambda i, v: slots[view_key(pictures, i, v)],
-        window, number, epochs, validate,
-    )  # fmt: skip
+        run, model, ring.features.rows, lambda i, v: ring.slots[view_key(pictures, i, v)], window, number, validate
+    )
 
 
 def bring_up(nets):
@@ -852,9 +831,9 @@ def bring_up(nets):
         nets.full.top.set_weights(nets.fast.top.get_weights())
 
 
-def hidden_units(run, ring, pairs):
-    """Return the float32 network's 1024 hidden units (n, 1024) for (index, view) pairs that a ring holds."""
-    pooled = predict_slots(run.nets.full.pool, ring, [view_key(run.data.pictures, int(i), view) for i, view in pairs])
+def hidden_units(run, ring, indices, view):
+    """Return the float32 network's 1024 hidden units (n, 1024) for one view of pictures, which a ring holds."""
+    pooled = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     kernel, bias = run.nets.network.get_layer("hidden").get_weights()
     return np.maximum(pooled @ kernel + bias, 0)
 
@@ -864,7 +843,7 @@ def score(run, ring, view, last):
     from scipy.special import softmax
 
     kernel, bias = last
-    return softmax(hidden_units(run, ring, [(i, view) for i in run.data.validation]) @ kernel + bias, axis=1)
+    return softmax(hidden_units(run, ring, run.data.validation, view) @ kernel + bias, axis=1)
 
 
 def fit_last_layer(run, window):
@@ -875,16 +854,15 @@ def fit_last_layer(run, window):
     that is too sure of what it has never seen; least squares does not, and errs no more often.
     """
     data, units = run.data, run.nets.network.get_layer("hidden").units
-    pairs = [pair for pair in window if pair[1] == PLAIN]
+    indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
     sums = np.zeros((units + 1, units + 1 + len(data.labels)))
-    for start in range(0, len(pairs), 16 * PASS_BATCH):
-        chunk = pairs[start : start + 16 * PASS_BATCH]
-        rows = [i for i, _ in chunk]
-        x = np.column_stack([hidden_units(run, run.rings.views, chunk), np.ones(len(chunk))])
-        y = data.targets[rows, None] == np.arange(len(data.labels))
-        sums += (x * weights[data.targets[rows], None]).T @ np.column_stack([x, y])
+    for start in range(0, len(indices), 16 * PASS_BATCH):
+        chunk = indices[start : start + 16 * PASS_BATCH]
+        x = np.column_stack([hidden_units(run, run.rings.views, chunk, PLAIN), np.ones(len(chunk))])
+        y = data.targets[chunk, None] == np.arange(len(data.labels))
+        sums += (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
     return ridge_regression(total(run.args, sums))
 
 
@@ -915,8 +893,8 @@ def train_rounds(run, state):
     args, recipe, data, nets, rings = run
     scratch = nets.full.trunk is None
     if args.process == 0:
-        fill_ring(run, rings.shaken, nets.fast.trunk, [(int(i), 0) for i in data.validation], "validation views")
-        fill_ring(run, rings.plain, nets.full.trunk, [(int(i), PLAIN) for i in data.validation], "validation")
+        fill_ring(run, rings.shaken, nets.fast.trunk, [(i, 0) for i in data.validation], "validation views")
+        fill_ring(run, rings.plain, nets.full.trunk, [(i, PLAIN) for i in data.validation], "validation")
     prepare(run, nets.fast.top)
     if state:
         restore_weights(run, state)
@@ -947,9 +925,7 @@ def ring_window(run, number):
     capacity, mine, seed = len(run.rings.views.keys.rows), run.data.mine, run.args.seed
     as_they_are = [(i, PLAIN) for i, _ in training_views(seed, mine, 0, min(len(mine), max(1, capacity // 2)))]
     room = capacity - len(as_they_are)
-    at_first, fresh = (min(room, len(mine) * run.recipe[name]) for name in ("views", "fresh"))
-    later = number - run.recipe["first"]
-    made = at_first + later * fresh if later >= 0 else 0
+    made = len(mine) * views_made(run.recipe, number)
     return as_they_are + training_views(seed, mine, max(0, made - room), made)
 
 
@@ -991,22 +967,15 @@ def finish_round(run, number, rows, fitted, best):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    save_folded(nets.network, [array / temperature for array in fitted], info, args.model)
+    layer = nets.network.get_layer("probabilities")
+    own = layer.get_weights()
+    layer.set_weights([array / temperature for array in fitted])
+    utils.save_model(nets.network, info, args.model)
+    layer.set_weights(own)  # training goes on with it
     return {"round": number, "right": right, "loss": loss}
 
 
 # ---------------------------------------------------------------- calibration and scores
-
-
-def save_folded(network, last, info, prefix):
-    """Save the network with the given kernel and bias of its last layer, and leave its own in memory."""
-    layer = network.get_layer("probabilities")
-    own = layer.get_weights()
-    layer.set_weights(last)
-    try:
-        utils.save_model(network, info, prefix)
-    finally:
-        layer.set_weights(own)
 
 
 def soften(probabilities, temperature):
@@ -1097,27 +1066,25 @@ def check_outputs(args):
 
 def check_mosaic(path, prefix):
     """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
-    if path.exists() and mosaic_owner(path) != prefix:
+    if path.exists() and not is_mosaic_of(path, prefix):
         raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
 
 
-def mosaic_owner(path):
-    """Return the prefix named in one of our mosaics, None for any other file."""
-    mark = f"{utils.KIT}: "
-    if not path.is_file():
-        return None
+def is_mosaic_of(path, prefix):
+    """Say whether a file is a mosaic that a run with this prefix has made: `utils.draw_mosaic` notes it inside."""
+    if not path.is_file():  # a named pipe would wait for ever
+        return False
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            text = str(image.info.get("Software"))
+            return image.info.get("Software") == f"{utils.KIT}: {prefix}"
     except Exception:  # Pillow's parsers raise much
-        return None
-    return text.removeprefix(mark) if text.startswith(mark) else None
+        return False
 
 
 def remove_mosaics(prefix):
     """Remove the mosaics that an earlier run with the same prefix left in the current directory."""
     for path in Path().glob(MOSAICS):
-        if mosaic_owner(path) == prefix:
+        if is_mosaic_of(path, prefix):
             path.unlink()
 
 
@@ -1135,7 +1102,7 @@ def remove_unfinished(prefix):
 def score_saved(args, model, data, what):
     """Score a saved model, as anybody would read it, on data.validation.
 
-    what: begins the line that is printed, `evaluate: accuracy` say. Returns (probabilities (n, classes), actual (n,),
+    what: begins the line that is printed, `evaluate: accuracy` say. Returns (probabilities (n, classes), accuracy,
     rows of PREDICTION_COLUMNS, a title for pictures).
     """
     actual = data.targets[data.validation]
@@ -1152,7 +1119,7 @@ def score_saved(args, model, data, what):
     for i, p in zip(data.validation, probabilities):
         name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
         rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
-    return probabilities, actual, rows, f"{utils.escape(Path(args.model).name)}, {line}"
+    return probabilities, right / len(actual), rows, f"{utils.escape(Path(args.model).name)}, {line}"
 
 
 def report(run, state):
@@ -1160,27 +1127,27 @@ def report(run, state):
     args, _, data, _, _ = run
     model, info = utils.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
-    probabilities, actual, rows, title = score_saved(args, model, data, what)
+    probabilities, accuracy, rows, title = score_saved(args, model, data, what)
     wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
+    actual = data.targets[data.validation]
     utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
-    tell_what_next(args, data, info, actual, probabilities)
-    return float((probabilities.argmax(1) == actual).mean())
+    tell_what_next(args, info, rows)
+    return accuracy
 
 
-def tell_what_next(args, data, info, actual, probabilities):
+def tell_what_next(args, info, rows):
     """Say on stderr, in words, how good the model is, what it confuses, what to look at and what to run next."""
-    predicted, name = probabilities.argmax(1), utils.escape(args.model)
-    right = int((predicted == actual).sum())
-    low, high = interval(right, len(actual))
-    lines = [f"{name}.h5 names {right} of {len(actual)} pictures rightly that it was not trained on;"]
+    name, confused = utils.escape(args.model), Counter((row[1], row[2]) for row in rows if row[1] != row[2])
+    right = len(rows) - confused.total()
+    low, high = interval(right, len(rows))
+    lines = [f"{name}.h5 names {right} of {len(rows)} pictures rightly that it was not trained on;"]
     lines.append(f"on more pictures like these, expect {low:.0%} to {high:.0%}.")
-    pairs = Counter((data.labels[a], data.labels[p]) for a, p in zip(actual, predicted) if a != p)
-    if pairs:
-        confused = ", ".join(f"{a} for {p} ({n})" for (a, p), n in pairs.most_common(3))
-        lines.append(f"Taken for another most often: {confused}.")
+    if confused:
+        pairs = ", ".join(f"{a} for {p} ({n})" for (a, p), n in confused.most_common(3))
+        lines.append(f"Taken for another most often: {pairs}.")
     lines.append(f"Below a probability of {info['threshold']:.3f} the tagger says unknown.")
-    if "unknown" not in data.labels:
+    if "unknown" not in info["labels"]:
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
     lines.append(f"    python webcam.py {shlex.quote(name)}")
@@ -1197,9 +1164,9 @@ def tell_what_next(args, data, info, actual, probabilities):
 # ---------------------------------------------------------------- stop and go on
 
 
-def state_files(prefix):
-    """Return the paths of what --resume needs: plain facts as JSON, the files of the split, numbers in one array."""
-    return Path(f"{prefix}-resume.json"), Path(f"{prefix}-resume-files.json"), Path(f"{prefix}-resume.npy")
+def state_files(prefix, number="*"):
+    """Return the paths of what --resume needs: facts as JSON, the files of the split, the numbers of a round."""
+    return Path(f"{prefix}-resume.json"), Path(f"{prefix}-resume-files.json"), Path(f"{prefix}-resume.{number}.npy")
 
 
 def settings_of(args, recipe, data):
@@ -1226,9 +1193,8 @@ def training_variables(run):
 
 def save_state(run, state):
     """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
-    facts, files, numbers = state_files(run.args.model)
+    facts, files, numbers = state_files(run.args.model, state["round"])
     flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in training_variables(run)])
-    numbers = numbers.with_suffix(f".{state['round']}.npy")
     with utils.whole_file(numbers) as part:
         np.save(part, flat)
     if not files.exists():
@@ -1249,20 +1215,20 @@ def read_state(args):
         utils.say("nothing to resume: starting from the beginning")
         return None
     state = utils.parse_json(facts, utils.read_capped(facts, utils.MAX_JSON * 10))
-    kinds = {"round": int, "stale": int, "best": dict, "history": list, "settings": dict,
-             "number_format": str, "weights": str, "numbers": int}  # fmt: skip
-    good = isinstance(state, dict) and all(isinstance(state.get(name), kind) for name, kind in kinds.items())
-    if not good or not is_sound(state):
+    if not is_sound(state):
         raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
     return state
 
 
 def is_sound(state):
-    """Say whether a state of the right kinds can be one that we have saved: what is not printed or used is left out."""
+    """Say whether plain data can be a state that we have saved: what is not printed or used is left out."""
+    kinds = dict(round=int, stale=int, best=dict, history=list, settings=dict, weights=str, numbers=int)
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        return False
     rows, best = state["history"], state["best"]
     plotted = ("loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy")
     return (
-        state["number_format"] in ("float32", "mixed_bfloat16")
+        state.get("number_format") in ("float32", "mixed_bfloat16")
         and 0 <= state["round"] <= 999
         and all(isinstance(best.get(name), int | float) for name in ("round", "right", "loss"))
         and all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows)
@@ -1290,7 +1256,7 @@ def check_state(args, state, recipe, data):
 
 def restore_weights(run, state):
     """Give the trained part and its optimizer the numbers of the last whole round. Raises UserError."""
-    path = state_files(run.args.model)[2].with_suffix(f".{state['round']}.npy")
+    path = state_files(run.args.model, state["round"])[2]
     variables = training_variables(run)
     sizes = [int(np.prod(variable.shape)) for variable in variables]
     try:
@@ -1310,8 +1276,8 @@ def restore_weights(run, state):
 
 def remove_state(prefix):
     """Remove what --resume needs, at the end of a run that needs it no more."""
-    facts, files, numbers = state_files(prefix)
-    for path in (facts, files, *numbers.parent.glob(f"{glob.escape(numbers.stem)}.*.npy")):  # the commit first
+    facts, files, _ = state_files(prefix)
+    for path in (facts, files, *facts.parent.glob(f"{glob.escape(facts.stem)}.*.npy")):  # the commit first
         path.unlink(missing_ok=True)
 
 
@@ -1390,9 +1356,7 @@ def evaluate(args):
     model, info = utils.load_model(args.model)
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
-    files = find_files(args.data_dir)
-    store = open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
-    pictures, skipped = read_pictures(args, files, side, store)
+    pictures, skipped, store = read_pictures(args, side)
     strange = sorted({p.label for p in pictures} - set(labels))
     if strange and "unknown" not in labels:
         raise utils.UserError(f"{', '.join(strange)}: classes that the model does not know: remove these folders")
@@ -1401,13 +1365,12 @@ def evaluate(args):
     utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
     actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
     data = Data(pictures, store, None, None, None, np.arange(len(pictures)), labels, actual, None)
-    probabilities, _, rows, title = score_saved(args, model, data, "evaluate: accuracy")
+    probabilities, accuracy, rows, title = score_saved(args, model, data, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
     utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    predicted = probabilities.argmax(1)
-    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, predicted,
+    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
                       lambda i: store.rows[pictures[i].row])  # fmt: skip
-    return gate(args, (predicted == actual).mean())
+    return gate(args, accuracy)
 
 
 def gate(args, accuracy):
