@@ -57,10 +57,12 @@ SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
-RIDGE = 0.1  # of the last layer's fit, in mean variances of a hidden unit; 0.03 to 1 are nearly as good
+RIDGES = dict(hidden=0.1, middle=1.0, layout=0.5)  # of the last layer's fits, in mean variances of a unit
+BLENDS = ((0.3, 0.3, 0.4), (0.5, 0.5, 0), (1, 0, 0))  # their shares in the answer: the first that is right most often
+SCRATCH_BLENDS = ((0.3, 0, 0.7), (0.5, 0, 0.5), (1, 0, 0))  # the middle of such a network knows no more than its top
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
-DOUBT = 3  # the threshold is at most 1 - so many times the mean doubt (1 - probability) of these pictures,
+DOUBT = 6  # the threshold is at most 1 - so many times the mean doubt (1 - probability) of these pictures,
 SURE = 0.9  # or this, if that is lower
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
@@ -91,14 +93,15 @@ Ring = namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
 # many the process with the largest share trains on
 Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
-# Parts: full is float32, fast is trained; devices train as one, in the scope that together() gives
-Nets = namedtuple("Nets", "network full fast number_format source devices together")
+# Parts: full is float32, fast is trained; layout: pixels → layout; devices train as one, in the scope of together()
+Nets = namedtuple("Nets", "network full fast layout number_format source devices together")
 Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
 Run = namedtuple("Run", "args recipe data nets rings")
 
 
 # ---------------------------------------------------------------- arguments
-# A new option: what changes the result belongs in settings_of, what changes the features in open_rings' name.
+# A new option: README.md must name it. A number of the recipe stands in FINE_TUNING, FROM_SCRATCH and the list below.
+# What else changes the result belongs in settings_of, what changes the features in made_from of open_rings.
 
 
 def parse_arguments():
@@ -148,6 +151,8 @@ def parse_arguments():
     option("min-accuracy", "exit 3 if the accuracy is lower", "none", type=utils.number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
+    if not args.model.endswith(("/", os.sep)):
+        args.model = os.path.normpath(args.model)  # `./model` is `model`, also in the pictures that are its own
     find_processes(args)
     return args
 
@@ -211,6 +216,8 @@ def read_pictures(args, side):
 
 def read_picture(path, side):
     """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash), or (None, None, reason)."""
+    import cv2
+
     try:
         data, image = utils.read_picture(path)
         if max(image.size) > MAX_RATIO * min(image.size):
@@ -218,7 +225,7 @@ def read_picture(path, side):
         pixels = utils.square(image, side)
     except utils.PictureError as reason:
         return None, None, str(reason)
-    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX))
+    grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
     look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()  # 64 bits: equal for near copies
     return pixels, hashlib.sha256(data).digest(), look
 
@@ -368,7 +375,10 @@ def claim_slots(ring, keys):
 
 
 def augment(picture, rng, kind):
-    """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3)."""
+    """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3).
+
+    Draw new chances last, so that the others stay. A change that no setting shows needs another number FEATURES.
+    """
     import cv2
 
     side, strength = len(picture), np.sqrt(rng.random())
@@ -390,6 +400,13 @@ def make_view(picture, digest, view, args):
         return picture
     rng = np.random.default_rng([args.seed, view, *np.frombuffer(digest[:16], "uint32").tolist()])
     return augment(picture, rng, HEAVY if args.heavy_augmentation else LIGHT)
+
+
+def make_views(run, pairs):
+    """Return the views of (index, view) pairs, uint8 (n, side, side, 3)."""
+    pictures, rows = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows
+    views = [make_view(rows[p.row], p.digest, view, run.args) for p, (_, view) in zip(pictures, pairs)]
+    return np.stack(views)
 
 
 def training_views(seed, train, start, stop):
@@ -422,14 +439,9 @@ def fill_ring(run, ring, trunk, wanted, label):
     While the network works on one batch, the next is prepared and the last one written. trunk: a Keras model,
     or None to keep the views themselves. Raises UserError for features that the ring's numbers cannot hold.
     """
-    args, pictures, store = run.args, run.data.pictures, run.data.store
-    keys = [view_key(pictures, *pair) for pair in wanted]
+    keys = [view_key(run.data.pictures, *pair) for pair in wanted]
     missing = claim_slots(ring, keys)
     batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
-
-    def views(batch):
-        pairs = [(pictures[i], view) for i, view in (wanted[p] for p in batch)]
-        return np.stack([make_view(store.rows[picture.row], picture.digest, view, args) for picture, view in pairs])
 
     def pass_on(pixels):
         """Return what the ring keeps of a batch of views."""
@@ -440,7 +452,8 @@ def fill_ring(run, ring, trunk, wanted, label):
     # two at once: while one batch waits for Python, the other keeps the cores busy; but in JAX a call takes the
     # network's numbers away from all others
     at_once = 1 if utils.import_keras().config.backend() == "jax" else 2
-    results = utils.in_order(pass_on, utils.in_order(views, batches, workers=1), workers=at_once)
+    views = utils.in_order(lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=1)
+    results = utils.in_order(pass_on, views, workers=at_once)
     for batch, features in zip(batches, utils.progress(results, len(batches), label)):
         if not np.isfinite(features).all():
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
@@ -497,7 +510,8 @@ def find_weights(args):
     if not sys.stderr.isatty():
         keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
     try:
-        if not (Path(os.environ.get("KERAS_HOME", Path.home() / ".keras")) / "models" / name).exists():
+        homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"  # the second if there is no first
+        if not any(Path(home, "models", name).exists() for home in homes):
             try_connection(IMAGENET)
         with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
             return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
@@ -551,19 +565,22 @@ def load_base(network, path):
 def cut_network(network, args, scratch):
     """Divide a network at the block `--unfreeze` names. Returns Parts: Keras models that share its layers.
 
-    trunk: pixels → feature map (None from scratch: nothing is frozen). pool: feature map → 2048 pooled
-    features. head: pooled features → probabilities. top: feature map → probabilities.
+    trunk: pixels → feature map (None from scratch: nothing is frozen). pool: feature map → 2048 pooled features, and
+    the 1280 of the middle where the feature map comes before it. head: pooled features → probabilities. top: feature
+    map → probabilities. The last layer that is trained sees the hidden units alone; the network's own is fitted.
     """
     keras = utils.import_keras()
-    pooled = network.get_layer("pooled").output
+    pooled, hidden, middle = (network.get_layer(name).output for name in ("pooled", "hidden", "middle"))
+    last = keras.layers.Dense(network.output.shape[-1], activation="softmax", dtype="float32", name="trained")(hidden)
     cut = network.input if scratch else network.get_layer(f"mixed{10 - args.unfreeze}").output
-    top = keras.Model(cut, network.output)
+    top = keras.Model(cut, last)
     for layer in top.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = scratch  # frozen ones also keep their moving averages
             layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
     trunk = None if scratch else keras.Model(network.input, cut)
-    return Parts(trunk, utils.compiled(keras.Model(cut, pooled)), keras.Model(pooled, network.output), top)
+    both = keras.layers.Concatenate()([pooled, middle]) if scratch or args.unfreeze >= 2 else pooled
+    return Parts(trunk, utils.compiled(keras.Model(cut, both)), keras.Model(pooled, last), top)
 
 
 def fold_trunk(parts):
@@ -601,7 +618,8 @@ def prepare(run, model):
     with run.nets.together():
         optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
-        accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")  # by name alone, the graph would be made twice
+        # by name alone, the graph would be made twice; a further one has to be named in train_epoch
+        accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
         utils.compiled(model, optimizer=optimizer, loss=loss, metrics=[accuracy])
         optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
 
@@ -629,6 +647,8 @@ def read_data(args, side):
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
     labels = sorted({picture.label for picture in pictures})
+    if len(labels) > utils.MAX_CLASSES:
+        raise utils.UserError(f"{len(labels):,} classes: use at most {utils.MAX_CLASSES:,}")
     utils.say(f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped")
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
@@ -688,7 +708,8 @@ def build_networks(args, path, class_count, side, number_format):
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
     utils.compiled(full.head)
-    return Nets(network, full, fast, number_format, source_of(path), devices, together)
+    layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
+    return Nets(network, full, fast, layout, number_format, source_of(path), devices, together)
 
 
 def open_rings(args, data, nets, recipe):
@@ -700,7 +721,7 @@ def open_rings(args, data, nets, recipe):
     kind = "uint8" if scratch else "float32" if args.float32 else "float16"
     plain_kind = "uint8" if scratch else "float32"
     picture, view, plain = (np.dtype(row).itemsize for row in (("uint8", square), (kind, cut), (plain_kind, cut)))
-    view += 0 if scratch else nets.full.pool.output_shape[1] * 4  # which train_head keeps of each
+    view += 0 if scratch else nets.full.head.input_shape[1] * 4  # which train_head keeps of each
     scored = len(data.validation) if args.process == 0 else 1
     fixed = len(data.pictures) // args.processes * picture + scored * (view + plain)
     least = fixed + min(len(data.mine), SMALLEST_RING) * view
@@ -784,8 +805,8 @@ def train_epochs(run, model, rows, slot_of, window, number, validate):
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
         utils.say(f"{name}: {shown}, {seconds:.0f} s")
-        more = {"plain_accuracy": "", "learning_rate": float(model.optimizer.learning_rate), "seconds": seconds}
-        history.append({"round": number, "epoch": epoch} | logs | more)
+        unprinted = {"plain_accuracy": "", "learning_rate": float(model.optimizer.learning_rate), "seconds": seconds}
+        history.append({"round": number, "epoch": epoch} | logs | unprinted)  # the columns of model-history.csv
     return history
 
 
@@ -795,9 +816,10 @@ def train_head(run, window):
     pooled = open_store(args, None, len(window), (2048,), "float32")
     for start in range(0, len(window), PASS_BATCH):
         chunk = window[start : start + PASS_BATCH]
-        write_rows(pooled, range(start, start + len(chunk)), predict_views(run, nets.fast.pool, rings.views, chunk))
+        features = predict_views(run, nets.fast.pool, rings.views, chunk)[:, :2048]
+        write_rows(pooled, range(start, start + len(chunk)), features)
     if args.process == 0:
-        validation = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
+        validation = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])[:, :2048]
     place = {pair: n for n, pair in enumerate(window)}
     model = nets.fast.head
     prepare(run, model)
@@ -815,9 +837,10 @@ def train_top(run, window, number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
 
     def validate():
-        """Score the augmented pictures with the float32 network and its own last layer."""
+        """Score the augmented pictures with the float32 network and the last layer that is trained."""
         bring_up(run.nets)
-        return score(run, run.rings.shaken, 0, run.nets.network.get_layer("probabilities").get_weights())
+        hidden, _, _ = last_units(run, run.rings.shaken, run.data.validation, 0)
+        return answers(hidden, run.nets.full.top.get_layer("trained").get_weights())
 
     model, ring, pictures = run.nets.fast.top, run.rings.views, run.data.pictures
     return train_epochs(
@@ -831,46 +854,61 @@ def bring_up(nets):
         nets.full.top.set_weights(nets.fast.top.get_weights())
 
 
-def hidden_units(run, ring, indices, view):
-    """Return the float32 network's 1024 hidden units (n, 1024) for one view of pictures, which a ring holds."""
+def last_units(run, ring, indices, view):
+    """Return what the network's last layer sees of one view of pictures, which a ring holds: float32 (n, units) a part.
+
+    Parts: the hidden units, the middle (zeros where the feature maps come after it), the layout.
+    """
+    chunks = [indices[i : i + PASS_BATCH] for i in range(0, len(indices), PASS_BATCH)]
+    views = (make_views(run, [(i, view) for i in chunk]) for chunk in chunks)
+    layout = np.concatenate([utils.predict(run.nets.layout, pixels, PASS_BATCH) for pixels in views])
     pooled = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
+    pooled, middle = np.split(pooled, [2048], axis=1)
     kernel, bias = run.nets.network.get_layer("hidden").get_weights()
-    return np.maximum(pooled @ kernel + bias, 0)
+    middle = middle if middle.size else np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]))
+    return np.maximum(pooled @ kernel + bias, 0), middle, layout
 
 
-def score(run, ring, view, last):
-    """Return the probabilities (n, classes) of a view of validation. last: kernel and bias of the last layer."""
+def answers(units, last):
+    """Return the probabilities (n, classes) for units (n, k). last: kernel (k, classes) and bias (classes,)."""
     from scipy.special import softmax
 
     kernel, bias = last
-    return softmax(hidden_units(run, ring, run.data.validation, view) @ kernel + bias, axis=1)
+    return softmax(units @ kernel + bias, axis=1)
 
 
-def fit_last_layer(run, window):
-    """Fit the last layer anew. Returns its kernel (1024, classes) and bias (classes,).
+def fit_parts(run, window):
+    """Fit a last layer to each part of its units alone. Returns [(kernel (units, classes), bias (classes,))].
 
-    Ridge regression of the one-hot classes on the hidden units of the training pictures as they are; classes count
-    alike, or a stranger would be taken for whoever has most pictures. Gradient steps with cross-entropy leave a layer
-    that is too sure of what it has never seen; least squares does not, and errs no more often.
+    Ridge regression of the one-hot classes on the units of the training pictures as they are; classes count alike, or a
+    stranger would be taken for whoever has most pictures. Gradient steps with cross-entropy leave a layer that is too
+    sure of what it has never seen; least squares does not, and errs no more often. In one fit to all, the hidden units,
+    which know every training picture by heart, would leave the others no say.
     """
-    data, units = run.data, run.nets.network.get_layer("hidden").units
+    data, sums = run.data, 0
     indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
-    sums = np.zeros((units + 1, units + 1 + len(data.labels)))
     for start in range(0, len(indices), 16 * PASS_BATCH):
         chunk = indices[start : start + 16 * PASS_BATCH]
-        x = np.column_stack([hidden_units(run, run.rings.views, chunk, PLAIN), np.ones(len(chunk))])
+        parts = last_units(run, run.rings.views, chunk, PLAIN)
         y = data.targets[chunk, None] == np.arange(len(data.labels))
-        sums += (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
-    return ridge_regression(total(run.args, sums))
+        x = np.column_stack([*parts, np.ones(len(chunk))])
+        sums = sums + (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
+    sums, widths = total(run.args, sums), [part.shape[1] for part in parts]
+    rows, columns = (np.arange(sum(widths), size) for size in sums.shape)  # of the 1, and the classes
+    pieces = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
+    return [
+        ridge_regression(sums[np.ix_(np.r_[piece, rows], np.r_[piece, columns])], ridge)
+        for piece, ridge in zip(pieces, RIDGES.values())
+    ]
 
 
-def ridge_regression(sums):
+def ridge_regression(sums, ridge):
     """Return kernel (n, classes) and bias (classes,) of the least squares fit of one-hot classes, times LOGITS.
 
     sums: float64 (n + 1, n + 1 + classes), the weighted sum over all samples of the outer product of (x, 1) and
-    (x, 1, one-hot y). Raises UserError if training has led to numbers without end.
+    (x, 1, one-hot y). ridge: in mean variances of x. Raises UserError if training has led to numbers without end.
     """
     from scipy.linalg import solve
 
@@ -880,8 +918,8 @@ def ridge_regression(sums):
     means = sums / sums[n, n]
     mean, shares = means[n, :n], means[n, n + 1 :]
     covariance, cross = means[:n, :n] - np.outer(mean, mean), means[:n, n + 1 :] - np.outer(mean, shares)
-    ridge = RIDGE * max(np.trace(covariance) / n, 1e-12)
-    kernel = LOGITS * solve(covariance + ridge * np.eye(n), cross, assume_a="pos")
+    strength = ridge * max(np.trace(covariance) / n, 1e-12)
+    kernel = LOGITS * solve(covariance + strength * np.eye(n), cross, assume_a="pos")
     return kernel, LOGITS * shares - mean @ kernel
 
 
@@ -904,16 +942,21 @@ def train_rounds(run, state):
         window = ring_window(run, number)
         fill_ring(run, rings.views, nets.fast.trunk, window, "views")
         rows = train_head(run, window) if number == 0 and not scratch else train_top(run, window, number)
-        fitted = fit_last_layer(run, window)
-        best = exchange(args, None if args.process else finish_round(run, number, rows, fitted, state["best"]))[0]
+        fits = fit_parts(run, window)
+        best = exchange(args, None if args.process else finish_round(run, number, rows, fits, state["best"]))[0]
         stale = 0 if best != state["best"] else state["stale"] + 1
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
             save_state(run, state)
-            columns = list(state["history"][-1])
-            rows = [[row.get(name, "") for name in columns] for row in state["history"]]
-            utils.write_csv(f"{args.model}-history.csv", columns, rows)
+            write_history(args, state)
     return state
+
+
+def write_history(args, state):
+    """Write model-history.csv: a row an epoch, whose keys are the columns."""
+    columns = list(state["history"][-1])
+    rows = [[row.get(name, "") for name in columns] for row in state["history"]]
+    utils.write_csv(f"{args.model}-history.csv", columns, rows)
 
 
 def ring_window(run, number):
@@ -929,14 +972,29 @@ def ring_window(run, number):
     return as_they_are + training_views(seed, mine, max(0, made - room), made)
 
 
-def finish_round(run, number, rows, fitted, best):
+def choose_last_layer(run, fits):
+    """Return the last layer, of those that average the fits by BLENDS, that is right most often on validation.
+
+    Returns (its kernel and bias, probabilities (n, classes) of the pictures as they are, of their augmented views).
+    """
+    indices, rings, tried = run.data.validation, run.rings, []
+    plain = np.column_stack(last_units(run, rings.plain, indices, PLAIN))
+    augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
+    for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
+        kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
+        last = kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))
+        tried.append((last, answers(plain, last), answers(augmented, last)))
+    return max(tried, key=lambda found: (found[1].argmax(1) == run.data.targets[indices]).sum())
+
+
+def finish_round(run, number, rows, fits, best):
     """Print the round's line, draw its mosaic, save the model if it is the best yet.
 
-    fitted: kernel and bias of the last layer that is scored and saved, from `fit_last_layer`. best: {"round",
-    "right", "loss"} of the best so far, or None. Returns the best now.
+    fits: of the last layer, from `fit_parts`. best: {"round", "right", "loss"} of the best so far, or None. Returns the
+    best now.
     """
-    args, _, data, nets, rings = run
-    plain, augmented = score(run, rings.plain, PLAIN, fitted), score(run, rings.shaken, 0, fitted)
+    args, _, data, nets, _ = run
+    last, plain, augmented = choose_last_layer(run, fits)
     actual = data.targets[data.validation]
     right = int((plain.argmax(1) == actual).sum())
     rows[-1]["plain_accuracy"] = right / len(actual)
@@ -967,11 +1025,8 @@ def finish_round(run, number, rows, fitted, best):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": versions(),
     }
-    layer = nets.network.get_layer("probabilities")
-    own = layer.get_weights()
-    layer.set_weights([array / temperature for array in fitted])
+    nets.network.get_layer("probabilities").set_weights([array / temperature for array in last])
     utils.save_model(nets.network, info, args.model)
-    layer.set_weights(own)  # training goes on with it
     return {"round": number, "right": right, "loss": loss}
 
 
@@ -1048,8 +1103,10 @@ def check_outputs(args):
         raise utils.UserError(f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix")
     if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
         raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
-    if args.model.endswith(".weights"):  # Keras reads names in .weights.h5 as another format
-        raise utils.UserError(f"{utils.escape(args.model)}: choose a prefix that does not end in .weights")
+    # Keras reads names in .weights.h5 as another format; `m-labels.json`, say, belongs to the model `m`
+    ends = (".weights", "-labels", "-resume", "-resume-files", "-evaluate")
+    if not args.evaluate and args.model.endswith(ends):
+        raise utils.UserError(f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}")
     if not args.evaluate and not utils.is_ours(args.model):
         raise utils.UserError(f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix")
     if args.cache_dir:
@@ -1091,9 +1148,10 @@ def remove_mosaics(prefix):
 def remove_unfinished(prefix):
     """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
     folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
-    ends = "-labels -history -report -mistakes -evaluate -evaluate-report -resume -resume.* -resume-files".split()
-    for pattern in [f".{name}{end}-unfinished-*" for end in ("", *ends)]:
-        for path in folder.glob(pattern):
+    ends = (".h5 .json -labels.json -history.csv -report.png -mistakes.csv -evaluate.csv -evaluate-report.png "
+            "-resume.json -resume-files.json -resume.*.npy").split()  # fmt: skip
+    for stem, _, kind in (end.rpartition(".") for end in ends):
+        for path in folder.glob(f".{name}{stem}-unfinished-*.{kind}"):
             path.unlink()
     for path in Path().glob(f".{MOSAICS.replace('.', '-unfinished-*.')}"):
         path.unlink()
@@ -1125,6 +1183,7 @@ def score_saved(args, model, data, what):
 def report(run, state):
     """Score the saved files; print `best:`, write mistakes and report, say what is next. Returns the accuracy."""
     args, _, data, _, _ = run
+    write_history(args, state)  # again: a kill may have come between the last state and its rows
     model, info = utils.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
     probabilities, accuracy, rows, title = score_saved(args, model, data, what)
@@ -1245,7 +1304,7 @@ def check_state(args, state, recipe, data):
                 f"--resume: the interrupted run had other {name.replace('_', ' ')} "
                 f"({utils.escape(state['settings'].get(name))[:200]}): give it again, or train anew without --resume"
             )
-    text, now = utils.read_capped(files, utils.MAX_JSON * 10), file_list(args, data)
+    text, now = utils.read_capped(files, utils.MAX_JSON * 100), file_list(args, data)
     if text != json.dumps(now).encode():
         before = utils.parse_json(files, text)
         before = [row for row in before if isinstance(row, list)] if isinstance(before, list) else []
@@ -1453,7 +1512,7 @@ def main():
             return train(args)
     except KeyboardInterrupt:
         if not args.evaluate and not args.dry_run and state_files(args.model)[0].exists():
-            print("The best whole round is saved; the same command with --resume goes on.", file=sys.stderr)
+            print("The best whole round is saved; the command that began it, with --resume, goes on.", file=sys.stderr)
         raise
     except RuntimeError as error:  # what JAX raises when a connection breaks
         if args.processes == 1:

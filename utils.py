@@ -45,7 +45,7 @@ except ImportError as absent:
     sys.exit(f"error: {absent}: run `pip install -r requirements.txt` in the folder of this script")
 
 # Rarely used parsers are where the holes are: only these, of those that Pillow knows, are ever tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")  # a new one: think of refuse_traps
 MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
 # Files made to keep a decoder busy for minutes, or to fill the memory, take more than these:
 MAX_SLOW = {"ppm": 8e6, "ppm_plain": 8e6, "bmp_rle": 4e7}  # pixels for decoders that are written in Python
@@ -64,13 +64,12 @@ OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")  # as T
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
-PARAMETERS = BASE_PARAMETERS + 2048 * 1024 + 1024  # with the hidden layer
-PARAMETERS_A_CLASS = 1025
+LAYOUT = 16  # about so many blocks a side make the layout of a picture
 MAX_CLASSES = 10_000
 CLASSES = {
     *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
     *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
-    *("Zeros", "Ones", "__keras_tensor__"),
+    *("Flatten", "LayerNormalization", "Zeros", "Ones", "__keras_tensor__"),
 }  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
@@ -111,7 +110,12 @@ def warn(text):
 
 def escape(name):
     """Return `name` (str or path) with control characters, line breaks and lone surrogates as \\x escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(name))
+    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in str(name))
+
+
+def is_shown(character):
+    """Say whether a character is harmless on a terminal: printable, a wide space, or what joins or parts letters."""
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
 
 
 def csv_cell(name):
@@ -250,7 +254,7 @@ def folder_names(names, taken=()):
     used, folders, last = {unicodedata.normalize("NFC", name).casefold() for name in taken}, {}, {}
     for name in sorted(set(names)):
         text = unicodedata.normalize("NFC", name)
-        text = "".join("_" if c in '/\\:*?"<>|' or not c.isprintable() else c for c in text)[:80]
+        text = "".join("_" if c in '/\\:*?"<>|' or not is_shown(c) else c for c in text)[:80]
         text = text.encode()[:200].decode(errors="ignore").strip(" ").rstrip(". ")
         if text.startswith("."):
             text = "_" + text[1:]
@@ -571,6 +575,8 @@ def import_keras():
                     os.environ.setdefault("no_grpc_proxy", ",".join(host.rpartition(":")[0] for host in hosts))
                     jax.config.update("jax_cpu_collectives_implementation", "gloo")
                     keras.distribution.initialize()
+                keras.config.set_image_data_format("channels_last")  # whatever a keras.json of long ago says
+                keras.config.set_floatx("float32")
                 keras.ops.zeros(1)  # what the first operation has to say is said here
         except (ImportError, ValueError) as error:  # ValueError: no such backend
             raise UserError(
@@ -599,6 +605,9 @@ def output_aside():
 def build_network(class_count, side, number_format="float32"):
     """Build InceptionV3 with a new top: pooling, 1024 dense units, softmax. Weights are random.
 
+    The last layer sees the hidden units, the pooled features of block `mixed8`, and the layout: means of about 16 x 16
+    blocks of the picture, these two with mean 0 and variance 1. The top may take for a friend who is strange to them.
+
     Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives
     probabilities of shape (batch, class_count) in float32. number_format: a Keras dtype policy.
     """
@@ -607,13 +616,24 @@ def build_network(class_count, side, number_format="float32"):
     try:
         pixels = keras.Input((side, side, 3), name="pixels")
         scaled = keras.layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(pixels)
-        blocks = keras.applications.InceptionV3(weights=None, include_top=False, input_tensor=scaled)
-        pooled = keras.layers.GlobalAveragePooling2D(name="pooled")(blocks.output)
+        base = keras.applications.InceptionV3(weights=None, include_top=False, input_tensor=scaled)
+        pooled = keras.layers.GlobalAveragePooling2D(name="pooled")(base.output)
         hidden = keras.layers.Dense(1024, activation="relu", name="hidden")(pooled)
+        middle = keras.layers.GlobalAveragePooling2D()(base.get_layer("mixed8").output)
+        middle = keras.layers.LayerNormalization(center=False, scale=False, name="middle")(middle)
+        layout = keras.layers.Flatten()(keras.layers.AveragePooling2D(round(side / LAYOUT))(scaled))
+        layout = keras.layers.LayerNormalization(center=False, scale=False, name="layout")(layout)
+        units = keras.layers.Concatenate(name="units")([hidden, middle, layout])
         softmax = keras.layers.Dense(class_count, activation="softmax", dtype="float32", name="probabilities")
-        return keras.Model(pixels, softmax(hidden))
+        return keras.Model(pixels, softmax(units))
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def count_parameters(class_count, side):
+    """Return how many numbers the weights of a network of `build_network` are."""
+    units = 1024 + 1280 + 3 * (side // round(side / LAYOUT)) ** 2
+    return BASE_PARAMETERS + (2048 + 1) * 1024 + (units + 1) * class_count
 
 
 def compiled(model, **settings):
@@ -695,7 +715,7 @@ def load_model(prefix):
     texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
     side = check_architecture(parse_json(architecture, texts[0]), architecture)
-    ours, config = check_hdf5(weights, PARAMETERS + PARAMETERS_A_CLASS * len(labels))
+    ours, config = check_hdf5(weights, count_parameters(len(labels), side))
     info = parse_json(weights, ours)
     check_architecture(parse_json(weights, config), weights)  # plain Keras would build the network from it
     sums = [hashlib.sha256(text).hexdigest() for text in texts]
@@ -755,7 +775,7 @@ def parse_json(path, text):
 def check_labels(labels, path):
     """Return a list of class names fit to become folder names and terminal text, or raise UserError."""
     good = isinstance(labels, list) and 2 <= len(labels) <= MAX_CLASSES
-    good = good and all(isinstance(label, str) and 0 < len(label) <= 255 and label.isprintable() for label in labels)
+    good = good and all(isinstance(label, str) and 0 < len(label) <= 255 and escape(label) == label for label in labels)
     if not good or len(set(labels)) != len(labels):
         raise UserError(f"{escape(path)}: not a list of two or more different class names: train again")
     return labels

@@ -768,6 +768,9 @@ def picture_output(state, path):
     if state.kind == "picture":
         return state.args.output
     target = state.args.output / path.relative_to(state.args.source)
+    if len(os.fsencode(path.name)) > 240:  # what is added must fit into 255 bytes
+        path = path.with_name(path.stem[:50] + path.suffix[:10])
+        target = target.with_name(path.name)
     if target.suffix.lower() not in PICTURES:
         taken = path.with_name(f"{path.name}.jpg").exists()  # what some converters make of it
         target = target.with_name(f"{path.stem} (2){path.suffix}.jpg" if taken else f"{path.name}.jpg")

@@ -59,8 +59,8 @@ def one_way(way, args):
             clock = time.perf_counter()
             train.train_epoch(run, model, ring.features.rows, pairs, targets, "epoch")
             seconds.append((time.perf_counter() - clock) / len(pairs))
-    last = start.nets.network.get_layer("probabilities").get_weights()
-    probabilities = train.score(start, start.rings.plain, train.PLAIN, last)
+    hidden, _, _ = train.last_units(start, start.rings.plain, data.validation, train.PLAIN)
+    probabilities = train.answers(hidden, start.nets.full.top.get_layer("trained").get_weights())
     right = int((probabilities.argmax(1) == data.targets[data.validation]).sum())
     speed = 1 / float(np.median(seconds[1:]))  # the first epoch compiles
     return {"speed": speed, "right": right, "of": len(data.validation), "losses": [float(x[0]) for x in losses[:10]]}

@@ -1,5 +1,7 @@
 """Fixtures that several test files use: the repository's folder, pictures to write, scripts to run."""
 
+import csv
+import io
 import os
 import subprocess
 import sys
@@ -21,7 +23,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED.name}/ is not beside the project"))
 
 
-TINY = "--weights none --image-size 75 --head-epochs 2 --round-epochs 1 --views 2 --batch-size 16".split()
+TINY = "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 2 --views 2 --batch-size 16".split()
+# A whole training in seconds, which says nothing about the result.
+FAST = "--image-size 75 --unfreeze 0 --head-epochs 1 --views 1 --float32".split()
 
 
 def run_process(script, cwd, *arguments, **environment):
@@ -42,6 +46,16 @@ def draw_classes(folder, classes, side=80):
     return folder
 
 
+def tag(cwd, *arguments, **environment):
+    """Run webcam.py without a window."""
+    return run_process(ROOT / "webcam.py", cwd, *arguments, "--no-display", **environment)
+
+
+def rows(text):
+    """Read the lines on stdout: a list of dicts."""
+    return list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
 @pytest.fixture
 def run_script(tmp_path):
     """Run one of the scripts in an empty folder."""
@@ -56,10 +70,16 @@ def make_classes(tmp_path):
 
 @pytest.fixture(scope="session")
 def scratch_run(tmp_path_factory):
-    """Train once from scratch on three colours; other tests look at what it left. Returns (folder, output)."""
-    folder = tmp_path_factory.mktemp("scratch run")
+    """Train once on three colours, without a connection: from scratch. Other tests look at what it left.
+
+    Returns (folder, output).
+    """
+    folder, home = tmp_path_factory.mktemp("scratch run"), tmp_path_factory.mktemp("no weights here")
     draw_classes(folder / "data", {"red": 14, "grün": 14, "unknown": 14})
-    done = run_process(ROOT / "train.py", folder, "data", "model", *TINY, "--rounds", "2")
+    (home / "keras").mkdir()  # settings of long ago
+    (home / "keras" / "keras.json").write_text('{"image_data_format": "channels_first", "floatx": "float16"}')
+    offline = {"HOME": str(home), "KERAS_HOME": str(home / "keras"), "https_proxy": "http://127.0.0.1:9"}
+    done = run_process(ROOT / "train.py", folder, "data", "model", *TINY, **offline)
     assert done.returncode == 0, done.stderr
     return folder, done
 
@@ -92,3 +112,21 @@ def drawn_model(tmp_path_factory):
     done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.fixture(scope="session")
+def film(tmp_path_factory):
+    """Draw a short film of two people; for tests that need no model."""
+    import sample_faces
+
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    sample_faces.draw_clip(path, seconds=2)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tagged(drawn_model):
+    """Tag the drawn film once."""
+    done = tag(drawn_model, "model", "--source", "film.mp4", "--output", "tagged.mp4")
+    assert done.returncode == 0, done.stderr
+    return done

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, TINY, draw_classes, run_process
+from conftest import FAST, ROOT, SHARED, draw_classes, run_process
 from PIL import Image
 
 import utils
@@ -156,10 +156,15 @@ def tiles(side, tile, offsets, sizes, data=b""):
     return tiff(side, (322, 4, 1, tile), (323, 4, 1, tile), (324, kind, n, offsets), (325, kind, n, sizes), data=data)
 
 
-def progressive(side, scans):
-    """Return a progressive JPEG of so many scans that say nothing."""
+N = 90_000  # tiles of one pixel: Pillow counts those of the first entry
+TINY_TILES = [(322, 4, 1, 1), (323, 4, 1, 1), (324, 1, N, bytes(N)), (325, 1, N, b"\1" * N)]
+OTHERS = [(40_000 + n, 3, 1, 0) for n in range(1_001)]
+
+
+def progressive(side, scans, frame=0xC2):
+    """Return a progressive JPEG of so many scans that say nothing, or one of another kind of frame."""
     segment = lambda mark, data: bytes([255, mark]) + struct.pack(">H", len(data) + 2) + data  # noqa: E731
-    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(frame, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
     tables += segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\xe0")
     scan = segment(0xDA, b"\1\1\0" + bytes([1, 63, 0])) + bytes(side * side // 64 * 15 // 16384 // 8 + 2)
     return b"\xff\xd8" + tables + scan * scans + b"\xff\xd9"
@@ -188,6 +193,13 @@ TRAPS = {  # each with a harmless picture of the same kind
     "numbers in letters": (b"P2 9000 9000 255\n" + b"0 " * 1000, b"P2 900 900 255\n" + b"0 " * 810_000),
     "an odd maximum": (b"P5 9000 9000 254\n" + bytes(81_000_000), b"P5 900 900 254\n" + bytes(810_000)),
     "scans": (progressive(8192, 400), progressive(512, 5)),
+    "scans of a baseline": (progressive(8192, 400, 0xC0), progressive(512, 5)),
+    "tiny tiles behind others": (tiff(300, *OTHERS, *TINY_TILES), tiles(64, 64, None, 4096, bytes(4096))),
+    "tiny tiles before few": (tiff(300, *TINY_TILES, (324, 4, 1, 8)), tiles(64, 64, None, 4096, bytes(4096))),
+    "text for a number": (
+        tiff(64, (322, 2, 3, int.from_bytes(b"xyz", "little")), (323, 4, 1, 2**31 - 1), (324, 4, 1, 8), (325, 4, 1, 1)),
+        tiles(64, 64, None, 4096, bytes(4096)),
+    ),
     "empty rows": (rle_bmp(13_000), rle_bmp(900)),
     "a canvas": (animated_webp(12_000), animated_webp(900)),
     "tiny tiles": (tiles(900, 1, bytes(810_000), b"\1" * 810_000), tiles(64, 64, None, 4096, bytes(4096))),
@@ -199,10 +211,23 @@ TRAPS = {  # each with a harmless picture of the same kind
 def test_a_picture_that_would_take_minutes_or_gigabytes_is_refused(name):
     bad, good = TRAPS[name]
     start = time.process_time()
-    with pytest.raises(utils.PictureError, match=r"minutes or gigabytes|too many strips"):
+    with pytest.raises(utils.PictureError, match=r"minutes or gigabytes|too many strips|cannot be decoded"):
         utils.square(utils.open_picture(bad), 75)
     assert time.process_time() - start < 2
     assert utils.square(utils.open_picture(good), 75).shape == (75, 75, 3)
+
+
+def test_pixels_that_look_like_comments_are_none():
+    data = b"P5 400 400 4095\n" + b"\1#" * 160_000
+    assert utils.square(utils.open_picture(data), 75).std() == 0
+
+
+def test_grey_with_premultiplied_transparency_is_read():
+    buffer = io.BytesIO()
+    Image.new("LA", (80, 80), (100, 128)).save(buffer, "TIFF")
+    data = buffer.getvalue().replace(struct.pack("<HHIH", 338, 3, 1, 2), struct.pack("<HHIH", 338, 3, 1, 1))
+    image = utils.open_picture(data)
+    assert image.mode == "La" and utils.square(image, 75).min() > 200  # half of the white behind, and the grey
 
 
 def test_a_file_far_larger_than_its_picture_is_not_read(tmp_path):
@@ -259,12 +284,12 @@ def test_the_dirty_folder():
 
 
 @pytest.mark.slow
-def test_a_training_run_over_a_set_of_which_a_third_is_broken(tmp_path):
+def test_a_training_run_over_a_set_of_which_a_third_is_broken(tmp_path, weights_file):
     data = draw_classes(tmp_path / "data", {"a": 20, "b": 20})
     rng, sources = random.Random(3), originals()
     for n in range(20):
         (data / "ab"[n % 2] / f"broken{n}.jpg").write_bytes(sources[n % len(sources)][: rng.randrange(1, 60)])
-    done = run_process(ROOT / "train.py", tmp_path, "data", "m", *TINY, "--rounds", "0")
+    done = run_process(ROOT / "train.py", tmp_path, "data", "m", *FAST, "--weights", weights_file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("images: 32 train, 8 validation, 2 classes, 20 skipped")
     listed = [line for line in done.stderr.splitlines() if "skipped: " in line]

@@ -10,9 +10,9 @@ import cv2
 import numpy as np
 import pytest
 import sample_faces
-from conftest import ROOT, run_process
+from conftest import ROOT, rows, run_process, tag
 from PIL import Image, ImageFilter
-from test_webcam import film, read_film, rows, tag  # noqa: F401  (film is a fixture)
+from test_webcam import read_film
 
 
 def crops(folder):
@@ -30,13 +30,13 @@ def check_crop(path):
     reference.unlink()
 
 
-def test_no_network_is_loaded_without_a_model(tmp_path, film):  # noqa: F811
+def test_no_network_is_loaded_without_a_model(tmp_path, film):
     done = tag(tmp_path, "--save-faces", "people/Ann", "--source", film, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and re.search(r"\| +cv2$", done.stderr, re.M), done.stderr
     assert not re.search(r"\| +(tensorflow|keras|jax)$", done.stderr, re.M)
 
 
-def test_crops_of_a_film(tmp_path, film):  # noqa: F811
+def test_crops_of_a_film(tmp_path, film):
     done = tag(tmp_path, "--save-faces", "people/Ann", "--source", film)
     (folder,) = (tmp_path / "people" / "Ann").iterdir()
     assert re.fullmatch(r"film-[0-9a-f]{8}", folder.name)
@@ -62,7 +62,7 @@ def test_crops_of_a_film(tmp_path, film):  # noqa: F811
     assert len(crops(folder)) > len(kept)
 
 
-def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):  # noqa: F811
+def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):
     frame = read_film(film)[0]
     for name, picture in (("still", frame), ("blurred", cv2.GaussianBlur(frame, (0, 0), 5))):
         writer = cv2.VideoWriter(str(tmp_path / f"{name}.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480))
@@ -75,7 +75,7 @@ def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):  # 
 
 
 @pytest.fixture
-def photos(tmp_path, film):  # noqa: F811
+def photos(tmp_path, film):
     """Make family photos: one face, two, none, a blurred one, a broken file, a phone's with place and turned."""
     two = Image.fromarray(read_film(film)[0][..., ::-1])
     one, folder = two.crop((0, 0, 300, 480)), tmp_path / "photos"
@@ -107,18 +107,21 @@ def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, photos):
 
 
 @pytest.mark.slow
-def test_with_a_model_the_label_decides(tmp_path, drawn_model):
+def test_with_a_model_the_label_decides(tmp_path, drawn_model, tagged):
     source = drawn_model / "film.mp4"
     done = tag(tmp_path, drawn_model / "model", "--save-faces", "sorted", "--source", source)
     assert done.returncode == 0, done.stderr
+    assert done.stdout == tagged.stdout  # a film gives the same lines every time
     names = {row["label"] for row in rows(done.stdout)}
     assert {"Ann", "Ben"} <= names
     for folder in (tmp_path / "sorted").iterdir():
         assert folder.name in names
         assert all(re.fullmatch(rf"film-[0-9a-f]{{8}}-{folder.name}", run.name) for run in folder.iterdir())
     assert done.stderr.splitlines()[-1] == f"next: python train.py sorted {shlex.quote(str(drawn_model / 'model'))}"
-    tag(tmp_path, drawn_model / "model", "--save-faces", "strict", "--source", source, "--threshold", 1)
+    done = tag(tmp_path, drawn_model / "model", "--save-faces", "strict", "--source", source, "--threshold", 1)
     assert os.listdir(tmp_path / "strict") == ["unknown"]
+    assert {row["label"] for row in rows(done.stdout)} == {"unknown"}
+    assert all(0.2 <= float(row["probability"]) <= 1 for row in rows(done.stdout))  # of the best of five classes
     for run in (tmp_path / "sorted" / "Ann").iterdir():  # folders move between classes without a collision
         assert not (tmp_path / "sorted" / "Ben" / run.name).exists()
 
@@ -147,7 +150,7 @@ def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, draw
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_frames_of_a_film_are_kept_whole(tmp_path, film):  # noqa: F811
+def test_frames_of_a_film_are_kept_whole(tmp_path, film):
     done = tag(tmp_path, "--save-faces", "hands/rock", "--source", film, "--whole-picture")
     kept = crops(tmp_path / "hands" / "rock")
     assert 1 <= len(kept) <= 11, done.stderr

@@ -288,9 +288,9 @@ def test_the_last_layer_is_a_ridge_regression_of_the_classes():
     x, y, w = rng.normal(3, 1, (90, 5)), np.eye(3)[np.arange(90) % 7 // 3], rng.uniform(0.5, 2, 90)
     x[:, :3] += y
     both = np.column_stack([x, np.ones(90), y])
-    kernel, bias = train.ridge_regression((both[:, :6] * w[:, None]).T @ both)
+    kernel, bias = train.ridge_regression((both[:, :6] * w[:, None]).T @ both, 0.3)
     centred = [np.sqrt(w / w.sum())[:, None] * (a - np.average(a, axis=0, weights=w)) for a in (x, y)]
-    ridge = np.sqrt(train.RIDGE * (centred[0] ** 2).sum() / 5)
+    ridge = np.sqrt(0.3 * (centred[0] ** 2).sum() / 5)
     stacked = [np.concatenate(pair) for pair in zip(centred, (ridge * np.eye(5), np.zeros((5, 3))))]
     assert np.allclose(kernel, train.LOGITS * np.linalg.lstsq(*stacked)[0])
     shares = np.average(y, axis=0, weights=w)  # 43 %, 43 %, 14 %: a rare class needs the intercept
@@ -299,7 +299,7 @@ def test_the_last_layer_is_a_ridge_regression_of_the_classes():
 
 def test_training_that_ran_away_is_one_line():
     with pytest.raises(utils.UserError, match="use --float32"):
-        train.ridge_regression(np.full((6, 9), np.nan))
+        train.ridge_regression(np.full((6, 9), np.nan), 0.1)
 
 
 def test_temperature_of_a_perfect_set_stays_bounded():

@@ -146,7 +146,7 @@ def test_crops_are_square_shifted_inside_or_padded(center, side, left_edge, size
     ("name", "folder"),
     [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"), ("Dr. ", "Dr"), ("con", "_con"),
      ("COM1.txt", "_COM1.txt"), ("..", "_"), ("", "_"), ("tab\there", "tab_here"), ("\x1b[31mred", "_[31mred"),
-     ("Mihály", "Mihály"), ("王", "王"), ("x" * 300, "x" * 80)],
+     ("Mihály", "Mihály"), ("王", "王"), ("山田　太郎", "山田　太郎"), ("x" * 300, "x" * 80)],
 )  # fmt: skip
 def test_folder_names_work_everywhere_and_can_be_read(name, folder):
     assert utils.folder_names([name]) == {name: folder}
@@ -163,7 +163,7 @@ def test_names_that_fall_together_are_kept_apart():
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("plain", "plain"), ("a\x1b[2Jb", "a\\x1b[2Jb"), ("two\nlines", "two\\nlines"), ("\udc80", "\\udc80"),
-     ("王 é", "王 é")],
+     ("王 é", "王 é"), ("山田　太郎", "山田　太郎"), ("two\u2028lines", "two\\u2028lines")],
 )  # fmt: skip
 def test_escape(text, shown):
     assert utils.escape(text) == shown

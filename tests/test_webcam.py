@@ -21,22 +21,12 @@ import cv2
 import numpy as np
 import pytest
 import sample_faces
-from conftest import ROOT, run_process
+from conftest import ROOT, rows, run_process, tag
 from PIL import Image
 
 import webcam
 
 HEADER = "frame time track x y w h label probability".split()
-
-
-def tag(cwd, *arguments, **environment):
-    """Run webcam.py without a window."""
-    return run_process(ROOT / "webcam.py", cwd, *arguments, "--no-display", **environment)
-
-
-def rows(text):
-    """Read the lines on stdout: a list of dicts."""
-    return list(csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def new_state(kind="film", **fields):
@@ -57,23 +47,7 @@ def read_film(path):
     return frames
 
 
-@pytest.fixture(scope="session")
-def film(tmp_path_factory):
-    """Draw a short film of two people; for tests that need no model."""
-    path = tmp_path_factory.mktemp("film") / "film.mp4"
-    sample_faces.draw_clip(path, seconds=2)
-    return path
-
-
 # ---------------------------------------------------------------- films
-
-
-@pytest.fixture(scope="session")
-def tagged(drawn_model):
-    """Tag the drawn film once."""
-    done = tag(drawn_model, "model", "--source", "film.mp4", "--output", "tagged.mp4")
-    assert done.returncode == 0, done.stderr
-    return done
 
 
 def test_drawn_people_are_found_and_named(drawn_model, tagged):
@@ -93,11 +67,6 @@ def test_drawn_people_are_found_and_named(drawn_model, tagged):
     assert float(lines[-1]["time"]) == pytest.approx((len(truth) - 1) / sample_faces.FPS, abs=0.01)
 
 
-@pytest.mark.slow
-def test_a_film_gives_the_same_lines_every_time(drawn_model, tagged):
-    assert tag(drawn_model, "model", "--source", "film.mp4").stdout == tagged.stdout
-
-
 def test_the_written_film_is_whole_and_shows_the_tags(drawn_model, tagged):
     before, after = read_film(drawn_model / "film.mp4"), read_film(drawn_model / "tagged.mp4")
     assert len(after) == len(before) and after[0].shape == before[0].shape
@@ -109,13 +78,6 @@ def test_the_written_film_is_whole_and_shows_the_tags(drawn_model, tagged):
 def test_the_summary_tells_speed_and_ages(tagged):
     assert re.search(r"150 frames, [\d.]+ a second shown, \d+ classifications; median detection [\d.]+ ms; "
                      r"median classification [\d.]+ ms; median label age [\d.]+ s", tagged.stderr)  # fmt: skip
-
-
-@pytest.mark.slow
-def test_a_threshold_of_one_makes_everybody_unknown(drawn_model):
-    lines = rows(tag(drawn_model, "model", "--source", "film.mp4", "--threshold", 1).stdout)
-    assert {row["label"] for row in lines} == {"unknown"}
-    assert all(0.2 <= float(row["probability"]) <= 1 for row in lines)  # of the best of five classes
 
 
 def test_a_film_that_changes_its_size(tmp_path, film):
