@@ -297,6 +297,19 @@ def test_the_last_layer_is_a_ridge_regression_of_the_classes():
     assert np.allclose(np.average(x @ kernel + bias, axis=0, weights=w), train.LOGITS * shares)
 
 
+def test_a_part_of_the_last_layer_is_left_out_where_it_hurts(monkeypatch):
+    targets = np.array([0, 1, 0, 1])
+    data = SimpleNamespace(validation=np.arange(4), targets=targets)
+    nets = SimpleNamespace(full=SimpleNamespace(trunk="frozen"))
+    run = SimpleNamespace(data=data, nets=nets, rings=SimpleNamespace(plain=None, shaken=None))
+    good, fits = np.eye(2)[targets], [(10 * np.eye(2), np.zeros(2))] * 3
+    for layout, shares in ((good, train.BLENDS[0]), (10 * (1 - good), train.BLENDS[1])):
+        monkeypatch.setattr(train, "last_units", lambda *_, layout=layout: (good, good, layout))
+        (kernel, _), plain, _ = train.choose_last_layer(run, fits)
+        assert np.allclose(kernel, np.concatenate([share * 10 * np.eye(2) for share in shares]))
+        assert (plain.argmax(1) == targets).all()
+
+
 def test_training_that_ran_away_is_one_line():
     with pytest.raises(utils.UserError, match="use --float32"):
         train.ridge_regression(np.full((6, 9), np.nan), 0.1)
