@@ -152,7 +152,7 @@ def parse_arguments():
     flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
     if not args.model.endswith(("/", os.sep)):
-        args.model = os.path.normpath(args.model)  # `./model` is `model`, also in the pictures that are its own
+        args.model = Path(args.model).as_posix()  # `./model` is `model`, also in the pictures that are its own
     find_processes(args)
     return args
 
@@ -819,7 +819,8 @@ def train_head(run, window):
         features = predict_views(run, nets.fast.pool, rings.views, chunk)[:, :2048]
         write_rows(pooled, range(start, start + len(chunk)), features)
     if args.process == 0:
-        validation = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])[:, :2048]
+        shaken = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
+        validation = shaken[:, :2048]
     place = {pair: n for n, pair in enumerate(window)}
     model = nets.fast.head
     prepare(run, model)
@@ -839,8 +840,8 @@ def train_top(run, window, number):
     def validate():
         """Score the augmented pictures with the float32 network and the last layer that is trained."""
         bring_up(run.nets)
-        hidden, _, _ = last_units(run, run.rings.shaken, run.data.validation, 0)
-        return answers(hidden, run.nets.full.top.get_layer("trained").get_weights())
+        pooled = predict_views(run, run.nets.full.pool, run.rings.shaken, [(i, 0) for i in run.data.validation])
+        return answers(hidden_units(run, pooled[:, :2048]), run.nets.full.top.get_layer("trained").get_weights())
 
     model, ring, pictures = run.nets.fast.top, run.rings.views, run.data.pictures
     return train_epochs(
@@ -854,6 +855,12 @@ def bring_up(nets):
         nets.full.top.set_weights(nets.fast.top.get_weights())
 
 
+def hidden_units(run, pooled):
+    """Return the float32 network's hidden units (n, 1024) for pooled features (n, 2048)."""
+    kernel, bias = run.nets.network.get_layer("hidden").get_weights()
+    return np.maximum(pooled @ kernel + bias, 0)
+
+
 def last_units(run, ring, indices, view):
     """Return what the network's last layer sees of one view of pictures, which a ring holds: float32 (n, units) a part.
 
@@ -864,9 +871,9 @@ def last_units(run, ring, indices, view):
     layout = np.concatenate([utils.predict(run.nets.layout, pixels, PASS_BATCH) for pixels in views])
     pooled = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     pooled, middle = np.split(pooled, [2048], axis=1)
-    kernel, bias = run.nets.network.get_layer("hidden").get_weights()
-    middle = middle if middle.size else np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]))
-    return np.maximum(pooled @ kernel + bias, 0), middle, layout
+    if not middle.size:
+        middle = np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32")
+    return hidden_units(run, pooled), middle, layout
 
 
 def answers(units, last):
@@ -885,23 +892,17 @@ def fit_parts(run, window):
     sure of what it has never seen; least squares does not, and errs no more often. In one fit to all, the hidden units,
     which know every training picture by heart, would leave the others no say.
     """
-    data, sums = run.data, 0
+    data, sums = run.data, [0] * len(RIDGES)
     indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
     for start in range(0, len(indices), 16 * PASS_BATCH):
         chunk = indices[start : start + 16 * PASS_BATCH]
-        parts = last_units(run, run.rings.views, chunk, PLAIN)
         y = data.targets[chunk, None] == np.arange(len(data.labels))
-        x = np.column_stack([*parts, np.ones(len(chunk))])
-        sums = sums + (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
-    sums, widths = total(run.args, sums), [part.shape[1] for part in parts]
-    rows, columns = (np.arange(sum(widths), size) for size in sums.shape)  # of the 1, and the classes
-    pieces = np.split(np.arange(sum(widths)), np.cumsum(widths)[:-1])
-    return [
-        ridge_regression(sums[np.ix_(np.r_[piece, rows], np.r_[piece, columns])], ridge)
-        for piece, ridge in zip(pieces, RIDGES.values())
-    ]
+        for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
+            x = np.column_stack([part, np.ones(len(chunk))])
+            sums[n] = sums[n] + (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
+    return [ridge_regression(total(run.args, one), ridge) for one, ridge in zip(sums, RIDGES.values())]
 
 
 def ridge_regression(sums, ridge):
@@ -977,14 +978,14 @@ def choose_last_layer(run, fits):
 
     Returns (its kernel and bias, probabilities (n, classes) of the pictures as they are, of their augmented views).
     """
-    indices, rings, tried = run.data.validation, run.rings, []
+    indices, rings, layers = run.data.validation, run.rings, []
     plain = np.column_stack(last_units(run, rings.plain, indices, PLAIN))
     augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
     for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
         kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
-        last = kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))
-        tried.append((last, answers(plain, last), answers(augmented, last)))
-    return max(tried, key=lambda found: (found[1].argmax(1) == run.data.targets[indices]).sum())
+        layers.append((kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))))
+    last = max(layers, key=lambda one: (answers(plain, one).argmax(1) == run.data.targets[indices]).sum())
+    return last, answers(plain, last), answers(augmented, last)
 
 
 def finish_round(run, number, rows, fits, best):
@@ -1232,7 +1233,8 @@ def settings_of(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show."""
     names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32 cache_gb".split()
     settings = {name: getattr(args, name) for name in names}
-    return settings | recipe | {"image_size": data.store.rows.shape[1], "classes": data.labels,
+    network = utils.count_parameters(len(data.labels), data.store.rows.shape[1])  # no state of another version fits
+    return settings | recipe | {"network": network, "image_size": data.store.rows.shape[1], "classes": data.labels,
                                 "processes": args.processes}  # fmt: skip
 
 
@@ -1287,7 +1289,8 @@ def is_sound(state):
     rows, best = state["history"], state["best"]
     plotted = ("loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy")
     return (
-        state.get("number_format") in ("float32", "mixed_bfloat16")
+        len(rows) > 0
+        and state.get("number_format") in ("float32", "mixed_bfloat16")
         and 0 <= state["round"] <= 999
         and all(isinstance(best.get(name), int | float) for name in ("round", "right", "loss"))
         and all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows)

@@ -288,19 +288,24 @@ def list_files(root):
     A folder that is reached twice keeps its own name: links are followed last.
     """
     inside, found, seen = Path(root).resolve(), [], set()
-    starts = [Path(root)] if Path(root).is_dir() else []
-    for start in starts:  # to which links to folders are added
-        for folder, names, files in os.walk(start, onerror=lambda error: warn(advice(error))):
-            folder, real = Path(folder), Path(folder).resolve()
-            if real in seen or not real.is_relative_to(inside):
-                names.clear()
-                continue
-            seen.add(real)
-            names[:] = sorted(name for name in names if not is_ignored(name))
-            starts += [folder / name for name in names if (folder / name).is_symlink()]
-            for path in (folder / name for name in files if not is_ignored(name)):
-                real = Path(os.path.realpath(path))
-                if real.is_relative_to(inside) and not real.is_symlink():  # else a link that leads away, or to itself
+    folders, links = [Path(root)] if Path(root).is_dir() else [], []
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        real = folder.resolve()
+        if real in seen or not real.is_relative_to(inside):
+            continue
+        seen.add(real)
+        try:
+            entries = sorted((e for e in os.scandir(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+        except OSError as error:
+            warn(advice(error))
+            continue
+        for entry in entries:
+            path = folder / entry.name
+            with contextlib.suppress(OSError, RuntimeError):  # a link that leads to itself
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(path)
+                elif not entry.is_symlink() or path.resolve().is_relative_to(inside):
                     found.append(path)
     return sorted(found)
 
@@ -751,7 +756,7 @@ def check_file(path, limit):
     if path.is_symlink():
         raise UserError(f"{escape(path)}: is a link: copy the file itself here")
     if not path.exists():
-        raise UserError(f"{escape(path)}: no such file: check the name; a model is named without an ending")
+        raise UserError(f"{escape(path)}: no such file: check the name (a model's prefix has no ending)")
     if not path.is_file():  # a named pipe would wait for ever
         raise UserError(f"{escape(path)}: is no file: remove it")
     if path.stat().st_size > limit:
@@ -821,7 +826,7 @@ def check_hdf5(path, parameters):
             count = count_numbers(file, path)
             if count != parameters:
                 numbers = f"{count:,} numbers, not {parameters:,}"
-                raise UserError(f"{escape(path)}: holds {numbers}: it belongs to another network")
+                raise UserError(f"{escape(path)}: holds {numbers}: it belongs to another network or version")
             return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None

@@ -768,12 +768,13 @@ def picture_output(state, path):
     if state.kind == "picture":
         return state.args.output
     target = state.args.output / path.relative_to(state.args.source)
-    if len(os.fsencode(path.name)) > 240:  # what is added must fit into 255 bytes
-        path = path.with_name(path.stem[:50] + path.suffix[:10])
-        target = target.with_name(path.name)
     if target.suffix.lower() not in PICTURES:
-        taken = path.with_name(f"{path.name}.jpg").exists()  # what some converters make of it
-        target = target.with_name(f"{path.stem} (2){path.suffix}.jpg" if taken else f"{path.name}.jpg")
+        name, ending = path.stem, path.suffix
+        if len(os.fsencode(path.name)) > 240:  # with what is added, a name has at most 255 bytes
+            name, ending = f"{name[:40]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}", ending[:10]
+        elif path.with_name(f"{path.name}.jpg").exists():  # what some converters make of it
+            name += " (2)"
+        target = target.with_name(f"{name}{ending}.jpg")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 

@@ -20,7 +20,9 @@ from common import machine, print_table, set_up, spread, train
 
 def end_to_end(run):
     """Return the run with the whole network as the model to train, its frozen part inside, and a ring of pictures."""
-    network, trained = run.nets.network, set(map(id, run.nets.fast.top.layers))
+    top = run.nets.fast.top
+    network = train.utils.import_keras().Model(run.nets.network.input, top.get_layer("trained").output)
+    trained = set(map(id, top.layers))
     for layer in network.layers:
         layer.trainable = layer.trainable and id(layer) in trained
     slots, shape = len(run.rings.views.keys.rows), run.data.store.rows.shape[1:]

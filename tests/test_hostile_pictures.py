@@ -211,7 +211,8 @@ TRAPS = {  # each with a harmless picture of the same kind
 def test_a_picture_that_would_take_minutes_or_gigabytes_is_refused(name):
     bad, good = TRAPS[name]
     start = time.process_time()
-    with pytest.raises(utils.PictureError, match=r"minutes or gigabytes|too many strips|cannot be decoded"):
+    reason = "cannot be decoded" if name == "text for a number" else "minutes or gigabytes|too many strips"
+    with pytest.raises(utils.PictureError, match=reason):
         utils.square(utils.open_picture(bad), 75)
     assert time.process_time() - start < 2
     assert utils.square(utils.open_picture(good), 75).shape == (75, 75, 3)

@@ -303,8 +303,9 @@ def test_a_part_of_the_last_layer_is_left_out_where_it_hurts(monkeypatch):
     nets = SimpleNamespace(full=SimpleNamespace(trunk="frozen"))
     run = SimpleNamespace(data=data, nets=nets, rings=SimpleNamespace(plain=None, shaken=None))
     good, fits = np.eye(2)[targets], [(10 * np.eye(2), np.zeros(2))] * 3
-    for layout, shares in ((good, train.BLENDS[0]), (10 * (1 - good), train.BLENDS[1])):
-        monkeypatch.setattr(train, "last_units", lambda *_, layout=layout: (good, good, layout))
+    bad = 10 * (1 - good)
+    for middle, layout, shares in zip((good, good, bad), (good, bad, bad), train.BLENDS, strict=True):
+        monkeypatch.setattr(train, "last_units", lambda *_, parts=(good, middle, layout): parts)
         (kernel, _), plain, _ = train.choose_last_layer(run, fits)
         assert np.allclose(kernel, np.concatenate([share * 10 * np.eye(2) for share in shares]))
         assert (plain.argmax(1) == targets).all()

@@ -158,8 +158,30 @@ def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypat
     assert changed[True] == 0
     assert changed[False] > 5 or info["round"] == 0
     assert info["number_format"] == "float32" and weights_file.name in info["weights"]
-    hidden = ("cache", ".", "tmp")  # without --cache-dir nothing of it stays
-    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(hidden)]
+    ours = [f"m{end}" for end in (".h5", ".json", "-history.csv", "-labels.json", "-mistakes.csv", "-report.png")]
+    left = sorted(path.name for path in tmp_path.iterdir())  # without --cache-dir nothing of the cache
+    assert left == sorted(["000.png", "001.png", "data", *ours])
+
+
+LONGER = [pytest.param(n, marks=pytest.mark.long) for n in (0, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unfreeze", [2, *LONGER])
+def test_what_was_scored_is_what_the_saved_network_answers(monkeypatch, tmp_path, small, weights_file, unfreeze):
+    seen, choose = [], train.choose_last_layer
+
+    def noted(run, fits):
+        seen.append((run, choose(run, fits)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(train, "choose_last_layer", noted)
+    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", unfreeze)
+    model, info = utils.load_model(tmp_path / "m")
+    run, (_, plain, _) = seen[info["round"]]
+    pixels = run.data.store.rows[[run.data.pictures[i].row for i in run.data.validation]]
+    saved = utils.predict(utils.compiled(model), pixels, 16)
+    assert np.allclose(saved, train.soften(plain, info["temperature"]), atol=1e-3) and saved.std() > 0.01
 
 
 def test_folding_the_normalisation_changes_nothing():

@@ -170,6 +170,16 @@ def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
     assert len([line for line in shown if re.fullmatch(r"\d+\t[\d.]+(\t\d+){5}\t\t", line)]) == 100, shown[:5]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
+def test_pictures_of_long_names_that_begin_alike_are_all_written(tmp_path, film):
+    (tmp_path / "photos").mkdir()
+    for end in ("1.jpg", "2.jpg", "1.webp", "2.webp"):
+        name = "Screenshot of the family meeting in the garden of " + "x" * (250 - 50 - len(end)) + end
+        Image.fromarray(read_film(film)[0][..., ::-1]).save(tmp_path / "photos" / name)
+    done = tag(tmp_path, "--save-faces", "faces", "--source", "photos", "--output", "shown")
+    assert done.returncode == 0 and len(list((tmp_path / "shown").iterdir())) == 4, done.stderr
+
+
 def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_path, film):
     shrunk = np.zeros((960, 1280, 3), "uint8") + np.uint8(200)
     shrunk[300:540, 400:720] = cv2.resize(read_film(film)[0], (320, 240))
