@@ -308,7 +308,7 @@ def test_a_bad_trio_is_refused_and_nothing_in_it_runs(trio, name):
     assert megabytes < 1500
 
 
-@pytest.mark.parametrize("name", ["lambda in both", "saved model layer", "swapped labels", "2 GiB bomb"])
+@pytest.mark.parametrize("name", ["lambda in both", "saved model layer", "swapped labels", "nan", "2 GiB bomb"])
 def test_the_tagger_refuses_them_too(trio, name):
     TRIOS[name](trio)
     done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--no-display", "--whole-picture")
