@@ -1233,9 +1233,10 @@ def settings_of(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show."""
     names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32 cache_gb".split()
     settings = {name: getattr(args, name) for name in names}
-    network = utils.count_parameters(len(data.labels), data.store.rows.shape[1])  # no state of another version fits
-    return settings | recipe | {"network": network, "image_size": data.store.rows.shape[1], "classes": data.labels,
-                                "processes": args.processes}  # fmt: skip
+    side = data.store.rows.shape[1]
+    settings |= recipe | {"image_size": side, "classes": data.labels, "processes": args.processes}
+    # Last, since classes and size change it as well, and they are what a user can give again: another version's network
+    return settings | {"network": utils.count_parameters(len(data.labels), side)}
 
 
 def file_list(args, data):
