@@ -96,6 +96,10 @@ class PictureError(Exception):
     """A file that gives no picture; the text is the reason, without the file's name."""
 
 
+class RefusedError(PictureError):
+    """A file that cannot be read, or that holds a picture too large or too slow to be decoded: no film either."""
+
+
 def say(text):
     """Print one line on stdout at once, so that a program reading it never waits."""
     put = tqdm.tqdm.write if sys.stdout.isatty() else print  # on a terminal a progress bar makes room for the line
@@ -392,7 +396,7 @@ def read_picture(path):
             data = file.read()
         return data, open_picture(data)
     except OSError as error:
-        raise PictureError(error.strerror or str(error)) from None
+        raise RefusedError(error.strerror or str(error)) from None
 
 
 def open_picture(data):
@@ -404,10 +408,10 @@ def open_picture(data):
     with picture_errors():
         file = io.BytesIO(data) if isinstance(data, bytes) else data
         if count_strips(file) > MAX_STRIPS:
-            raise PictureError("too many strips or tiles")
+            raise RefusedError("too many strips or tiles")
         image = Image.open(file, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
-            raise PictureError(f"larger than {MAX_PIXELS:,} pixels")
+            raise RefusedError(f"larger than {MAX_PIXELS:,} pixels")
         if isinstance(data, bytes):
             refuse_traps(image, data)
         return image
@@ -447,7 +451,7 @@ def refuse_traps(image, data):
     if kind == "TIFF" and 322 in image.tag_v2:
         slow |= float(image.tag_v2[322]) * image.tag_v2[323] > 4 * max(pixels, STRIPE)
     if slow:
-        raise PictureError("would take minutes or gigabytes to decode: save it in another format")
+        raise RefusedError("would take minutes or gigabytes to decode: save it in another format")
 
 
 @contextlib.contextmanager
@@ -712,9 +716,19 @@ def is_ours(prefix):
 def load_model(prefix):
     """Load a model of ours: returns (Keras model, info) with info as given to `save_model`.
 
-    Safe with files from strangers: no class named in a file is ever looked up. The network is built
-    here, from numbers checked first; sizes, JSON, labels and HDF5 shapes are checked before TensorFlow
-    is imported. What is trusted is h5py with libhdf5. Raises UserError for anything that is not whole.
+    Safe with files from strangers: no class named in a file is ever looked up. The network is built here, from
+    numbers checked first. Raises UserError for anything that is not whole.
+    """
+    info = check_model(prefix)
+    model = build_network(len(info["labels"]), info["image_size"])
+    load_weights(model, trio(prefix)[0])
+    return model, info
+
+
+def check_model(prefix):
+    """Check the three files of a model without TensorFlow: sizes, JSON, labels, HDF5 shapes. Returns its info.
+
+    What is trusted is h5py with libhdf5. Raises UserError for anything that is not whole.
     """
     weights, architecture, labels_path = trio(prefix)
     texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
@@ -735,9 +749,7 @@ def load_model(prefix):
     known = good and info.get("labels") == labels and info["image_size"] == side
     if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
         raise UserError(f"{escape(weights)}: what belongs to the model is damaged in it: train again")
-    model = build_network(len(labels), side)
-    load_weights(model, weights)
-    return model, info
+    return info
 
 
 def load_weights(model, path):

@@ -131,8 +131,7 @@ class State:
     smallest: int = 0  # face looked for, pixels
     tracks: list = field(default_factory=list)
     following: int = 0  # number of the next track
-    number: int = -1  # of the frame
-    step: int = 1  # how many frames it is after the one before: more than 1 where a camera is too fast
+    number: int = -1  # of the frame handled before, which is not the last one where a camera is too fast
     scanned: int = 0  # frame in which the whole picture was last searched
 
     # what is shown and written
@@ -209,13 +208,15 @@ def source_kind(source):
         _, image = utils.read_picture(path)
         with utils.picture_errors():
             return "film" if image.format == "GIF" and image.is_animated else "picture"
+    except utils.RefusedError as reason:  # FFmpeg would read some of these
+        raise utils.UserError(f"--source {utils.escape(source)}: {reason}: give another one") from None
     except utils.PictureError:
         return "film"
 
 
 def check_output(option, path, source, kind):
     """Raise UserError before any work where --output or --save-faces cannot be; warn where a file is replaced."""
-    inside = kind in ("film", "picture", "folder") and utils.is_inside(path, Path(source))
+    inside = kind not in LIVE and utils.is_inside(path, Path(source))
     endings = PICTURES if kind == "picture" else tuple(FILMS)
     folder = option == "--save-faces" or kind == "folder"
     if folder:
@@ -245,15 +246,15 @@ def prepare(args, kind):
     state = State(args, kind, run=run_name(args.source, kind))
     if not args.whole_picture:
         state.cascade = load_cascade()
-    if kind != "camera":
+    if args.model and kind == "camera":  # shown while the rest is loaded
+        utils.check_model(args.model)
+    elif args.model:
         load_network(state)
     return state
 
 
 def load_network(state):
-    """Load the model, if one is given. A camera is shown meanwhile, and tagged from then on."""
-    if not state.args.model:
-        return
+    """Load the model. A camera is shown meanwhile, and tagged from then on."""
     network, info = utils.load_model(state.args.model)
     state.labels, state.side = info["labels"], info["image_size"]
     state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
@@ -305,7 +306,7 @@ def find(cascade, grey, scale, smallest, largest=0):
         return []
     least, most = ((round(side * scale),) * 2 for side in (smallest, largest))
     boxes, counts = cascade.detectMultiScale2(grey, FACTOR, OLD_NEIGHBOURS, minSize=least, maxSize=most)
-    return [(tuple(round(float(v) / scale) for v in box), int(count)) for box, count in zip(boxes, counts)]
+    return [(tuple(round(v / scale) for v in box), int(count)) for box, count in zip(boxes, counts)]
 
 
 def find_twice(cascade, grey, scale, smallest):
@@ -368,7 +369,7 @@ def follow(state, frame, number):
         calm = overlap(box, track.box) > CALM
         track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
         track.seen = number
-    tracks = [track for track in state.tracks if number - track.seen <= max(HOLD, min(2 * state.step - 1, LIVE_FPS))]
+    tracks = [t for t in state.tracks if number - t.seen <= (LIVE_FPS if t.seen == state.number else HOLD)]
     for box, count in sorted(found):
         if count >= NEW_NEIGHBOURS and all(overlap(box, track.box) < OVERLAP for track in tracks):
             tracks.append(Track(state.following, box, number))
@@ -394,18 +395,16 @@ def cut(state, frame, box):
     if not state.args.whole_picture:
         x, y, w, h = box
         frame = utils.crop_square(frame, x + w / 2, y + h / 2, state.args.context * w)
-    return np.ascontiguousarray(frame[..., ::-1])
+    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
-def network_input(state, frame, box):
-    """Return what the network gets, uint8 (side, side, 3): just what training would read from the file kept."""
+def file_to_keep(state, frame, box):
+    """Return the bytes that --save-faces keeps: a crop as JPEG; with --whole-picture the picture's own file."""
     if state.picture and state.args.whole_picture:
-        data = state.picture[1]
-    else:
-        file = io.BytesIO()
-        utils.save_jpeg(file, cut(state, frame, box))
-        data = file.getvalue()
-    return utils.square(utils.open_picture(data), state.side)
+        return state.picture[1]
+    file = io.BytesIO()
+    utils.save_jpeg(file, cut(state, frame, box))
+    return file.getvalue()
 
 
 def refresh(state, frame, number, moment):
@@ -418,7 +417,8 @@ def refresh(state, frame, number, moment):
         due = sorted(due, key=lambda t: t.classified)[:MAX_BATCH]
     if due:
         start = time.perf_counter()
-        inputs = np.stack([network_input(state, frame, track.box) for track in due])
+        files = [file_to_keep(state, frame, track.box) for track in due]  # so it gets just what training would read
+        inputs = np.stack([utils.square(utils.open_picture(data), state.side) for data in files])
         least = 2 if state.picture else 1  # a batch of one differs in the last bits from what evaluation computes
         size = max(least, min(MAX_BATCH, 1 << (len(due) - 1).bit_length()))
         for track, p in zip(due, utils.predict(state.model, inputs, size)):
@@ -444,7 +444,6 @@ def name_tracks(state):
 def handle(state, frame, number, moment):
     """Do all that is done with a frame: find, classify, print, keep. frame: uint8 BGR (h, w, 3); moment: seconds."""
     (height, width, _), handled = frame.shape, state.counts["frames"]
-    state.step, state.number = number - state.number, number
     if frame.shape != state.shape or state.picture:  # the first frame, another picture, a film that changes its size
         state.shape, state.tracks, state.scanned = frame.shape, [], number - SCAN_EVERY
         state.smallest = state.args.min_face or max(40, height // 8)
@@ -464,6 +463,7 @@ def handle(state, frame, number, moment):
     if state.args.save_faces:
         keep_faces(state, frame, number, moment)
     state.counts["frames"] += 1
+    state.number = number
 
 
 COLUMNS = "frame time track x y w h label probability".split()  # of the lines; a folder's have `file` before them
@@ -496,7 +496,7 @@ def keep_faces(state, frame, number, moment):
             state.counts[reason or "saved"] += 1
             if not reason:
                 track.kept, track.look, track.place = moment, look(crop), track.box
-                save_crop(state, crop, number, track)
+                save_crop(state, frame, number, track)
 
 
 def look(crop):
@@ -511,7 +511,7 @@ def reason_against(state, frame, track, crop):
     if min(crop.shape[:2]) < SMALL:
         return "too small"
     x, y, w, h = track.box
-    face = cv2.cvtColor(frame[max(0, y) : y + h, max(0, x) : x + w], cv2.COLOR_BGR2GRAY)
+    face = cv2.cvtColor(frame[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
     face = cv2.resize(face, (FACE_SIDE, FACE_SIDE), interpolation=cv2.INTER_AREA)
     if cv2.Laplacian(face, cv2.CV_64F).var() < BLURRED:
         return "too blurred"
@@ -522,11 +522,8 @@ def reason_against(state, frame, track, crop):
     return None
 
 
-def save_crop(state, crop, number, track):
-    """Save RGB pixels as JPEG, or copy the picture they come from with --whole-picture.
-
-    The name ends in a hash of the content, so that no other crop is ever overwritten.
-    """
+def save_crop(state, frame, number, track):
+    """Save the crop of a track. The name ends in a hash of the content, so that no other one is ever overwritten."""
     folder, run = state.args.save_faces, state.run
     if state.model:
         folder /= state.folders[track.label]
@@ -534,15 +531,14 @@ def save_crop(state, crop, number, track):
     if run:
         folder /= utils.folder_names([run])[run]
     folder.mkdir(parents=True, exist_ok=True)
-    path, data = state.picture or (None, None)
-    copy = path and state.args.whole_picture
-    stem = utils.folder_names([path.stem[:40]])[path.stem[:40]] if path else f"{number:06d}"
-    digest = hashlib.sha256(data if copy else crop.tobytes()).hexdigest()[:10]
-    with utils.whole_file(folder / f"{stem}-{track.number}-{digest}{path.suffix.lower() if copy else '.jpg'}") as part:
-        if copy:
-            part.write_bytes(data)
-        else:
-            utils.save_jpeg(part, crop)
+    data, stem, ending = file_to_keep(state, frame, track.box), f"{number:06d}", ".jpg"
+    if state.picture:
+        path = state.picture[0]
+        stem = utils.folder_names([path.stem[:40]])[path.stem[:40]]
+        ending = path.suffix.lower() if state.args.whole_picture else ".jpg"
+    name = f"{stem}-{track.number}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
+    with utils.whole_file(folder / name) as part:
+        part.write_bytes(data)
 
 
 def run_name(source, kind):
@@ -690,8 +686,7 @@ def film_output(state):
             size, code = image.size, FILMS[path.suffix.lower()]
             if not film.open(opencv_name(part), cv2.VideoWriter.fourcc(*code), state.fps, size):
                 raise utils.UserError(f"{shown}: no codec for it here: try .avi")
-        image = image if image.size == size else ImageOps.pad(image, size)  # films may change their size
-        film.write(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR))
+        film.write(cv2.cvtColor(np.asarray(ImageOps.pad(image, size)), cv2.COLOR_RGB2BGR))  # films may change size
 
     with utils.whole_file(path) as part:
         state.write = write
@@ -720,9 +715,7 @@ def tag_film(state):
     for number in numbers:
         good, frame = capture.read()
         if not good:
-            if 0 < number < 0.9 * total < 10**7:  # some count too many
-                name = utils.escape(state.args.source)
-                utils.warn(f"{name}: broke off after {number} of {total} frames: its end may be missing")
+            warn_if_cut(utils.escape(state.args.source), number, total)
             break
         told = max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)  # 0 in raw streams and at the end of some AVIs
         before, moment = moment, told if told > moment else moment + 1 / state.fps
@@ -733,6 +726,12 @@ def tag_film(state):
             break
     if not state.counts["frames"]:
         raise utils.UserError(f"--source {utils.escape(state.args.source)}: no frame can be read: give another file")
+
+
+def warn_if_cut(name, number, total):
+    """Warn where a film broke off: some count too many frames, and what the file says may be nonsense."""
+    if 0 < number < 0.9 * total < 10**7:
+        utils.warn(f"{name}: broke off after {number} of {total:.0f} frames: its end may be missing")
 
 
 def tag_pictures(state):
@@ -769,12 +768,10 @@ def picture_output(state, path):
         return state.args.output
     target = state.args.output / path.relative_to(state.args.source)
     if target.suffix.lower() not in PICTURES:
-        name, ending = path.stem, path.suffix
-        if len(os.fsencode(path.name)) > 240:  # with what is added, a name has at most 255 bytes
-            name, ending = f"{name[:40]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}", ending[:10]
-        elif path.with_name(f"{path.name}.jpg").exists():  # what some converters make of it
-            name += " (2)"
-        target = target.with_name(f"{name}{ending}.jpg")
+        name = f"{path.name}.jpg"
+        if len(os.fsencode(name)) > 244 or path.with_name(name).exists():  # too long, or another picture's
+            name = f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{path.suffix[:10]}.jpg"
+        target = target.with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
@@ -804,12 +801,12 @@ def tag_live(state):
 
 
 def work_live(state):
-    """Thread: load the model if that is still to be done, then handle the newest frame, again and again."""
+    """Thread: handle the newest frame, again and again. A camera's first frame has the model loaded."""
     try:
-        if not state.model:
-            load_network(state)
         for number, moment, frame in newest_frames(state):
-            if not state.paused:
+            if state.args.model and not state.model:  # only now: where no camera is, this is told at once
+                load_network(state)
+            elif not state.paused:
                 handle(state, frame, number, moment)
     except BaseException:
         state.stop.set()
@@ -817,15 +814,13 @@ def work_live(state):
 
 
 def keep_alive(state):
-    """Wait a little for the next frame; where none comes for long, a window can be closed nevertheless."""
-    if not state.window or not state.shown or time.monotonic() - state.shown[-1] < SILENCE:
-        time.sleep(0.005)
-    elif wait_for_key(5)[1]:
+    """Let a window be closed though no frame comes for long."""
+    if state.window and state.shown and time.monotonic() - state.shown[-1] > SILENCE and wait_for_key(5)[1]:
         state.stop.set()
 
 
-def newest_frames(state, pause=lambda: time.sleep(0.005)):
-    """Yield (number, seconds, frame), each time the newest one, until the source ends. pause: what to do meanwhile."""
+def newest_frames(state, meanwhile=lambda: None):
+    """Yield (number, seconds, frame), each time the newest one, until the source ends. meanwhile: what else to do."""
     done = -1
     while not state.stop.is_set():
         ended, newest = state.ended, state.newest  # in this order: one more may come before the end
@@ -835,7 +830,8 @@ def newest_frames(state, pause=lambda: time.sleep(0.005)):
         elif ended:
             return
         else:
-            pause()
+            time.sleep(0.005)
+            meanwhile()
 
 
 def read_live(state, capture):
@@ -843,40 +839,48 @@ def read_live(state, capture):
 
     A lost source is tried again after each of PAUSES. Raises UserError where none comes (back).
     """
-    source, capture, tries, last = state.args.source, capture or open_live(state), 0, time.monotonic()
+    source, capture, tries = state.args.source, capture or open_live(state), 0
     host = urllib.parse.urlsplit(source).hostname  # never the user, password or query
     name = f"camera {source}" if state.kind == "camera" else f"stream {utils.escape(host)}"
     try:
         while not state.stop.is_set():
-            good, frame = capture.read()
-            number, now = state.newest[0] + 1, time.monotonic()
-            if good and frame is not None and frame.size:
-                tries, last, state.start = 0, now, state.start or now
-                state.newest = number, now - state.start, frame
-                # a served film comes faster than it plays
-                if state.kind == "stream" and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
-                    ahead = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - (now - state.start)
-                    state.stop.wait(min(1.0, max(0.0, ahead)))
-            elif state.stop.is_set():
+            tries = 0 if read_frames(state, capture) else tries
+            number, total = state.newest[0] + 1, capture.get(cv2.CAP_PROP_FRAME_COUNT)
+            if state.stop.is_set():
                 return
-            elif number and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:  # a film, and some count too many
-                count = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-                if number < 0.9 * count:
-                    utils.warn(f"{name}: broke off after {number} of {count:.0f} frames: try again")
+            if number and total > 0:  # a film
+                warn_if_cut(name, number, total)
                 return
-            elif capture.isOpened() and now - last < EMPTY:
-                state.stop.wait(0.02)
-            elif not number:
+            if not number:
                 raise utils.UserError(f"{name}: {NO_PICTURE[state.kind]}{other_cameras(state)}")
-            elif tries == len(PAUSES):
+            if tries == len(PAUSES):
                 raise utils.UserError(f"{name}: lost, and {tries} tries did not bring it back: check it and try again")
-            else:
-                utils.warn(f"{name}: lost: trying again in {PAUSES[tries]} s")
-                capture.release()
-                state.stop.wait(PAUSES[tries])
-                capture, tries, last = open_live(state), tries + 1, time.monotonic()
+            utils.warn(f"{name}: lost: trying again in {PAUSES[tries]} s")
+            capture.release()
+            state.stop.wait(PAUSES[tries])
+            capture, tries = open_live(state), tries + 1
     finally:
         state.ended = True
+
+
+def read_frames(state, capture):
+    """Keep the newest frame until the source is to stop, or gives none for EMPTY seconds. Says whether any came."""
+    came, last = False, time.monotonic()
+    while not state.stop.is_set():
+        good, frame = capture.read()
+        now = time.monotonic()
+        if good:
+            came, last, state.start = True, now, state.start or now
+            state.newest = state.newest[0] + 1, now - state.start, frame
+            # a served film comes faster than it plays
+            if state.kind == "stream" and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+                ahead = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - (now - state.start)
+                state.stop.wait(min(1.0, max(0.0, ahead)))
+        elif capture.isOpened() and now - last < EMPTY and not capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+            state.stop.wait(0.02)
+        else:
+            break
+    return came
 
 
 def other_cameras(state):
@@ -932,7 +936,7 @@ def next_command(state):
     folder = state.args.save_faces
     data = folder if state.model else folder.parent
     classes = [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)] if data.is_dir() else []
-    if len(classes) < 2 and not state.model:
+    if not state.model and (len(classes) < 2 or data == Path()):  # the current folder may hold anything
         return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}"
     names = [shlex.quote(utils.escape(name)) for name in (data, state.args.model or "model")]
     return f"next: python train.py {' '.join(names)}"

@@ -582,9 +582,11 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("model --min-face 3", 2, "3 is not between 24"),
     ("model --context 0", 2, "0 is not between"),
     ("model --source film.mp4", 1, "error: model.json: no such file"),
+    ("model --source 97", 1, "error: model.json: no such file"),
     ("--save-faces faces --source missing.mp4", 1, "error: --source missing.mp4: no such file"),
     ("--save-faces faces --source empty.mp4", 1, "error: --source empty.mp4: is empty"),
     ("--save-faces faces --source notes.txt", 1, "error: --source notes.txt: no frame can be read"),
+    ("--save-faces faces --source huge.png", 1, "error: --source huge.png: larger than 178,956,970 pixels"),
     ("--save-faces faces --source nothing", 1, "error: --source nothing: no picture in it can be read"),
     ("--save-faces faces --source 97", 1, "error: camera 97: no picture comes from it"),
     ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: stream 127.0.0.1: no picture comes from there"),
@@ -601,6 +603,7 @@ def test_mistakes_are_told_in_one_line(tmp_path, film, arguments, code, message)
     os.link(tmp_path / "film.mp4", tmp_path / "twin.mp4")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "notes.txt").write_text("no film")
+    Image.new("1", (14000, 14000)).save(tmp_path / "huge.png")
     (tmp_path / "nothing").mkdir()
     (tmp_path / "photos").mkdir()
     done = tag(tmp_path, *arguments.split())
