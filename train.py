@@ -101,7 +101,7 @@ Run = namedtuple("Run", "args recipe data nets rings")
 
 # ---------------------------------------------------------------- arguments
 # A new option: README.md must name it. A number of the recipe stands in FINE_TUNING, FROM_SCRATCH and the list below.
-# What else changes the result belongs in settings_of, what changes the features in made_from of open_rings.
+# What else changes the result belongs in settings_of, what changes the features in made_from of cache_name.
 
 
 def parse_arguments():
@@ -200,7 +200,7 @@ def read_pictures(args, side):
     for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
         if pixels is not None and store is not None:
             write_rows(store, [n], pixels[None])
-        found.append((n, digest and digest.hex(), look if digest is None else look.hex()))
+        found.append((n, digest, look))
     pictures, skipped = [], 0
     for n, digest, look in sorted(row for rows in exchange(args, found) for row in rows):
         path, label = files[n]
@@ -208,14 +208,14 @@ def read_pictures(args, side):
             utils.warn(f"{utils.escape(path)}: skipped: {look}")
             skipped += 1
         else:
-            pictures.append(Picture(path, label, bytes.fromhex(digest), bytes.fromhex(look), n))
+            pictures.append(Picture(path, label, bytes.fromhex(digest), look, n))
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
     return pictures, skipped, store
 
 
 def read_picture(path, side):
-    """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash), or (None, None, reason)."""
+    """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash: text), or (None, None, reason)."""
     import cv2
 
     try:
@@ -226,15 +226,15 @@ def read_picture(path, side):
     except utils.PictureError as reason:
         return None, None, str(reason)
     grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
-    look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()  # 64 bits: equal for near copies
-    return pixels, hashlib.sha256(data).digest(), look
+    look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()  # 64 bits: equal for near copies
+    return pixels, hashlib.sha256(data).hexdigest(), look
 
 
 # ---------------------------------------------------------------- file list → split
 
 
 def group_pictures(pictures, data_dir, by_folder):
-    """Return lists of indices of pictures that must stay together: equal bytes; with by_folder, one folder.
+    """Return sets of indices of pictures that must stay together: equal bytes; with by_folder, one folder.
 
     Warns where the same bytes lie under two classes.
     """
@@ -251,7 +251,7 @@ def group_pictures(pictures, data_dir, by_folder):
         twin = pictures[first[picture.digest]]
         if twin.label != picture.label:
             utils.warn(f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class")
-    return [sorted(group) for group in together.subsets()]
+    return together.subsets()
 
 
 def split(pictures, groups, fraction, seed):
@@ -281,7 +281,7 @@ def split(pictures, groups, fraction, seed):
     if not chosen:
         raise utils.UserError("no class can be divided into training and validation: add pictures to each class")
     validation = sorted(i for g in chosen for i in groups[g])
-    return np.array(sorted(set(range(len(pictures))) - set(validation))), np.array(validation)
+    return np.setdiff1d(np.arange(len(pictures)), validation), np.array(validation)
 
 
 def warn_as_a_colleague(pictures, train, validation):
@@ -409,6 +409,11 @@ def make_views(run, pairs):
     return np.stack(views)
 
 
+def in_batches(items, size=PASS_BATCH):
+    """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def training_views(seed, train, start, stop):
     """Return [(index, view)] of places start..stop in the endless sequence in which views are made.
 
@@ -441,7 +446,7 @@ def fill_ring(run, ring, trunk, wanted, label):
     """
     keys = [view_key(run.data.pictures, *pair) for pair in wanted]
     missing = claim_slots(ring, keys)
-    batches = [missing[i : i + PASS_BATCH] for i in range(0, len(missing), PASS_BATCH)]
+    batches = in_batches(missing)
 
     def pass_on(pixels):
         """Return what the ring keeps of a batch of views."""
@@ -464,10 +469,10 @@ def fill_ring(run, ring, trunk, wanted, label):
 
 
 def predict_views(run, model, ring, pairs):
-    """Predict for the features of (index, view) pairs that a ring holds. Returns float32 (n, classes or units)."""
+    """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
     slots = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
-    chunks = [slots[i : i + PASS_BATCH] for i in range(0, len(slots), PASS_BATCH)]
-    return np.concatenate([utils.predict(model, ring.features.rows[chunk], PASS_BATCH) for chunk in chunks])
+    parts = [utils.predict(model, ring.features.rows[some], PASS_BATCH) for some in in_batches(slots)]
+    return np.split(np.concatenate(parts), [2048], axis=1)
 
 
 # ---------------------------------------------------------------- the network
@@ -506,21 +511,12 @@ def find_weights(args):
         utils.check_hdf5(Path(args.weights), utils.BASE_PARAMETERS)
         return Path(args.weights), []
     keras, name = utils.import_keras(), IMAGENET.rpartition("/")[2]
-    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
-    if not sys.stderr.isatty():
-        keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
     try:
-        homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"  # the second if there is no first
-        if not any(Path(home, "models", name).exists() for home in homes):
-            try_connection(IMAGENET)
-        with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
-            return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)), []
+        return download(keras, name), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
         reason = utils.escape(error)[:200]
         if sys.stderr.isatty():
             print(file=sys.stderr)  # Keras's bar has no end of line
-    finally:
-        socket.setdefaulttimeout(None)
     if args.weights == "imagenet":
         raise utils.UserError(f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand: {IMAGENET}")
     return None, [
@@ -529,6 +525,21 @@ def find_weights(args):
         f"to have them, download {IMAGENET}",
         f"on any machine and run again with --weights {name}",
     ]
+
+
+def download(keras, name):
+    """Return the path of Keras's own ImageNet weights, which it keeps under that name. Raises whatever goes wrong."""
+    if not sys.stderr.isatty():
+        keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
+    homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"  # the second if there is no first
+    socket.setdefaulttimeout(DOWNLOAD_SECONDS)
+    try:
+        if not any(Path(home, "models", name).exists() for home in homes):
+            try_connection(IMAGENET)
+        with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
+            return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5))
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def source_of(path):
@@ -649,6 +660,9 @@ def read_data(args, side):
     labels = sorted({picture.label for picture in pictures})
     if len(labels) > utils.MAX_CLASSES:
         raise utils.UserError(f"{len(labels):,} classes: use at most {utils.MAX_CLASSES:,}")
+    longest = max(labels, key=len)
+    if len(longest) > utils.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
+        raise utils.UserError(f"{longest[:60]}…: too long for a class name: rename the folder")
     utils.say(f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped")
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
@@ -668,13 +682,8 @@ def read_data(args, side):
     return Data(pictures, store, train, mine, int(shares.max()), validation, labels, targets, weights)
 
 
-def build_networks(args, path, class_count, side, number_format):
-    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
-
-    path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
-    Where several processes train as one, the network that they train is another one again: only they together
-    can compute with it.
-    """
+def set_up_keras(args, number_format):
+    """Settle on the number format, if it is None, and the devices. Returns both."""
     keras = utils.import_keras()
     with utils.output_aside():  # under JAX, Keras imports a chatting TensorFlow when a layer first describes itself
         keras.layers.Identity().get_config()
@@ -687,6 +696,18 @@ def build_networks(args, path, class_count, side, number_format):
         devices = devices[: 1 << (len(devices).bit_length() - 1)]  # a power of two divides PASS_BATCH
         if len(devices) > 1 and keras.config.backend() == "jax":
             keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
+    return number_format, devices
+
+
+def build_networks(args, path, class_count, side, number_format):
+    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
+
+    path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
+    Where several processes train as one, the network that they train is another one again: only they together
+    can compute with it.
+    """
+    keras = utils.import_keras()
+    number_format, devices = set_up_keras(args, number_format)
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     network = utils.build_network(class_count, side)
@@ -707,9 +728,16 @@ def build_networks(args, path, class_count, side, number_format):
         with together():
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
-    utils.compiled(full.head)
     layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
     return Nets(network, full, fast, layout, number_format, source_of(path), devices, together)
+
+
+def cache_name(args, nets, square, kind):
+    """Return how the names of the cache's files begin: features made in another way lie in other files."""
+    views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
+    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend
+    name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+    return f"{name}-{args.process}-of-{args.processes}" if args.processes > 1 else name
 
 
 def open_rings(args, data, nets, recipe):
@@ -735,10 +763,7 @@ def open_rings(args, data, nets, recipe):
     if slots < 2 * len(data.mine):
         fitted = f"the last layer is fitted on {slots // 2} of {len(data.mine)} pictures"
         utils.warn(f"--cache-gb {args.cache_gb:g}: {fitted}: give more if you can")
-    views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
-    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend
-    name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    name += f"-{args.process}-of-{args.processes}" if args.processes > 1 else ""
+    name = cache_name(args, nets, square, kind)
     return Rings(
         open_ring(args, f"{name}-views", slots, cut, kind),
         open_ring(args, f"{name}-plain", scored, cut, plain_kind),
@@ -784,11 +809,11 @@ def epoch_order(seed, window, slot_of, round_number, epoch):
     return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
 
 
-def train_epochs(run, model, rows, slot_of, window, number, validate):
+def train_epochs(run, model, rows, slot_of, window, number, validation):
     """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
 
-    rows, slot_of: where the features of a view (index, view) lie. validate: gives the probabilities of the
-    augmented validation pictures, (n, classes).
+    rows, slot_of: where the features of a view (index, view) lie. validation: gives the pooled features (n, 2048) of
+    the augmented validation pictures, which the float32 network scores with the last layer that is trained.
     """
     data, history = run.data, []
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
@@ -799,7 +824,9 @@ def train_epochs(run, model, rows, slot_of, window, number, validate):
         logs = train_epoch(run, model, rows, order, targets, name)
         if run.args.process:
             continue  # the first one scores
-        probabilities, actual = validate(), data.targets[data.validation]
+        bring_up(run.nets)
+        units, actual = hidden_units(run, validation()), data.targets[data.validation]
+        probabilities = answers(units, run.nets.full.top.get_layer("trained").get_weights())
         logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
@@ -814,38 +841,28 @@ def train_head(run, window):
     """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
     args, _, data, nets, rings = run
     pooled = open_store(args, None, len(window), (2048,), "float32")
-    for start in range(0, len(window), PASS_BATCH):
-        chunk = window[start : start + PASS_BATCH]
-        features = predict_views(run, nets.fast.pool, rings.views, chunk)[:, :2048]
-        write_rows(pooled, range(start, start + len(chunk)), features)
+    for places in in_batches(range(len(window))):
+        features, _ = predict_views(run, nets.fast.pool, rings.views, [window[n] for n in places])
+        write_rows(pooled, places, features)
     if args.process == 0:
-        shaken = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
-        validation = shaken[:, :2048]
+        validation, _ = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
     place = {pair: n for n, pair in enumerate(window)}
-    model = nets.fast.head
-    prepare(run, model)
-
-    def validate():
-        """Score the float32 layers, which are others than those trained in bfloat16 or by several processes."""
-        if nets.full.head is not model:
-            nets.full.head.set_weights(model.get_weights())
-        return utils.predict(nets.full.head, validation, PASS_BATCH)
-
-    return train_epochs(run, model, pooled.rows, lambda i, v: place[i, v], window, 0, validate)
+    prepare(run, nets.fast.head)
+    return train_epochs(run, nets.fast.head, pooled.rows, lambda i, v: place[i, v], window, 0, lambda: validation)
 
 
 def train_top(run, window, number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
-
-    def validate():
-        """Score the augmented pictures with the float32 network and the last layer that is trained."""
-        bring_up(run.nets)
-        pooled = predict_views(run, run.nets.full.pool, run.rings.shaken, [(i, 0) for i in run.data.validation])
-        return answers(hidden_units(run, pooled[:, :2048]), run.nets.full.top.get_layer("trained").get_weights())
-
-    model, ring, pictures = run.nets.fast.top, run.rings.views, run.data.pictures
+    _, _, data, nets, rings = run
+    ring, shaken = rings.views, [(i, 0) for i in data.validation]
     return train_epochs(
-        run, model, ring.features.rows, lambda i, v: ring.slots[view_key(pictures, i, v)], window, number, validate
+        run,
+        nets.fast.top,
+        ring.features.rows,
+        lambda i, v: ring.slots[view_key(data.pictures, i, v)],
+        window,
+        number,
+        lambda: predict_views(run, nets.full.pool, rings.shaken, shaken)[0],
     )
 
 
@@ -866,11 +883,9 @@ def last_units(run, ring, indices, view):
 
     Parts: the hidden units, the middle (zeros where the feature maps come after it), the layout.
     """
-    chunks = [indices[i : i + PASS_BATCH] for i in range(0, len(indices), PASS_BATCH)]
-    views = (make_views(run, [(i, view) for i in chunk]) for chunk in chunks)
+    views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices))
     layout = np.concatenate([utils.predict(run.nets.layout, pixels, PASS_BATCH) for pixels in views])
-    pooled = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
-    pooled, middle = np.split(pooled, [2048], axis=1)
+    pooled, middle = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     if not middle.size:
         middle = np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32")
     return hidden_units(run, pooled), middle, layout
@@ -896,8 +911,7 @@ def fit_parts(run, window):
     indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
-    for start in range(0, len(indices), 16 * PASS_BATCH):
-        chunk = indices[start : start + 16 * PASS_BATCH]
+    for chunk in in_batches(indices, 16 * PASS_BATCH):
         y = data.targets[chunk, None] == np.arange(len(data.labels))
         for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
             x = np.column_stack([part, np.ones(len(chunk))])
@@ -949,15 +963,7 @@ def train_rounds(run, state):
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
             save_state(run, state)
-            write_history(args, state)
     return state
-
-
-def write_history(args, state):
-    """Write model-history.csv: a row an epoch, whose keys are the columns."""
-    columns = list(state["history"][-1])
-    rows = [[row.get(name, "") for name in columns] for row in state["history"]]
-    utils.write_csv(f"{args.model}-history.csv", columns, rows)
 
 
 def ring_window(run, number):
@@ -983,9 +989,10 @@ def choose_last_layer(run, fits):
     augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
     for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
         kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
-        layers.append((kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))))
-    last = max(layers, key=lambda one: (answers(plain, one).argmax(1) == run.data.targets[indices]).sum())
-    return last, answers(plain, last), answers(augmented, last)
+        last = kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))
+        layers.append((last, answers(plain, last)))
+    last, best = max(layers, key=lambda one: (one[1].argmax(1) == run.data.targets[indices]).sum())
+    return last, best, answers(augmented, last)
 
 
 def finish_round(run, number, rows, fits, best):
@@ -994,7 +1001,7 @@ def finish_round(run, number, rows, fits, best):
     fits: of the last layer, from `fit_parts`. best: {"round", "right", "loss"} of the best so far, or None. Returns the
     best now.
     """
-    args, _, data, nets, _ = run
+    args, _, data, _, _ = run
     last, plain, augmented = choose_last_layer(run, fits)
     actual = data.targets[data.validation]
     right = int((plain.argmax(1) == actual).sum())
@@ -1012,15 +1019,22 @@ def finish_round(run, number, rows, fits, best):
     loss = log_loss(np.concatenate([calibrated, shaken]), np.concatenate([actual, actual]))  # breaks ties
     if best and (right, -loss) <= (best["right"], -best["loss"]):
         return best
+    save_round(run, number, right, last, temperature, choose_threshold(calibrated, actual))
+    return {"round": number, "right": right, "loss": loss}
+
+
+def save_round(run, number, right, last, temperature, threshold):
+    """Save the model with its new last layer, and what must travel with it."""
+    args, _, data, nets, _ = run
     info = {
         "labels": data.labels,
         "image_size": data.store.rows.shape[1],
         "round": number,
         "temperature": temperature,
-        "threshold": choose_threshold(calibrated, actual),
+        "threshold": threshold,
         "weights": nets.source,
-        "accuracy": right / len(actual),
-        "interval": interval(right, len(actual)),
+        "accuracy": right / len(data.validation),
+        "interval": interval(right, len(data.validation)),
         "number_format": nets.number_format,
         "seed": args.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -1028,7 +1042,6 @@ def finish_round(run, number, rows, fits, best):
     }
     nets.network.get_layer("probabilities").set_weights([array / temperature for array in last])
     utils.save_model(nets.network, info, args.model)
-    return {"round": number, "right": right, "loss": loss}
 
 
 # ---------------------------------------------------------------- calibration and scores
@@ -1105,7 +1118,7 @@ def check_outputs(args):
     if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
         raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
     # Keras reads names in .weights.h5 as another format; `m-labels.json`, say, belongs to the model `m`
-    ends = (".weights", "-labels", "-resume", "-resume-files", "-evaluate")
+    ends = (".weights", "-labels", "-resume", "-evaluate")
     if not args.evaluate and args.model.endswith(ends):
         raise utils.UserError(f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}")
     if not args.evaluate and not utils.is_ours(args.model):
@@ -1150,7 +1163,7 @@ def remove_unfinished(prefix):
     """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
     folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
     ends = (".h5 .json -labels.json -history.csv -report.png -mistakes.csv -evaluate.csv -evaluate-report.png "
-            "-resume.json -resume-files.json -resume.*.npy").split()  # fmt: skip
+            "-resume.json -resume-files.txt -resume.0.npy -resume.1.npy").split()  # fmt: skip
     for stem, _, kind in (end.rpartition(".") for end in ends):
         for path in folder.glob(f".{name}{stem}-unfinished-*.{kind}"):
             path.unlink()
@@ -1165,8 +1178,7 @@ def score_saved(args, model, data, what):
     rows of PREDICTION_COLUMNS, a title for pictures).
     """
     actual = data.targets[data.validation]
-    rows = [data.pictures[i].row for i in data.validation]
-    chunks = [rows[i : i + PASS_BATCH] for i in range(0, len(rows), PASS_BATCH)]
+    chunks = in_batches([data.pictures[i].row for i in data.validation])
     utils.compiled(model)
     shown = utils.progress(chunks, len(chunks), "scoring")
     probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in shown])
@@ -1184,7 +1196,6 @@ def score_saved(args, model, data, what):
 def report(run, state):
     """Score the saved files; print `best:`, write mistakes and report, say what is next. Returns the accuracy."""
     args, _, data, _, _ = run
-    write_history(args, state)  # again: a kill may have come between the last state and its rows
     model, info = utils.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
     probabilities, accuracy, rows, title = score_saved(args, model, data, what)
@@ -1213,7 +1224,7 @@ def tell_what_next(args, info, rows):
     lines.append(f"    python webcam.py {shlex.quote(name)}")
     lines.append("or, if these are not faces, the same with --whole-picture.")
     if args.cache_dir and args.cache_dir.exists():
-        stats = [path.lstat() for path in args.cache_dir.iterdir()]
+        stats = [path.lstat() for end in ("features", "keys") for path in args.cache_dir.glob(f"*.{end}")]
         size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
         folder = shlex.quote(utils.escape(args.cache_dir))
         lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
@@ -1224,9 +1235,10 @@ def tell_what_next(args, info, rows):
 # ---------------------------------------------------------------- stop and go on
 
 
-def state_files(prefix, number="*"):
-    """Return the paths of what --resume needs: facts as JSON, the files of the split, the numbers of a round."""
-    return Path(f"{prefix}-resume.json"), Path(f"{prefix}-resume-files.json"), Path(f"{prefix}-resume.{number}.npy")
+def state_files(prefix, number=0):
+    """Return the paths of what --resume needs: facts as JSON, the files, the numbers of a round, of the one before."""
+    ends = ".json", "-files.txt", f".{number % 2}.npy", f".{1 - number % 2}.npy"  # by turns
+    return [Path(f"{prefix}-resume{end}") for end in ends]
 
 
 def settings_of(args, recipe, data):
@@ -1234,17 +1246,15 @@ def settings_of(args, recipe, data):
     names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32 cache_gb".split()
     settings = {name: getattr(args, name) for name in names}
     side = data.store.rows.shape[1]
-    settings |= recipe | {"image_size": side, "classes": data.labels, "processes": args.processes}
-    # Last, since classes and size change it as well, and they are what a user can give again: another version's network
-    return settings | {"network": utils.count_parameters(len(data.labels), side)}
+    settings |= recipe | {"image_size": side, "processes": args.processes}
+    # Last, since what a user can give again changes these as well: how another version divides, and its network
+    return settings | {"split": zlib.crc32(data.validation), "network": utils.count_parameters(len(data.labels), side)}
 
 
 def file_list(args, data):
-    """Return [[file below data_dir, SHA-256, side of the split]] of all pictures used."""
-    validation = set(data.validation.tolist())
-    sides = ["validation" if i in validation else "train" for i in range(len(data.pictures))]
-    names = (picture.path.relative_to(args.data_dir).as_posix() for picture in data.pictures)
-    return [[utils.escape(n), p.digest.hex(), side] for n, p, side in zip(names, data.pictures, sides)]
+    """Return a line for each picture used, as UTF-8: the file below data_dir and its SHA-256."""
+    names = (utils.escape(picture.path.relative_to(args.data_dir).as_posix()) for picture in data.pictures)
+    return "\n".join(f"{name} {p.digest.hex()}" for name, p in zip(names, data.pictures)).encode()
 
 
 def training_variables(run):
@@ -1254,25 +1264,25 @@ def training_variables(run):
 
 
 def save_state(run, state):
-    """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
-    facts, files, numbers = state_files(run.args.model, state["round"])
+    """Save history and state after a whole round. The rename of the JSON is the commit; it names its numbers."""
+    rows = state["history"]
+    utils.write_csv(f"{run.args.model}-history.csv", list(rows[0]), [row.values() for row in rows])
+    facts, files, numbers, old = state_files(run.args.model, state["round"])
     flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in training_variables(run)])
     with utils.whole_file(numbers) as part:
         np.save(part, flat)
     if not files.exists():
         with utils.whole_file(files) as part:
-            part.write_text(json.dumps(file_list(run.args, run.data)))
+            part.write_bytes(file_list(run.args, run.data))
     more = {"settings": settings_of(run.args, run.recipe, run.data), "number_format": run.nets.number_format}
     with utils.whole_file(facts) as part:
         part.write_text(json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)}))
-    for old in numbers.parent.glob(f"{glob.escape(facts.stem)}.*.npy"):
-        if old != numbers:
-            old.unlink()
+    old.unlink(missing_ok=True)
 
 
 def read_state(args):
     """Return the state of an interrupted run as plain data, or None if there is none. Raises UserError."""
-    facts, _, _ = state_files(args.model)
+    facts = state_files(args.model)[0]
     if not facts.exists():
         utils.say("nothing to resume: starting from the beginning")
         return None
@@ -1301,20 +1311,18 @@ def is_sound(state):
 
 def check_state(args, state, recipe, data):
     """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
-    _, files, _ = state_files(args.model)
+    files = state_files(args.model)[1]
+    before, now = utils.read_capped(files, utils.MAX_JSON * 100), file_list(args, data)
+    if before != now:  # told first: other pictures can change the recipe, too
+        line = min(set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"")
+        name = utils.escape(line.rpartition(b" ")[0].decode(errors="replace"))[:200]
+        raise utils.UserError(f"--resume: the data has changed ({name}): train anew without --resume")
     for name, value in settings_of(args, recipe, data).items():
         if state["settings"].get(name) != value:
             raise utils.UserError(
                 f"--resume: the interrupted run had other {name.replace('_', ' ')} "
                 f"({utils.escape(state['settings'].get(name))[:200]}): give it again, or train anew without --resume"
             )
-    text, now = utils.read_capped(files, utils.MAX_JSON * 100), file_list(args, data)
-    if text != json.dumps(now).encode():
-        before = utils.parse_json(files, text)
-        before = [row for row in before if isinstance(row, list)] if isinstance(before, list) else []
-        old, new = ({tuple(map(str, row[:2])) for row in rows} for rows in (before, now))  # file and hash
-        name = min((old ^ new) or {("the split",)})[0]
-        raise utils.UserError(f"--resume: the data has changed ({utils.escape(name)}): train anew without --resume")
 
 
 def restore_weights(run, state):
@@ -1339,8 +1347,7 @@ def restore_weights(run, state):
 
 def remove_state(prefix):
     """Remove what --resume needs, at the end of a run that needs it no more."""
-    facts, files, _ = state_files(prefix)
-    for path in (facts, files, *facts.parent.glob(f"{glob.escape(facts.stem)}.*.npy")):  # the commit first
+    for path in state_files(prefix):  # the commit first
         path.unlink(missing_ok=True)
 
 
@@ -1494,18 +1501,23 @@ def train(args):
 def main():
     """Read the command line and do what it asks for; several processes each do it in a child. Returns the exit code."""
     args = parse_arguments()
+    if args.dry_run:
+        read_data(args, args.image_size or 75)
+        return 0
+    if args.evaluate:
+        return evaluate(args)
     if args.processes > 1:
         if utils.CHILD not in os.environ:
             return watch(args)
         threading.Thread(target=end_with_parent, daemon=True).start()
     if args.process:
         sys.stdout = open(os.devnull, "w")
+    return train_alone(args)
+
+
+def train_alone(args):
+    """Train where no other run is at work with the same prefix or cache. Returns the exit code."""
     try:
-        if args.dry_run:
-            read_data(args, args.image_size or 75)
-            return 0
-        if args.evaluate:
-            return evaluate(args)
         check_outputs(args)
         with contextlib.ExitStack() as locks:
             if args.process == 0:
@@ -1515,7 +1527,7 @@ def main():
                 locks.enter_context(utils.only_run(args.cache_dir / f"cache-{args.process}.lock"))
             return train(args)
     except KeyboardInterrupt:
-        if not args.evaluate and not args.dry_run and state_files(args.model)[0].exists():
+        if state_files(args.model)[0].exists():
             print("The best whole round is saved; the command that began it, with --resume, goes on.", file=sys.stderr)
         raise
     except RuntimeError as error:  # what JAX raises when a connection breaks

@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import logging
+import mmap
 import os
 import re
 import sqlite3
@@ -27,6 +28,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+INSTALL = "run `pip install -r requirements.txt` in the folder of this script"
 if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     sys.exit(
         f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}: "
@@ -42,7 +44,7 @@ try:
     from PIL import Image, ImageDraw, ImageFont, ImageOps
     from PIL.PngImagePlugin import PngInfo
 except ImportError as absent:
-    sys.exit(f"error: {absent}: run `pip install -r requirements.txt` in the folder of this script")
+    sys.exit(f"error: {absent}: {INSTALL}")
 
 # Rarely used parsers are where the holes are: only these, of those that Pillow knows, are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")  # a new one: think of refuse_traps
@@ -66,6 +68,7 @@ ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JS
 BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
 LAYOUT = 16  # about so many blocks a side make the layout of a picture
 MAX_CLASSES = 10_000
+MAX_LABEL = 255  # characters
 CLASSES = {
     *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
     *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
@@ -73,6 +76,8 @@ CLASSES = {
 }  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
+HEAP = re.compile(rb"GCOL\x01(?=...(.{4}))", re.S)  # begins a piece of an HDF5 file that holds texts; its size
+MAX_TEXTS = 2**29  # bytes of one attribute, whose texts may all be one and the same long one; real ones take 1e8
 
 TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
@@ -122,6 +127,11 @@ def is_shown(character):
     return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
 
 
+def first_line(error):
+    """Return the first line of what a library says about an error, escaped, and short enough for a line of ours."""
+    return escape(str(error).partition("\n")[0] or type(error).__name__)[:200]
+
+
 def csv_cell(name):
     """Return `name` escaped and, where a spreadsheet would take it for a formula, behind an apostrophe."""
     text = escape(name)
@@ -140,16 +150,16 @@ def advice(error):
         errno.ENOENT: "check that the path is right and was not moved meanwhile",
         errno.EMFILE: "close other programs or raise `ulimit -n`",
     }
-    name = f"{escape(error.filename)}: " if error.filename is not None else ""
+    file = error.filename if error.filename2 is None else error.filename2  # of a renaming, the name that people know
+    name = f"{escape(file)}: " if file is not None else ""
     return f"{name}{error.strerror or error}: {hints.get(error.errno, 'check the disk and try again')}"
 
 
 def missing(error):
     """Return one line for an ImportError: what is missing, and what to do."""
-    remedy = "run `pip install -r requirements.txt` in the folder of this script"
     if ".so" in str(error):  # OpenCV's, in a bare container
-        remedy = "run `apt-get install libgl1 libglib2.0-0`, or what your system calls these packages"
-    return f"{error}: {remedy}"
+        return f"{error}: run `apt-get install libgl1 libglib2.0-0`, or what your system calls these packages"
+    return f"{error}: {INSTALL}"
 
 
 def explain(error):
@@ -172,6 +182,8 @@ def run(main):
     0 (or None) done, 1 an expected failure told in one line, 3 from the accuracy gate, 130 Ctrl-C.
     Text that leaves the process is UTF-8, save on a terminal, which gets escapes for what it lacks.
     """
+    # None where it was closed, by `>&-` say
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):
         encoding = stream.encoding if stream.isatty() else "utf-8"
         stream.reconfigure(encoding=encoding, errors="backslashreplace")
@@ -358,18 +370,14 @@ def whole_file(path):
         yield part
         with open(part, "rb+") as file:  # on the disk before its name is: a power cut leaves old or new
             os.fsync(file.fileno())
-        try:
-            os.replace(part, path)
-        except OSError as error:
-            error.filename = path  # on Windows another program may have it open
-            raise
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def write_csv(path, header, rows):
     """Write a CSV file whole: `header` a list of names, `rows` lists of cells (strings are escaped)."""
-    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([csv_cell(c) if isinstance(c, str) else c for c in row] for row in rows)
@@ -418,23 +426,21 @@ def open_picture(data):
 
 
 def count_strips(file):
-    """Return how many strips or tiles an open TIFF file's first directory names, 0 for others; it stays where it is.
+    """Return how many strips or tiles an open TIFF file's first directory names, 0 for others.
 
     Pillow would make a list of all tiles before it looks at how large the picture is.
     """
-    start, most = file.tell(), 0
-    head = file.read(16)
+    head, most = file.read(16), 0
     order = {b"II": "<", b"MM": ">"}.get(head[:2])
     if order and len(head) == 16:
         big = head[2] == 43  # BigTIFF, as Pillow sees it
         kinds = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")
         place, number, entry = (struct.Struct(order + kind) for kind in kinds)
-        file.seek(start + min(place.unpack_from(head, 8 if big else 4)[0], 2**40))
+        file.seek(min(place.unpack_from(head, 8 if big else 4)[0], 2**40))
         count = int.from_bytes(file.read(number.size), "little" if order == "<" else "big")
         data = file.read(min(count, 2**16) * entry.size)
         whole = data[: len(data) // entry.size * entry.size]
         most = max([count, *(n for tag, _, n, _ in entry.iter_unpack(whole) if tag in (273, 324))])
-    file.seek(start)
     return most
 
 
@@ -459,13 +465,12 @@ def picture_errors():
     """Turn whatever Pillow's parsers raise over a broken file into PictureError with the reason."""
     try:
         yield
-    except (PictureError, MemoryError, KeyboardInterrupt):
+    except (PictureError, MemoryError):
         raise
     except Image.UnidentifiedImageError:
         raise PictureError("not a picture of a known format") from None
     except Exception as error:  # parsers raise OSError, SyntaxError, ValueError, struct.error and more
-        reason = escape(str(error) or type(error).__name__).partition("\\n")[0]
-        raise PictureError(f"cannot be decoded ({reason[:100]})") from None
+        raise PictureError(f"cannot be decoded ({first_line(error)})") from None
 
 
 def square(image, side):
@@ -506,7 +511,7 @@ def grey_8_bit(image):
     copy, rows = Image.new("L", image.size), max(1, STRIPE // image.width)
     for top in range(0, image.height, rows):  # in stripes, which take little memory
         part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        grey = np.nan_to_num(np.asarray(part).astype("float32")) * scale
+        grey = np.nan_to_num(np.clip(np.asarray(part).astype("float32"), 0, 2**16)) * scale
         copy.paste(Image.fromarray(np.clip(grey, 0, 255).astype("uint8")), (0, top))
     copy.info.update(image.info)  # what tells how to turn it
     return copy
@@ -563,36 +568,41 @@ def save_jpeg(path, pixels):
 # ---------------------------------------------------------------- the network and its three files
 
 
+@functools.cache
 def import_keras():
     """Import Keras, TensorFlow behind it unless KERAS_BACKEND says otherwise, without start-up chatter.
 
     It takes seconds, so functions ask here rather than at the top of a file. Returns the module.
     Raises UserError if a package is missing.
     """
-    if "keras" not in sys.modules:
-        os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        logging.getLogger("absl").setLevel("ERROR")
-        try:
-            with output_aside():
-                import keras
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("absl").setLevel("ERROR")
+    try:
+        with output_aside():
+            import keras
 
-                if CHILD in os.environ:
-                    import jax
+            if CHILD in os.environ:
+                join_processes(keras)
+            keras.config.set_image_data_format("channels_last")  # whatever a keras.json of long ago says
+            keras.config.set_floatx("float32")
+            keras.ops.zeros(1)  # what the first operation has to say is said here
+    except (ImportError, ValueError) as error:  # ValueError: no such backend
+        raise UserError(
+            f"{error}: {INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: "
+            "there `pip install jax`, then KERAS_BACKEND=jax)"
+        ) from None
+    return keras
 
-                    hosts = os.environ["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(",")
-                    os.environ.setdefault("no_grpc_proxy", ",".join(host.rpartition(":")[0] for host in hosts))
-                    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-                    keras.distribution.initialize()
-                keras.config.set_image_data_format("channels_last")  # whatever a keras.json of long ago says
-                keras.config.set_floatx("float32")
-                keras.ops.zeros(1)  # what the first operation has to say is said here
-        except (ImportError, ValueError) as error:  # ValueError: no such backend
-            raise UserError(
-                f"{error}: run `pip install -r requirements.txt` in the folder of this script (TensorFlow has "
-                "no packages for Intel Macs and Windows on ARM: there `pip install jax`, then KERAS_BACKEND=jax)"
-            ) from None
-    return sys.modules["keras"]
+
+def join_processes(keras):
+    """Make this process one of those that train together; it has to come before Keras's first operation."""
+    import jax
+
+    hosts = os.environ["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(",")
+    os.environ.setdefault("no_grpc_proxy", ",".join(host.rpartition(":")[0] for host in hosts))
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    keras.distribution.initialize()
 
 
 @contextlib.contextmanager
@@ -686,10 +696,8 @@ def save_model(model, info, prefix):
             with h5py.File(weights_part, "a") as file:
                 file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
         except (OSError, RuntimeError, ValueError) as error:  # HDF5 wraps what the system said
-            reason = escape(error).partition("\\n")[0][:200]
-            raise UserError(
-                f"{escape(weights)}: cannot be written ({reason}): free some space, then --resume"
-            ) from None
+            reason = f"cannot be written ({first_line(error)})"
+            raise UserError(f"{escape(weights)}: {reason}: free some space, then --resume") from None
         for path, text in texts.items():
             with whole_file(path) as part:
                 part.write_bytes(text)
@@ -744,7 +752,6 @@ def check_model(prefix):
             "of one training run again, or finish that run with --resume"
         )
     threshold = info.setdefault("threshold", 0.5)
-    info.setdefault("round", 0)
     good = all(type(info.get(name)) is int for name in ("image_size", "round")) and 0 <= info["round"] <= 999
     known = good and info.get("labels") == labels and info["image_size"] == side
     if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
@@ -757,8 +764,8 @@ def load_weights(model, path):
     try:
         model.load_weights(path)
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        reason = escape(error).partition("\\n")[0][:200]
-        raise UserError(f"{escape(path)}: these weights do not fit InceptionV3 ({reason}): use another file") from None
+        reason = f"these weights do not fit InceptionV3 ({first_line(error)})"
+        raise UserError(f"{escape(path)}: {reason}: use another file") from None
     if not all(np.isfinite(array).all() for array in model.get_weights()):
         raise UserError(f"{escape(path)}: holds numbers that are not finite: train again or use another file")
 
@@ -792,7 +799,8 @@ def parse_json(path, text):
 def check_labels(labels, path):
     """Return a list of class names fit to become folder names and terminal text, or raise UserError."""
     good = isinstance(labels, list) and 2 <= len(labels) <= MAX_CLASSES
-    good = good and all(isinstance(label, str) and 0 < len(label) <= 255 and escape(label) == label for label in labels)
+    good = good and all(isinstance(label, str) and escape(label) == label for label in labels)
+    good = good and all(0 < len(label) <= MAX_LABEL for label in labels)
     if not good or len(set(labels)) != len(labels):
         raise UserError(f"{escape(path)}: not a list of two or more different class names: train again")
     return labels
@@ -834,14 +842,16 @@ def check_hdf5(path, parameters):
 
     check_file(path, 5 * parameters + 10 * MAX_JSON)
     try:
+        longest = longest_text(path)
         with h5py.File(path, "r") as file:
-            count = count_numbers(file, path)
+            count = count_numbers(file, longest)
             if count != parameters:
                 numbers = f"{count:,} numbers, not {parameters:,}"
                 raise UserError(f"{escape(path)}: holds {numbers}: it belongs to another network or version")
             return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        raise UserError(f"{escape(path)}: damaged, not HDF5 ({escape(error)[:100]}): copy it again") from None
+        reason = f"damaged, not HDF5 or made to harm ({first_line(error)})"
+        raise UserError(f"{escape(path)}: {reason}: copy it again") from None
 
 
 def text_attribute(file, name):
@@ -852,41 +862,64 @@ def text_attribute(file, name):
     return text if isinstance(text, str) and len(text) <= MAX_JSON else None
 
 
-def count_numbers(file, path):
-    """Count the numbers that an open HDF5 file declares. Raises UserError for what we never write."""
+def longest_text(path):
+    """Return how many bytes a text among the attributes of an HDF5 file can have at most, 0 if there is none."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        sizes = (int.from_bytes(heap[1], "little") for heap in HEAP.finditer(data))
+        return max((size for size in sizes if size <= len(data)), default=0)
+
+
+def count_numbers(file, longest):
+    """Count the numbers that an open HDF5 file declares. Raises ValueError for what we never write.
+
+    longest: bytes of its longest text.
+    """
     import h5py
 
     count, seen, pending = 0, 0, [(file, 0)]
     while pending:
         group, depth = pending.pop()
-        check_names(group, path)
+        check_texts(group, longest)
+        check_names(group)
         for name in group:
             seen += 1
             if seen > MAX_ITEMS or depth > 7:
-                raise UserError(f"{escape(path)}: more inside than such a file has: do not use this file")
+                raise ValueError("more inside than such a file has")
             if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise UserError(f"{escape(path)}: links to other data inside: do not use this file")
+                raise ValueError("links to other data")
             item = group[name]
             if isinstance(item, h5py.Group):
                 pending.append((item, depth + 1))
                 continue
             good = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
             if not good or item.dtype.kind != "f" or item.dtype.itemsize > 4:
-                raise UserError(f"{escape(path)}: data kept elsewhere or of another kind inside: do not use this file")
+                raise ValueError("data kept elsewhere or of another kind")
             if item.chunks and np.prod(item.chunks, dtype=float) > item.size:  # all of a piece is unpacked
-                raise UserError(f"{escape(path)}: unpacks to more than it is: do not use this file")
+                raise ValueError("unpacks to more than it is")
+            check_texts(item, longest)
             count += item.size
     return count
 
 
-def check_names(group, path):
-    """Raise UserError unless the lists of what Keras is to read in a group are short and without repeats."""
+def check_texts(item, longest):
+    """Raise ValueError if an attribute of a group or array may fill the memory when it is read."""
+    import h5py
+
+    for attribute in map(item.attrs.get_id, item.attrs):
+        if attribute.dtype.hasobject:  # it only names what lies elsewhere in the file
+            most = np.prod(attribute.shape, dtype=float) * longest
+            if most > MAX_TEXTS or not h5py.check_string_dtype(attribute.dtype):
+                raise ValueError("attributes of more text than such a file has")
+
+
+def check_names(group):
+    """Raise ValueError unless the lists of what Keras is to read in a group are short and without repeats."""
     for key in group.attrs:
         most = {"layer_names": 500, "weight_names": 8}.get(key.rstrip("0123456789"))
         if most and (key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)):
-            raise UserError(f"{escape(path)}: lists more than such a file has: do not use this file")
+            raise ValueError("longer lists than such a file has")
         if most and len(set(group.attrs[key])) < len(group.attrs[key]):
-            raise UserError(f"{escape(path)}: lists the same data twice: do not use this file")
+            raise ValueError("the same data listed twice")
 
 
 # ---------------------------------------------------------------- mosaic and report
@@ -946,12 +979,10 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     turned = cell - 8 <= widest and cell < TURNED * size  # by a quarter, to stand above the columns
     top = 120 + size * (TURNED if turned else 2)
     canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, wide = ImageDraw.Draw(canvas), canvas.width - 40
     note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
-    draw_text(draw, (20, 18), title, 30, INK, width=canvas.width - 40)
-    draw_text(
-        draw, (20, 60), f"rows: what it is; columns: what it was taken for{note}", 18, GREY, width=canvas.width - 40
-    )
+    draw_text(draw, (20, 18), title, 30, INK, width=wide)
+    draw_text(draw, (20, 60), f"rows: what it is; columns: what it was taken for{note}", 18, GREY, width=wide)
     for row, a in enumerate(shown):
         y, x = top + row * cell, left + row * cell
         total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
@@ -1036,7 +1067,7 @@ def class_scores(actual, predicted, class_count):
 def plot_history(axes, history):
     """Plot accuracy against epochs: training, augmented validation, plain validation."""
     epochs = np.arange(1, len(history) + 1)
-    curves = (("accuracy", "training", "#0072b2", "-"), ("val_accuracy", "validation, augmented", "#e69f00", "--"))
+    curves = (("accuracy", "training", BLUE[0], "-"), ("val_accuracy", "validation, augmented", "#e69f00", "--"))
     for key, label, colour, line in (*curves, ("plain_accuracy", "validation", "#000000", "o")):
         points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
         axes.plot(*zip(*points), line, color=colour, label=label)
@@ -1053,7 +1084,7 @@ def plot_reliability(axes, actual, probabilities):
     groups = np.array_split(np.argsort(sure), min(10, len(sure)))
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as sure as right")
     x, y, n = ([f(g) for g in groups] for f in (lambda g: sure[g].mean(), lambda g: right[g].mean(), len))
-    axes.plot(x, y, "o-", color="#0072b2", label=f"bins of about {round(np.mean(n))} pictures")
+    axes.plot(x, y, "o-", color=BLUE[0], label=f"bins of about {round(np.mean(n))} pictures")
     axes.set(xlabel="probability given", ylabel="share that is right", ylim=(-0.03, 1.03), xlim=(0, 1.02))
     axes.set_title("Reliability of the probabilities", loc="left")
     axes.grid(alpha=0.3)
@@ -1064,7 +1095,7 @@ def plot_classes(axes, labels, recall, precision, class_count):
     """Plot recall and precision of classes, the weakest on top."""
     y = np.arange(len(labels))
     axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall (pictures found)")
-    axes.plot(precision, y, "D", color="#d55e00", markersize=5, label="precision (tags that are right)")
+    axes.plot(precision, y, "D", color=ORANGE[0], markersize=5, label="precision (tags that are right)")
     axes.set_yticks(y, [label if len(label) < 30 else label[:29] + "…" for label in labels])
     for tick, label in zip(axes.get_yticklabels(), labels):
         tick.set(font=Path(font_file(label)), parse_math=False)

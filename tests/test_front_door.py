@@ -406,6 +406,15 @@ def test_what_leaves_the_process_is_utf_8_whatever_the_locale(tmp_path, library)
 
 
 @on_unix
+def test_a_closed_output_is_no_mistake(tmp_path):
+    draw_classes(tmp_path / "data", {"a": 4, "b": 4})
+    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} data m --dry-run"
+    for closed in (">&-", ">&- 2>&-"):
+        done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+@on_unix
 @pytest.mark.parametrize(("encoding", "shown"), [("cp1252", b"Zo\xeb"), ("ascii", b"Zo\\xeb")])
 def test_a_terminal_that_lacks_a_character_gets_an_escape(tmp_path, library, encoding, shown):
     environment = WINDOWS | {"PYTHONIOENCODING": encoding}

@@ -153,7 +153,7 @@ def add_class(folder):
 
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
-    [(add_picture, [], "data has changed.*new.png"), (add_class, [], "other classes"),
+    [(add_picture, [], "data has changed.*new.png"), (add_class, [], "data has changed.*d/0.png"),
      (None, ["--image-size", "80"], "other image size"), (None, ["--seed", "2"], "other seed"),
      (None, ["--rounds", "5"], "other rounds"), (None, ["--weights", "none"], "other --weights .*SHA-256")],
 )  # fmt: skip
@@ -168,8 +168,8 @@ def test_another_run_is_not_gone_on_with(stopped, command, tmp_path, change, opt
 
 
 def test_a_state_is_removed_without_models_of_like_names(tmp_path):
-    others = ["m-resume.h5", "m-resumed.h5", "m-resume-files-labels.json", "n-resume.json", "m-resume2.1.npy"]
-    for name in [*others, "m-resume.json", "m-resume-files.json", "m-resume.3.npy", "m-resume.4.npy"]:
+    others = ["m-resume.h5", "m-resumed.h5", "m-resume-files-labels.json", "m-resume.1-resume.0.npy", "n-resume.json"]
+    for name in [*others, "m-resume.json", "m-resume-files.txt", "m-resume.0.npy", "m-resume.1.npy"]:
         (tmp_path / name).touch()
     train.remove_state(tmp_path / "m")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
@@ -182,7 +182,7 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
         ".n-unfinished-1.h5",
         ".m-unfinished-1.jpg",
     ]
-    ours = [".m-unfinished-12345678.h5", ".m-report-unfinished-x.png", ".m-resume.3-unfinished-x.npy"]
+    ours = [".m-unfinished-12345678.h5", ".m-report-unfinished-x.png", ".m-resume.1-unfinished-x.npy"]
     for name in [*others, *ours]:
         (tmp_path / name).touch()
     train.remove_unfinished(tmp_path / "m")
@@ -191,7 +191,7 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
 
 def spoil_state(folder, kind):
     facts = folder / "m-resume.json"
-    array = folder / f"m-resume.{json.loads(facts.read_text())['round'] if facts.exists() else 1}.npy"
+    array = folder / f"m-resume.{json.loads(facts.read_text())['round'] % 2 if facts.exists() else 1}.npy"
     if kind == "facts":
         facts.write_text("[1, 2")
     elif kind == "types":

@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import stat
+import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -369,6 +370,14 @@ def test_a_class_of_which_no_file_can_be_used_is_named(run_script, make_classes)
     assert done.returncode == 0 and "2 classes, 1 skipped" in done.stdout
     assert "warning: blue: none of its files is a picture" in done.stderr
     assert [path.name for path in data.parent.iterdir()] == ["data"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text here")
+def test_a_class_name_that_no_model_can_have_is_told_before_the_training(run_script, make_classes):
+    data = make_classes(red=3, green=3)
+    (data / "red").rename(data / os.fsdecode(b"\xc4" * 60))  # six characters each, when shown
+    done = dry_run(run_script, data)
+    assert done.returncode == 1 and "too long for a class name: rename" in done.stderr.splitlines()[-1]
 
 
 def test_a_model_from_elsewhere_is_not_replaced(run_script, make_classes, tmp_path):
