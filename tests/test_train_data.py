@@ -334,6 +334,12 @@ def test_temperature_mends_what_is_too_sure():
     assert temperature > 2 and after < before / 2
 
 
+def test_few_pictures_leave_the_temperature_near_one():
+    for right, temperature in (([1] * 9 + [0] * 3, 1.9), ([1] * 9000 + [0] * 3000, 6.3)):  # 0.999 sure, 3 of 4 right
+        sure = np.tile([[0.999, 0.001]], (len(right), 1))
+        assert train.fit_temperature(sure, 1 - np.array(right)) == pytest.approx(temperature, abs=0.1)
+
+
 def test_the_threshold_is_reached_by_92_of_100_new_pictures():
     """Whatever few validation pictures there are: on average over many draws, as exchangeable pictures go."""
     rng, reached = np.random.default_rng(0), []
@@ -342,7 +348,7 @@ def test_the_threshold_is_reached_by_92_of_100_new_pictures():
         both = np.column_stack([sure, 1 - sure])
         reached.append(sure[-1] >= train.choose_threshold(both[:-1], np.zeros(30, int)))
     assert np.mean(reached) == pytest.approx(0.92, abs=0.03)
-    for alike, limit in ((0.99, 0.94), (0.93, 0.90)):
+    for alike, limit in ((0.995, 0.94), (0.93, 0.90)):
         assert train.choose_threshold(np.tile([[alike, 1 - alike]], (50, 1)), np.zeros(50, int)) == pytest.approx(limit)
     assert train.choose_threshold(both, np.ones(31, int)) == 0.5
 
