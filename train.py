@@ -15,6 +15,7 @@ import datetime
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -188,6 +189,11 @@ def label_of(folder):
     return utils.escape(unicodedata.normalize("NFC", folder))
 
 
+def in_batches(items, size=PASS_BATCH):
+    """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def read_pictures(args, side):
     """Decode every file below data_dir once, in parallel, to squares of that side.
 
@@ -197,7 +203,10 @@ def read_pictures(args, side):
     files = find_files(args.data_dir)
     store = None if args.dry_run else open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
     mine, found = range(args.process, len(files), args.processes), []
-    results = utils.in_order(lambda n: read_picture(files[n][0], side), mine)
+    # a few at a time: one by one, small pictures spend an eighth of the time between the threads
+    few = in_batches(mine, min(8, max(1, 2**19 // side**2)))
+    pieces = utils.in_order(lambda some: [read_picture(files[n][0], side) for n in some], few)
+    results = itertools.chain.from_iterable(pieces)
     for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
         if pixels is not None and store is not None:
             write_rows(store, [n], pixels[None])
@@ -408,11 +417,6 @@ def make_views(run, pairs):
     pictures, rows = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows
     views = [make_view(rows[p.row], p.digest, view, run.args) for p, (_, view) in zip(pictures, pairs)]
     return np.stack(views)
-
-
-def in_batches(items, size=PASS_BATCH):
-    """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def training_views(seed, train, start, stop):
@@ -664,6 +668,8 @@ def read_data(args, side):
     longest = max(labels, key=len)
     if len(longest) > utils.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
         raise utils.UserError(f"{longest[:60]}…: too long for a class name: rename the folder")
+    if len(json.dumps(labels)) > utils.MAX_LABELS:
+        raise utils.UserError(f"{len(labels):,} classes with such long names: give the folders shorter ones")
     utils.say(f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped")
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
@@ -964,7 +970,13 @@ def train_rounds(run, state):
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
             save_state(run, state)
+            write_history(args, state["history"])  # after it: on Windows a CSV that is open elsewhere is an error
     return state
+
+
+def write_history(args, rows):
+    """Write model-history.csv: a row an epoch, whose keys are the columns."""
+    utils.write_csv(f"{args.model}-history.csv", list(rows[0]), [row.values() for row in rows])
 
 
 def ring_window(run, number):
@@ -985,15 +997,18 @@ def choose_last_layer(run, fits):
 
     Returns (its kernel and bias, probabilities (n, classes) of the pictures as they are, of their augmented views).
     """
-    indices, rings, layers = run.data.validation, run.rings, []
+    indices, rings, best = run.data.validation, run.rings, None
     plain = np.column_stack(last_units(run, rings.plain, indices, PLAIN))
     augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
     for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
         kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
         last = kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))
-        layers.append((last, answers(plain, last)))
-    last, best = max(layers, key=lambda one: (one[1].argmax(1) == run.data.targets[indices]).sum())
-    return last, best, answers(augmented, last)
+        found = answers(plain, last)
+        right = (found.argmax(1) == run.data.targets[indices]).sum()
+        if best is None or right > best[0]:
+            best = right, last, found
+    _, last, found = best
+    return last, found, answers(augmented, last)
 
 
 def finish_round(run, number, rows, fits, best):
@@ -1204,6 +1219,7 @@ def report(run, state):
     probabilities, accuracy, rows, title = score_saved(args, model, data, what)
     wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
+    write_history(args, state["history"])  # again: a kill may have come between the last state and its rows
     actual = data.targets[data.validation]
     utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
     tell_what_next(args, info, rows)
@@ -1267,9 +1283,7 @@ def training_variables(run):
 
 
 def save_state(run, state):
-    """Save history and state after a whole round. The rename of the JSON is the commit; it names its numbers."""
-    rows = state["history"]
-    utils.write_csv(f"{run.args.model}-history.csv", list(rows[0]), [row.values() for row in rows])
+    """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
     facts, files, numbers, old = state_files(run.args.model, state["round"])
     flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in training_variables(run)])
     with utils.whole_file(numbers) as part:
@@ -1315,9 +1329,11 @@ def is_sound(state):
 def check_state(args, state, recipe, data):
     """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
     files = state_files(args.model)[1]
+    if not files.exists():
+        raise utils.UserError(f"{utils.escape(files)}: missing, or of another version: train again without --resume")
     before, now = utils.read_capped(files, utils.MAX_JSON * 100), file_list(args, data)
     if before != now:  # told first: other pictures can change the recipe, too
-        line = min(set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"")
+        line = min(set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"the order of the files ")
         name = utils.escape(line.rpartition(b" ")[0].decode(errors="replace"))[:200]
         raise utils.UserError(f"--resume: the data has changed ({name}): train anew without --resume")
     for name, value in settings_of(args, recipe, data).items():

@@ -69,6 +69,7 @@ BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
 LAYOUT = 16  # about so many blocks a side make the layout of a picture
 MAX_CLASSES = 10_000
 MAX_LABEL = 255  # characters
+MAX_LABELS = 1_500_000  # all of them as JSON; MAX_TEXTS allows as many characters for each layer
 CLASSES = {
     *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
     *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
@@ -467,6 +468,8 @@ def picture_errors():
         yield
     except (PictureError, MemoryError):
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit is twice ours, and comes first
+        raise RefusedError(f"larger than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise PictureError("not a picture of a known format") from None
     except Exception as error:  # parsers raise OSError, SyntaxError, ValueError, struct.error and more

@@ -102,6 +102,12 @@ def test_large_jpegs_are_decoded_no_smaller_than_twice_the_side():
     assert max(image.size) < 1600
 
 
+@pytest.mark.parametrize("side", [13_378, 20_000])  # our own limit, and Pillow's, twice as high
+def test_a_picture_that_is_too_large_is_refused_and_no_film(side):
+    with pytest.raises(utils.RefusedError, match="larger than 178,956,970 pixels"):
+        utils.open_picture(png_of_size(side, side))
+
+
 def png_of_size(width, height):
     """A tiny PNG file that claims to be large."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))]
