@@ -1086,6 +1086,7 @@ def fit_temperature(probabilities, actual):
     smooth, classes = 0.5 / (len(actual) + 1), probabilities.shape[1]
 
     def loss(log_temperature):
+        """Return the log loss of all pictures and the prior's share, up to a constant."""
         p = np.log(np.maximum(soften(probabilities, np.exp(log_temperature)), 1e-30))
         fit = ((1 - smooth) * p[np.arange(len(actual)), actual] + smooth / classes * p.sum(1)).sum()
         return NEAR_ONE * log_temperature**2 - fit
