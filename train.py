@@ -69,8 +69,9 @@ SURE = 0.9  # or this, if that is lower
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 16  # pictures at once through a network; 64 is no faster on a CPU, and wastes more of a last batch
+DEVICE_BATCH = 256  # the same on a GPU or the like
 SMALLEST_RING = 64  # views
-FEATURES = 2  # what the kept cache holds: raise it when the same settings begin to give other features
+FEATURES = 3  # what the kept cache holds: raise it when the same settings begin to give other features
 CACHE_GB = 20.0
 MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
 FEW_PICTURES = 20  # a class with fewer is warned about
@@ -95,8 +96,9 @@ Ring = namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
 # many the process with the largest share trains on
 Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
-# Parts: full is float32, fast is trained; layout: pixels → layout; devices train as one, in the scope of together()
-Nets = namedtuple("Nets", "network full fast layout number_format source devices together")
+# Parts: full is float32, fast is trained; layout: pixels → layout; augmentation: None where the cores do it;
+# devices train as one, in the scope of together()
+Nets = namedtuple("Nets", "network full fast layout augmentation number_format source devices together")
 Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
 Run = namedtuple("Run", "args recipe data nets rings")
 
@@ -189,8 +191,20 @@ def label_of(folder):
     return utils.escape(unicodedata.normalize("NFC", folder))
 
 
-def in_batches(items, size=PASS_BATCH):
+@functools.cache
+def on_device():
+    """Say whether networks are computed by something faster than the cores, a GPU say."""
+    return not utils.import_keras().distribution.list_devices()[0].startswith("cpu")
+
+
+def pass_batch():
+    """Return how many pictures go through a network at once."""
+    return DEVICE_BATCH if on_device() else PASS_BATCH
+
+
+def in_batches(items, size=None):
     """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
+    size = size or pass_batch()
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -341,9 +355,10 @@ def open_store(args, name, count, shape, dtype):
 
 def write_rows(store, indices, values):
     """Write rows of a Store; a full disk is an OSError here, and never a crash in the memory map."""
-    for index, value in zip(indices, values):
-        data = memoryview(np.ascontiguousarray(value, store.rows.dtype)).cast("B")
-        store.file.seek(int(index) * len(data))
+    values, breaks = np.ascontiguousarray(values, store.rows.dtype), np.flatnonzero(np.diff(indices) != 1) + 1
+    for first, some in zip(np.array(indices)[[0, *breaks]], np.split(values, breaks)):  # neighbours at one go
+        data = memoryview(some).cast("B")
+        store.file.seek(int(first) * values[0].nbytes)
         while data:
             data = data[store.file.write(data) :]
 
@@ -384,39 +399,62 @@ def claim_slots(ring, keys):
 # ---------------------------------------------------------------- pictures → views → features
 
 
-def augment(picture, rng, kind):
+def draw_changes(args, side, keys):
+    """Return how the views under some keys (digest, number) differ from their pictures: float64 (n, 9).
+
+    Six numbers of a matrix, from a view's coordinates (x, y, 1) to those of its picture, row by row; and what is added
+    to R, G and B. Chance is a hash of (seed, view, picture) alone. Draw new chances last, so that the others stay. A
+    change that no setting shows needs another number FEATURES.
+    """
+    kind, chance = HEAVY if args.heavy_augmentation else LIGHT, np.zeros((len(keys), 9))  # 0 to 1; all 0: no change
+    for row, (digest, view) in zip(chance, keys):
+        if view != PLAIN:
+            text = hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(8 * len(row))
+            row[:] = np.frombuffer(text, "<u8") / 2**64
+    strength = np.sqrt(chance[:, 0])
+    angle = np.deg2rad(kind.rotation) * (2 * chance[:, 1] - 1) * strength
+    low, high = np.log(kind.zoom)
+    zoom = np.exp((low + (high - low) * chance[:, 2]) * strength)
+    flip = np.where(chance[:, 3] < 0.5, 1, -1)
+    center, shift = (side - 1) / 2, kind.shift * (2 * chance[:, 4:6, None] - 1) * side * strength[:, None, None]
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    turn = np.array([[cos * flip, -sin], [sin * flip, cos]]).transpose(2, 0, 1)
+    matrix = np.concatenate([turn, center - turn @ (center + shift)], axis=2)
+    colour = kind.colour * (2 * chance[:, 6:] - 1) * strength[:, None]
+    return np.column_stack([matrix.reshape(-1, 6), colour])
+
+
+def augment(picture, changes):
     """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3).
 
-    Draw new chances last, so that the others stay. A change that no setting shows needs another number FEATURES.
+    changes: a row of `draw_changes`. A new kind of change belongs into `build_augmentation`, too.
     """
     import cv2
 
-    side, strength = len(picture), np.sqrt(rng.random())
-    angle = np.deg2rad(rng.uniform(-kind.rotation, kind.rotation)) * strength
-    zoom = np.exp(rng.uniform(*np.log(kind.zoom)) * strength)
-    flip = rng.choice((-1.0, 1.0))
-    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / zoom * (flip, 1)
-    center = np.array([side - 1, side - 1]) / 2
-    offset = center - turn @ (center + rng.uniform(-kind.shift, kind.shift, 2) * side * strength)
-    matrix = np.column_stack([turn, offset])
-    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    view = cv2.warpAffine(picture, matrix, (side, side), flags=flags, borderMode=cv2.BORDER_REFLECT_101)
-    return cv2.add(view, (*rng.uniform(-kind.colour, kind.colour, 3) * strength, 0)) if kind.colour else view
+    size, flags = picture.shape[1::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    view = cv2.warpAffine(picture, changes[:6].reshape(2, 3), size, flags=flags, borderMode=cv2.BORDER_REFLECT)
+    return cv2.add(view, (*changes[6:], 0)) if changes[6:].any() else view
 
 
-def make_view(picture, digest, view, args):
-    """Return one view of uint8 (side, side, 3): chance is a function of (seed, picture, view) alone."""
-    if view == PLAIN:
-        return picture
-    rng = np.random.default_rng([args.seed, view, *np.frombuffer(digest[:16], "uint32").tolist()])
-    return augment(picture, rng, HEAVY if args.heavy_augmentation else LIGHT)
+def build_augmentation(side):
+    """Return the Keras model that does what `augment` does, for a GPU say: [pictures, changes] → uint8 views."""
+    keras = utils.import_keras()
+    ops, pictures, changes = keras.ops, keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
+    matrix = ops.pad(changes[:, :6], ((0, 0), (0, 2)))
+    views = ops.image.affine_transform(ops.cast(pictures, "float32"), matrix, "bilinear", "reflect")
+    views = ops.round(ops.clip(views + changes[:, None, None, 6:], 0, 255))
+    return utils.compiled(keras.Model([pictures, changes], ops.cast(views, "uint8")))
 
 
 def make_views(run, pairs):
-    """Return the views of (index, view) pairs, uint8 (n, side, side, 3)."""
+    """Return the views of (index, view) pairs, uint8 (n, side, side, 3); an array of the device, where there is one."""
     pictures, rows = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows
-    views = [make_view(rows[p.row], p.digest, view, run.args) for p, (_, view) in zip(pictures, pairs)]
-    return np.stack(views)
+    keys = [(picture.digest, view) for picture, (_, view) in zip(pictures, pairs)]
+    changes, rows = draw_changes(run.args, rows.shape[1], keys), rows[[picture.row for picture in pictures]]
+    if run.nets.augmentation is None:
+        return np.stack([r if v == PLAIN else augment(r, c) for r, c, (_, v) in zip(rows, changes, pairs)])
+    filled = np.resize(np.arange(len(pairs)), pass_batch())
+    return utils.predict_batch(run.nets.augmentation, [rows[filled], changes[filled]])[: len(pairs)]
 
 
 def training_views(seed, train, start, stop):
@@ -454,29 +492,32 @@ def fill_ring(run, ring, trunk, wanted, label):
     batches = in_batches(missing)
 
     def pass_on(pixels):
-        """Return what the ring keeps of a batch of views."""
+        """Return what the ring keeps of a batch of views, and the checksum of each."""
         with np.errstate(over="ignore"):  # what does not fit is told below
             kind = ring.features.rows.dtype
-            return pixels if trunk is None else utils.predict(trunk, pixels, PASS_BATCH).astype(kind)
+            features = np.asarray(pixels) if trunk is None else utils.predict(trunk, pixels, pass_batch(), kind)
+        # NumPy is slow with 16-bit numbers; without end are those with all five bits of the exponent set
+        half = features.dtype == "float16"
+        finite = (features.view("uint16") & 0x7C00).max() < 0x7C00 if half else np.isfinite(features).all()
+        return features, [checksum(row) for row in features], finite
 
-    # two at once: while one batch waits for Python, the other keeps the cores busy; but in JAX a call takes the
-    # network's numbers away from all others
-    at_once = 1 if utils.import_keras().config.backend() == "jax" else 2
-    views = utils.in_order(lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=1)
+    # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
+    # comes before and after: it takes 11 ms for a batch where one thread takes 20.
+    workers, at_once = (4, 8) if on_device() else (1, 2)
+    views = utils.in_order(lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers)
     results = utils.in_order(pass_on, views, workers=at_once)
-    for batch, features in zip(batches, utils.progress(results, len(batches), label)):
-        if not np.isfinite(features).all():
+    for batch, (features, sums, finite) in zip(batches, utils.progress(results, len(batches), label)):
+        if not finite:
             raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
         slots = [ring.slots[keys[p]] for p in batch]
         write_rows(ring.features, slots, features)
-        records = [np.frombuffer(keys[p] + checksum(f), "uint8") for p, f in zip(batch, features)]
-        write_rows(ring.keys, slots, records)
+        write_rows(ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)])
 
 
 def predict_views(run, model, ring, pairs):
     """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
     slots = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
-    parts = [utils.predict(model, ring.features.rows[some], PASS_BATCH) for some in in_batches(slots)]
+    parts = [utils.predict(model, ring.features.rows[some], pass_batch()) for some in in_batches(slots)]
     return np.split(np.concatenate(parts), [2048], axis=1)
 
 
@@ -736,7 +777,8 @@ def build_networks(args, path, class_count, side, number_format):
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
     layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
-    return Nets(network, full, fast, layout, number_format, source_of(path), devices, together)
+    augmentation = build_augmentation(side) if on_device() else None
+    return Nets(network, full, fast, layout, augmentation, number_format, source_of(path), devices, together)
 
 
 def cache_name(args, nets, square, kind):
@@ -891,7 +933,7 @@ def last_units(run, ring, indices, view):
     Parts: the hidden units, the middle (zeros where the feature maps come after it), the layout.
     """
     views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices))
-    layout = np.concatenate([utils.predict(run.nets.layout, pixels, PASS_BATCH) for pixels in views])
+    layout = np.concatenate([utils.predict(run.nets.layout, pixels, pass_batch()) for pixels in views])
     pooled, middle = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     if not middle.size:
         middle = np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32")
@@ -918,7 +960,7 @@ def fit_parts(run, window):
     indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
-    for chunk in in_batches(indices, 16 * PASS_BATCH):
+    for chunk in in_batches(indices, 16 * pass_batch()):
         y = data.targets[chunk, None] == np.arange(len(data.labels))
         for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
             x = np.column_stack([part, np.ones(len(chunk))])
@@ -1200,7 +1242,7 @@ def score_saved(args, model, data, what):
     chunks = in_batches([data.pictures[i].row for i in data.validation])
     utils.compiled(model)
     shown = utils.progress(chunks, len(chunks), "scoring")
-    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], PASS_BATCH) for chunk in shown])
+    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], pass_batch()) for chunk in shown])
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"

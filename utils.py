@@ -664,17 +664,42 @@ def compiled(model, **settings):
     return model
 
 
-def predict(model, rows, batch_size):
+def predict(model, rows, batch_size, dtype="float32"):
     """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
 
-    rows: array (n, …), may be a memory map. Returns float32 (n, …). (Keras's own `predict` waits between batches.)
+    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. (Keras's `predict` waits between batches.)
     """
     parts = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         filled = np.resize(part, (batch_size, *part.shape[1:])) if len(part) < batch_size else part
-        parts.append(np.asarray(model.predict_on_batch(filled))[: len(part)].astype("float32"))
+        parts.append(np.asarray(predict_batch(model, filled).astype(dtype))[: len(part)])
     return np.concatenate(parts)
+
+
+def predict_batch(model, batch):
+    """Return what `model.predict_on_batch` gives, in JAX as an array of the device; threads may call it at once.
+
+    In JAX, Keras's own waits for the device, and then writes every variable anew.
+    """
+    if import_keras().config.backend() != "jax":
+        return model.predict_on_batch(batch)
+    import jax
+
+    trained, others = ([v.value for v in some] for some in (model.trainable_variables, model.non_trainable_variables))
+    placed = next((array.sharding for array in trained + others), None)
+    if placed and len(placed.device_set) > 1:
+        rows = jax.sharding.PartitionSpec(placed.mesh.axis_names)
+        batch = jax.device_put(batch, jax.sharding.NamedSharding(placed.mesh, rows))
+    return jitted(model)(trained, others, batch)
+
+
+@functools.cache
+def jitted(model):
+    """Return what JAX compiles of a Keras model: (trainable variables, others, batch) → prediction."""
+    import jax
+
+    return jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
 
 
 def trio(prefix):

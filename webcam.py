@@ -261,7 +261,7 @@ def load_network(state):
     state.folders = utils.folder_names([*state.labels, "unknown"])
     utils.compiled(network)
     for n in (1, 2):  # graphs for one face and for several are made before the first frame
-        network.predict_on_batch(np.zeros((n, state.side, state.side, 3), "uint8"))
+        utils.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
     state.model = network
 
 

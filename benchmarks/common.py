@@ -1,6 +1,7 @@
 """What the benchmarks share: the machine in one line, a table, timed runs of commands, the split, two yardsticks."""
 
 import collections
+import contextlib
 import io
 import os
 import platform
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,12 @@ def machine():
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    packages = ", ".join(f"{p} {version(p)}" for p in ("keras", "tensorflow", "pillow", "opencv-python"))
+    parts = [name, f"{utils.cores()} cores", f"Python {platform.python_version()}"]
+    for package in ("keras", "tensorflow", "jax", "numpy", "pillow", "opencv-python"):
+        with contextlib.suppress(PackageNotFoundError):
+            parts.append(f"{package} {version(package)}")
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    return f"{name}, {utils.cores()} cores, Python {platform.python_version()}, {packages}" + (
-        f", ONEDNN_MAX_CPU_ISA={limit}" if limit else ""
-    )
+    return ", ".join(parts + [f"ONEDNN_MAX_CPU_ISA={limit}"] * bool(limit))
 
 
 def spread(values, digits=2):

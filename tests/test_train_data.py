@@ -195,28 +195,47 @@ def test_the_warnings_of_a_careful_colleague(run_script, make_classes, tmp_path)
     assert "only 2 validation pictures" in few.stderr
 
 
-@pytest.mark.parametrize("heavy", [True, False])
-def test_views_depend_on_seed_picture_and_view_alone(heavy):
-    class Args:
-        seed, heavy_augmentation = 5, heavy
+class Heavy:
+    seed, heavy_augmentation = 5, True
 
+
+class Light:
+    seed, heavy_augmentation = 5, False
+
+
+@pytest.mark.parametrize("args", [Heavy, Light])
+def test_views_depend_on_seed_picture_and_view_alone(args):
     picture = np.random.default_rng(0).integers(0, 255, (75, 75, 3)).astype("uint8")
-    one = train.make_view(picture, b"a" * 32, 3, Args)
+    keys = [(b"a" * 32, 3), (b"b" * 32, 3), (b"a" * 32, 4), (b"a" * 32, train.PLAIN)]
+    changes = train.draw_changes(args, 75, keys)
+    one, other, third, plain = (train.augment(picture, row) for row in changes)
     assert one.shape == (75, 75, 3) and one.dtype == np.uint8
-    assert np.array_equal(one, train.make_view(picture, b"a" * 32, 3, Args))
-    assert not np.array_equal(one, train.make_view(picture, b"b" * 32, 3, Args))
-    assert not np.array_equal(one, train.make_view(picture, b"a" * 32, 4, Args))
-    assert np.array_equal(picture, train.make_view(picture, b"a" * 32, train.PLAIN, Args))
+    assert np.array_equal(changes[:1], train.draw_changes(args, 75, keys[:1]))
+    assert not np.array_equal(changes[:3], train.draw_changes(type("", (args,), {"seed": 6}), 75, keys[:3]))
+    assert not np.array_equal(one, other) and not np.array_equal(one, third)
+    assert np.array_equal(plain, picture)
 
 
 def test_light_views_are_not_turned_and_heavy_ones_are():
     stripes = np.zeros((80, 80, 3), "uint8")
     stripes[::8] = stripes[1::8] = stripes[2::8] = stripes[3::8] = 200
-    rows_vary = [
-        np.mean([train.augment(stripes, np.random.default_rng(i), kind).std(1).mean() for i in range(20)])
-        for kind in (train.LIGHT, train.HEAVY)
-    ]
+    rows_vary = []
+    for args in (Light, Heavy):
+        changes = train.draw_changes(args, 80, [(b"a" * 32, view) for view in range(20)])
+        rows_vary.append(np.mean([train.augment(stripes, row).std(1).mean() for row in changes]))
     assert rows_vary[0] < 1 < 20 < rows_vary[1]
+
+
+def test_a_device_changes_pictures_as_the_cores_do():
+    y, x = np.mgrid[:96, :96]
+    picture = np.stack([x * 2, y * 2, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).astype("uint8")
+    changes = train.draw_changes(Heavy, 96, [(b"a" * 32, view) for view in (*range(11), train.PLAIN)])
+    cores = np.stack([train.augment(picture, row) for row in changes])
+    model = train.build_augmentation(96)
+    device = np.asarray(utils.predict_batch(model, [np.stack([picture] * 12), changes]))
+    assert device.dtype == np.uint8 and np.array_equal(device[-1], picture)
+    assert np.abs(cores.astype(int) - device).mean() < 1
+    assert np.abs(cores[:-1].astype(int) - picture).mean() > 20
 
 
 def test_the_ring_overwrites_the_oldest_and_knows_what_it_holds(tmp_path):

@@ -246,6 +246,33 @@ def count_rows(log, write):
 
 
 @pytest.mark.slow
+def test_with_a_device_that_changes_the_pictures_the_same_is_learned(
+    monkeypatch, tmp_path, small, weights_file, capsys
+):
+    command = [small, "m", *PRETRAINED, "--rounds", "1", "--weights", weights_file]
+    found = []
+    for there in (False, True):
+        monkeypatch.setattr(train, "on_device", lambda there=there: there)
+        monkeypatch.setattr(train, "DEVICE_BATCH", 6)  # of which no number of pictures here is a multiple
+        assert run_here(monkeypatch, tmp_path, *command) == 0
+        found.append(accuracy_counts(capsys.readouterr().out, "round"))
+    assert found[0] == found[1] and len(found[0]) == 2
+
+
+@pytest.mark.slow
+def test_features_too_large_for_the_cache_are_told(monkeypatch, tmp_path, small, weights_file):
+    large = tmp_path / "large.h5"
+    large.write_bytes(weights_file.read_bytes())
+    with h5py.File(large, "a") as file:
+        betas = []
+        file.visititems(lambda name, item: betas.append(item) if "beta" in name and hasattr(item, "shape") else None)
+        for beta in betas:
+            beta[...] = 1e6
+    with pytest.raises(utils.UserError, match="too large for 16-bit numbers: use --float32"):
+        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", large)
+
+
+@pytest.mark.slow
 def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, weights_file):
     with pytest.raises(utils.UserError, match=r"--cache-gb 1e-06.*needs at least .* GB.*--cache-dir"):
         run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--cache-gb", "0.000001")
@@ -338,13 +365,6 @@ def test_class_weights_and_light_views(monkeypatch, tmp_path, weights_file, caps
         with open(tmp_path / "m-history.csv", encoding="utf-8") as file:
             losses.append([row["loss"] for row in csv.DictReader(file)])
     assert losses[0] not in losses[1:]
-
-
-@pytest.mark.slow
-def test_features_too_large_for_16_bits_name_the_option(monkeypatch, tmp_path, small, weights_file):
-    monkeypatch.setattr(utils, "predict", lambda model, rows, n: np.full((len(rows), 1, 1, 1280), 1e6, "float32"))
-    with pytest.raises(utils.UserError, match="use --float32"):
-        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
 
 
 def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
