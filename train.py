@@ -112,7 +112,8 @@ def parse_arguments():
     """Read the command line. Options whose default depends on the kind of training are absent unless given."""
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
-        epilog="example: python train.py people model --no-heavy-augmentation --rounds 20",
+        epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. A GPU, several of them and "
+        "several machines are used with KERAS_BACKEND=jax (README.md says how); with TensorFlow a run is one process.",
     )
     parser.add_argument("data_dir", type=Path, help="a folder with a folder of pictures for each class")
     parser.add_argument("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
