@@ -69,7 +69,7 @@ SURE = 0.9  # or this, if that is lower
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
 PASS_BATCH = 16  # pictures at once through a network; 64 is no faster on a CPU, and wastes more of a last batch
-DEVICE_BATCH = 256  # the same on a GPU or the like
+DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
 SMALLEST_RING = 64  # views
 FEATURES = 3  # what the kept cache holds: raise it when the same settings begin to give other features
 CACHE_GB = 20.0
@@ -96,9 +96,9 @@ Ring = namedtuple("Ring", "features keys slots free")
 # indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
 # many the process with the largest share trains on
 Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
-# Parts: full is float32, fast is trained; layout: pixels → layout; augmentation: None where the cores do it;
-# devices train as one, in the scope of together()
-Nets = namedtuple("Nets", "network full fast layout augmentation number_format source devices together")
+# Parts: full is float32, fast is trained; layout: pixels → layout; augmentation: None where the cores do it; batch:
+# pictures at once where nothing is trained; devices train as one, in the scope of together()
+Nets = namedtuple("Nets", "network full fast layout augmentation batch number_format source devices together")
 Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
 Run = namedtuple("Run", "args recipe data nets rings")
 
@@ -192,20 +192,8 @@ def label_of(folder):
     return utils.escape(unicodedata.normalize("NFC", folder))
 
 
-@functools.cache
-def on_device():
-    """Say whether networks are computed by something faster than the cores, a GPU say."""
-    return not utils.import_keras().distribution.list_devices()[0].startswith("cpu")
-
-
-def pass_batch():
-    """Return how many pictures go through a network at once."""
-    return DEVICE_BATCH if on_device() else PASS_BATCH
-
-
-def in_batches(items, size=None):
+def in_batches(items, size):
     """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
-    size = size or pass_batch()
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
@@ -448,14 +436,14 @@ def build_augmentation(side):
 
 
 def make_views(run, pairs):
-    """Return the views of (index, view) pairs, uint8 (n, side, side, 3); an array of the device, where there is one."""
-    pictures, rows = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows
-    keys = [(picture.digest, view) for picture, (_, view) in zip(pictures, pairs)]
-    changes, rows = draw_changes(run.args, rows.shape[1], keys), rows[[picture.row for picture in pictures]]
+    """Return the views of a batch of (index, view) pairs, uint8 (n, side, side, 3): an array of the device, if any."""
+    pictures, rows, size = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows, run.nets.batch
+    places = [picture.row for picture in pictures]
+    changes = draw_changes(run.args, rows.shape[1], [(p.digest, view) for p, (_, view) in zip(pictures, pairs)])
     if run.nets.augmentation is None:
-        return np.stack([r if v == PLAIN else augment(r, c) for r, c, (_, v) in zip(rows, changes, pairs)])
-    filled = np.resize(np.arange(len(pairs)), pass_batch())
-    return utils.predict_batch(run.nets.augmentation, [rows[filled], changes[filled]])[: len(pairs)]
+        return np.stack([r if v == PLAIN else augment(r, c) for r, c, (_, v) in zip(rows[places], changes, pairs)])
+    filled = [rows[np.resize(places, size)], np.resize(changes, (size, changes.shape[1]))]
+    return utils.predict_batch(run.nets.augmentation, filled)[: len(pairs)]
 
 
 def training_views(seed, train, start, stop):
@@ -485,25 +473,25 @@ def view_key(pictures, index, view):
 def fill_ring(run, ring, trunk, wanted, label):
     """Run those of the wanted [(index, view)] through the frozen part that the ring does not hold yet.
 
-    While the network works on one batch, the next is prepared and the last one written. trunk: a Keras model,
+    While the network works on one batch, the next ones are prepared and the last ones written. trunk: a Keras model,
     or None to keep the views themselves. Raises UserError for features that the ring's numbers cannot hold.
     """
     keys = [view_key(run.data.pictures, *pair) for pair in wanted]
     missing = claim_slots(ring, keys)
-    batches = in_batches(missing)
+    batches = in_batches(missing, run.nets.batch)
 
     def pass_on(pixels):
-        """Return what the ring keeps of a batch of views, and the checksum of each."""
+        """Return what the ring keeps of a batch of views, the checksum of each, and whether all its numbers end."""
         with np.errstate(over="ignore"):  # what does not fit is told below
             kind = ring.features.rows.dtype
-            features = np.asarray(pixels) if trunk is None else utils.predict(trunk, pixels, pass_batch(), kind)
+            features = np.asarray(pixels) if trunk is None else utils.predict(trunk, pixels, run.nets.batch, kind)
         # NumPy is slow with 16-bit numbers; without end are those with all five bits of the exponent set
         half = features.dtype == "float16"
         finite = (features.view("uint16") & 0x7C00).max() < 0x7C00 if half else np.isfinite(features).all()
         return features, [checksum(row) for row in features], finite
 
     # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
-    # comes before and after: it takes 11 ms for a batch where one thread takes 20.
+    # comes before and after: a thread takes longer for the checksums of a batch than a device for the network.
     workers, at_once = (4, 8) if on_device() else (1, 2)
     views = utils.in_order(lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers)
     results = utils.in_order(pass_on, views, workers=at_once)
@@ -517,12 +505,25 @@ def fill_ring(run, ring, trunk, wanted, label):
 
 def predict_views(run, model, ring, pairs):
     """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
-    slots = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
-    parts = [utils.predict(model, ring.features.rows[some], pass_batch()) for some in in_batches(slots)]
+    slots, size = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs], run.nets.batch
+    parts = [utils.predict(model, ring.features.rows[some], size) for some in in_batches(slots, size)]
     return np.split(np.concatenate(parts), [2048], axis=1)
 
 
 # ---------------------------------------------------------------- the network
+
+
+@functools.cache
+def on_device():
+    """Say whether JAX computes on something faster than the cores, a GPU say."""
+    keras = utils.import_keras()
+    return keras.config.backend() == "jax" and not keras.distribution.list_devices()[0].startswith("cpu")
+
+
+def pass_batch(side):
+    """Return how many pictures of a side in pixels go through a network at once: a power of two."""
+    fitting = DEVICE_BATCH * min(1, 224 / side) ** 2
+    return 1 << int(np.log2(max(PASS_BATCH, fitting))) if on_device() else PASS_BATCH
 
 
 def fastest_format(args):
@@ -742,7 +743,7 @@ def set_up_keras(args, number_format):
     utils.say(f"number format: {number_format}")
     devices = keras.distribution.list_devices()
     if args.processes == 1:
-        devices = devices[: 1 << (len(devices).bit_length() - 1)]  # a power of two divides PASS_BATCH
+        devices = devices[: 1 << (len(devices).bit_length() - 1)]  # a power of two divides a batch
         if len(devices) > 1 and keras.config.backend() == "jax":
             keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
     return number_format, devices
@@ -778,14 +779,15 @@ def build_networks(args, path, class_count, side, number_format):
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
     layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
-    augmentation = build_augmentation(side) if on_device() else None
-    return Nets(network, full, fast, layout, augmentation, number_format, source_of(path), devices, together)
+    changes = build_augmentation(side) if on_device() else None
+    batch = pass_batch(side)
+    return Nets(network, full, fast, layout, changes, batch, number_format, source_of(path), devices, together)
 
 
 def cache_name(args, nets, square, kind):
     """Return how the names of the cache's files begin: features made in another way lie in other files."""
     views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
-    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend
+    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend, on_device()
     name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     return f"{name}-{args.process}-of-{args.processes}" if args.processes > 1 else name
 
@@ -891,7 +893,7 @@ def train_head(run, window):
     """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
     args, _, data, nets, rings = run
     pooled = open_store(args, None, len(window), (2048,), "float32")
-    for places in in_batches(range(len(window))):
+    for places in in_batches(range(len(window)), nets.batch):
         features, _ = predict_views(run, nets.fast.pool, rings.views, [window[n] for n in places])
         write_rows(pooled, places, features)
     if args.process == 0:
@@ -933,8 +935,9 @@ def last_units(run, ring, indices, view):
 
     Parts: the hidden units, the middle (zeros where the feature maps come after it), the layout.
     """
-    views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices))
-    layout = np.concatenate([utils.predict(run.nets.layout, pixels, pass_batch()) for pixels in views])
+    size = run.nets.batch
+    views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices, size))
+    layout = np.concatenate([utils.predict(run.nets.layout, pixels, size) for pixels in views])
     pooled, middle = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     if not middle.size:
         middle = np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32")
@@ -961,7 +964,7 @@ def fit_parts(run, window):
     indices = [i for i, view in window if view == PLAIN]
     weights = 1 / np.bincount(data.targets[data.train])
     bring_up(run.nets)
-    for chunk in in_batches(indices, 16 * pass_batch()):
+    for chunk in in_batches(indices, 16 * run.nets.batch):
         y = data.targets[chunk, None] == np.arange(len(data.labels))
         for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
             x = np.column_stack([part, np.ones(len(chunk))])
@@ -1240,10 +1243,11 @@ def score_saved(args, model, data, what):
     rows of PREDICTION_COLUMNS, a title for pictures).
     """
     actual = data.targets[data.validation]
-    chunks = in_batches([data.pictures[i].row for i in data.validation])
+    size = pass_batch(data.store.rows.shape[1])
+    chunks = in_batches([data.pictures[i].row for i in data.validation], size)
     utils.compiled(model)
     shown = utils.progress(chunks, len(chunks), "scoring")
-    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], pass_batch()) for chunk in shown])
+    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], size) for chunk in shown])
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"

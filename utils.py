@@ -696,7 +696,7 @@ def predict_batch(model, batch):
 
 @functools.cache
 def jitted(model):
-    """Return what JAX compiles of a Keras model: (trainable variables, others, batch) → prediction."""
+    """Return what JAX compiles of a Keras model, for good: (trainable variables, others, batch) → prediction."""
     import jax
 
     return jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])

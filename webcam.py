@@ -260,7 +260,7 @@ def load_network(state):
     state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
     state.folders = utils.folder_names([*state.labels, "unknown"])
     utils.compiled(network)
-    for n in (1, 2):  # graphs for one face and for several are made before the first frame
+    for n in (1, 2) if state.kind in LIVE else ():  # ready for one face and for several
         utils.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
     state.model = network
 

@@ -41,6 +41,7 @@ def prepare(run, batches):
     rows, pictures = run.data.store.rows, run.data.pictures
 
     def inputs(batch):
+        """Return the pictures and changes of a full batch."""
         keys = [(pictures[i].digest, view) for i, view in batch]
         return rows[[pictures[i].row for i, _ in batch]], train.draw_changes(run.args, rows.shape[1], keys)
 
@@ -64,7 +65,7 @@ def phases(run, window):
     order = np.array([(ring.slots[train.view_key(data.pictures, *pair)], pair[0]) for pair in window])
     train.prepare(run, nets.fast.head)
     train.prepare(run, nets.fast.top)
-    squares = data.store.rows[: train.pass_batch()]
+    squares = data.store.rows[: run.nets.batch]
     one, many = (np.resize(squares, (size, *squares.shape[1:])) for size in (1, 8))
     network = utils.compiled(nets.network)
 
@@ -93,19 +94,20 @@ def main():
     if options[0] == "--number-format":
         number_format, options = options[1], options[2:]
         train.fastest_format = lambda args: number_format
-    folder, size = tempfile.TemporaryDirectory(), train.pass_batch() * BATCHES
+    folder = tempfile.TemporaryDirectory()
     run = set_up(options[0], folder.name, "--weights", options[1], "--views", 999, *options[2:])
+    size = BATCHES * run.nets.batch
     trunk, ring = run.nets.fast.trunk, run.rings.views
     keras = utils.import_keras()
     wanted = train.training_views(run.args.seed, run.data.train, 0, size)
-    pixels = keras.ops.convert_to_tensor(train.make_views(run, wanted[: train.pass_batch()]))
+    pixels = keras.ops.convert_to_tensor(train.make_views(run, wanted[: run.nets.batch]))
     bare_loop(trunk, pixels)
     train.fill_ring(run, ring, trunk, wanted, "views")
     found = {name: [] for name in ("bare loop", "prepare", "pass")}
-    features = np.array(ring.features.rows[: train.pass_batch()])
+    features = np.array(ring.features.rows[: run.nets.batch])
     for turn in range(1, RUNS + 1):
         wanted = train.training_views(run.args.seed, run.data.train, turn * size, (turn + 1) * size)
-        batches = train.in_batches(wanted)
+        batches = train.in_batches(wanted, run.nets.batch)
         found["bare loop"].append(rate(lambda: bare_loop(trunk, pixels), size))
         found["prepare"].append(rate(lambda b=batches: prepare(run, b), size))
         found["pass"].append(rate(lambda w=wanted: train.fill_ring(run, ring, trunk, w, "views"), size))

@@ -2,9 +2,9 @@
 
     python benchmarks/frozen_pass.py DATA_DIR WEIGHTS_FILE
 
-The ideal is pictures / ((network + augmentation core-seconds) / cores): the network's measured with a bare
-`predict_on_batch` loop over arrays in memory at the same batch size, the augmentation's in one thread. The pass,
-the loop and the augmentation take turns, five times.
+The ideal is pictures / ((network + augmentation core-seconds) / cores): the network's measured with a bare loop over
+arrays in memory at the same batch size, the augmentation's in one thread. The pass, the loop and the augmentation take
+turns, five times. For a GPU there is accelerator.py.
 """
 
 import sys
@@ -18,20 +18,19 @@ RUNS = 5
 
 
 def bare_loop(trunk, pixels, batches):
-    """Return core-seconds and seconds a picture of a bare predict_on_batch loop."""
+    """Return core-seconds and seconds a picture of a bare loop."""
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(batches):
-        trunk.predict_on_batch(pixels)
+        utils.predict_batch(trunk, pixels)
     n = batches * len(pixels)
     return (time.process_time() - cpu) / n, (time.perf_counter() - wall) / n
 
 
 def augmentation(run, count):
     """Return core-seconds a view, in one thread."""
+    pairs = train.training_views(7, run.data.train, 0, count)
     start = time.thread_time()
-    for index, view in train.training_views(7, run.data.train, 0, count):
-        picture = run.data.pictures[index]
-        train.make_view(run.data.store.rows[picture.row], picture.digest, view, run.args)
+    train.make_views(run, pairs)
     return (time.thread_time() - start) / count
 
 
@@ -43,7 +42,7 @@ def main():
     trunk, n = run.nets.fast.trunk, len(run.data.train)
     rows = [run.data.pictures[i].row for i in run.data.train[: train.PASS_BATCH]]
     pixels = run.data.store.rows[rows].astype("float32")
-    trunk.predict_on_batch(pixels)
+    utils.predict_batch(trunk, pixels)
     network, walls, augment, passes = [], [], [], []
     for turn in range(RUNS):
         core, wall = bare_loop(trunk, pixels, 5)
@@ -57,7 +56,7 @@ def main():
     ideal = utils.cores() / (np.median(network) + np.median(augment))
     print(machine(), f"{run.nets.number_format}, n = {RUNS}, {n} views a pass", sep="\n")
     rows = [
-        ["bare predict_on_batch loop, pictures/s", spread(walls, 1)],
+        ["bare loop, pictures/s", spread(walls, 1)],
         ["network, core-ms a picture", spread([1e3 * x for x in network], 1)],
         ["augmentation, core-ms a view", spread([1e3 * x for x in augment])],
         ["frozen pass, pictures/s", spread(passes, 1)],

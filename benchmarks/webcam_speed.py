@@ -169,7 +169,7 @@ def main():
     args = parse_arguments()
     model = utils.compiled(utils.build_network(5, args.image_size))
     for n in (1, 2):
-        model.predict_on_batch(np.zeros((n, args.image_size, args.image_size, 3), "uint8"))
+        utils.predict(model, np.zeros((n, args.image_size, args.image_size, 3), "uint8"), n)
     with tempfile.TemporaryDirectory() as folder:
         if not args.films:
             args.films = [Path(folder, "drawn.mp4")]

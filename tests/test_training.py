@@ -253,7 +253,7 @@ def test_with_a_device_that_changes_the_pictures_the_same_is_learned(
     found = []
     for there in (False, True):
         monkeypatch.setattr(train, "on_device", lambda there=there: there)
-        monkeypatch.setattr(train, "DEVICE_BATCH", 6)  # of which no number of pictures here is a multiple
+        monkeypatch.setattr(train, "DEVICE_BATCH", 16)
         assert run_here(monkeypatch, tmp_path, *command) == 0
         found.append(accuracy_counts(capsys.readouterr().out, "round"))
     assert found[0] == found[1] and len(found[0]) == 2
@@ -365,6 +365,12 @@ def test_class_weights_and_light_views(monkeypatch, tmp_path, weights_file, caps
         with open(tmp_path / "m-history.csv", encoding="utf-8") as file:
             losses.append([row["loss"] for row in csv.DictReader(file)])
     assert losses[0] not in losses[1:]
+
+
+def test_a_batch_on_a_device_is_smaller_for_large_pictures(monkeypatch):
+    assert train.pass_batch(224) == train.PASS_BATCH
+    monkeypatch.setattr(train, "on_device", lambda: True)
+    assert [train.pass_batch(side) for side in (75, 224, 299, 1024)] == [256, 256, 128, 16]
 
 
 def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
