@@ -392,8 +392,8 @@ def draw_changes(args, side, keys):
     """Return how the views under some keys (digest, number) differ from their pictures: float64 (n, 9).
 
     Six numbers of a matrix, from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row; and what
-    is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone. Draw new chances last, so that the others stay. A
-    change that no setting shows needs another number FEATURES.
+    is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone. Draw new chances last, so that the
+    others stay. A change that no setting shows needs another number FEATURES.
     """
     kind, chance = HEAVY if args.heavy_augmentation else LIGHT, np.zeros((len(keys), 9))  # 0 to 1; all 0: no change
     for row, (digest, view) in zip(chance, keys):

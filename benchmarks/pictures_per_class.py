@@ -7,7 +7,7 @@ Of each class a fifth, drawn by a seed, is held out; of the others the first 5, 
 train.py, each set within the next one. The held-out pictures, the same for all counts, are scored with --evaluate.
 Beside it, on the same pictures, the yardsticks: the nearest neighbour on 16 x 16 thumbnails, and the better of two
 linear (ridge) readouts of the frozen network's pooled features, at `mixed5` and at the cut. Options of train.py
-follow the folders. The figure shows the mean of the seeds and, shaded, the smallest and largest.
+follow the folders. The figure shows the median of the seeds and, shaded, the smallest and largest.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def one_set(args, data_dir, options):
     classes, targets = np.unique(labels, return_inverse=True)
     features = [pooled_features(args.weights, layer, pixels) for layer in ("mixed5", "mixed8")]
     most = np.bincount(targets).max()
-    counts = [most if count == "all" else int(count) for count in args.counts.split(",")]
-    counts = [count for count in counts if count == most or count < most * 4 // 5]
+    counts = {most if count == "all" else int(count) for count in args.counts.split(",")}
+    counts = sorted(count for count in counts if count == most or count < most * 4 // 5)
     found, sizes = defaultdict(list), {}
     for seed in range(1, args.seeds + 1):
         held, lots = draw_lots(labels, counts, seed)
@@ -97,7 +97,7 @@ def draw(path, sets):
     for axes, (name, (found, sizes)) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items()):
         for way, colour in COLOURS.items():
             values = np.array([found[size, way] for size in sizes])
-            axes.plot(sizes, values.mean(1), "o-", color=colour, markersize=4, label=way)
+            axes.plot(sizes, np.median(values, 1), "o-", color=colour, markersize=4, label=way)
             axes.fill_between(sizes, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)
         axes.set(xscale="log", xlabel="pictures a class", ylabel="accuracy, held out", title=name)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
