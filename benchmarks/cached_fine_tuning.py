@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import numpy as np
 from common import machine, print_table, set_up, spread, train
@@ -85,8 +86,10 @@ def main():
     for seed in range(1, args.seeds + 1):
         for way, found in results.items():
             options = ["--way", way, "--seed", str(seed), "--rounds", str(args.rounds)]
-            command = [sys.executable, __file__, args.data_dir, args.weights, *options]
-            done = subprocess.run(command, capture_output=True, text=True)
+            files = [str(Path(path).resolve()) for path in (__file__, args.data_dir, args.weights)]
+            with tempfile.TemporaryDirectory() as folder:  # where the mosaic of the first round lies
+                command = [sys.executable, *files, *options]
+                done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
             if done.returncode:
                 sys.exit(done.stderr)
             found.append(json.loads(done.stdout.splitlines()[-1]))
