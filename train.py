@@ -359,7 +359,7 @@ def open_ring(args, name, count, shape, dtype):
     slots = {}
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
-        if checksum(features.rows[slot]) == record[36:] and np.isfinite(features.rows[slot]).all():
+        if checksum(features.rows[slot]) == record[36:] and is_finite(features.rows[slot]):
             slots[record[:36]] = slot
     return Ring(features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True))
 
@@ -367,6 +367,13 @@ def open_ring(args, name, count, shape, dtype):
 def checksum(row):
     """Return four bytes that tell whether a row came whole through a kill or a bad disk."""
     return zlib.crc32(np.ascontiguousarray(row)).to_bytes(4, "big")
+
+
+def is_finite(features):
+    """Say whether all numbers of an array end. NumPy is slow with 16-bit ones: those without end have exponent 31."""
+    if features.dtype == "float16":
+        return (features.view("uint16") & 0x7C00).max() < 0x7C00
+    return np.isfinite(features).all()
 
 
 def claim_slots(ring, keys):
@@ -441,7 +448,8 @@ def make_views(run, pairs):
     places = [picture.row for picture in pictures]
     changes = draw_changes(run.args, rows.shape[1], [(p.digest, view) for p, (_, view) in zip(pictures, pairs)])
     if run.nets.augmentation is None:
-        return np.stack([r if v == PLAIN else augment(r, c) for r, c, (_, v) in zip(rows[places], changes, pairs)])
+        numbered = zip(places, changes, pairs)
+        return np.stack([rows[n] if view == PLAIN else augment(rows[n], row) for n, row, (_, view) in numbered])
     filled = [rows[np.resize(places, size)], np.resize(changes, (size, changes.shape[1]))]
     return utils.predict_batch(run.nets.augmentation, filled)[: len(pairs)]
 
@@ -485,10 +493,7 @@ def fill_ring(run, ring, trunk, wanted, label):
         with np.errstate(over="ignore"):  # what does not fit is told below
             kind = ring.features.rows.dtype
             features = np.asarray(pixels) if trunk is None else utils.predict(trunk, pixels, run.nets.batch, kind)
-        # NumPy is slow with 16-bit numbers; without end are those with all five bits of the exponent set
-        half = features.dtype == "float16"
-        finite = (features.view("uint16") & 0x7C00).max() < 0x7C00 if half else np.isfinite(features).all()
-        return features, [checksum(row) for row in features], finite
+        return features, [checksum(row) for row in features], is_finite(features)
 
     # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
     # comes before and after: a thread takes longer for the checksums of a batch than a device for the network.
@@ -779,9 +784,8 @@ def build_networks(args, path, class_count, side, number_format):
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
     layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
-    changes = build_augmentation(side) if on_device() else None
-    batch = pass_batch(side)
-    return Nets(network, full, fast, layout, changes, batch, number_format, source_of(path), devices, together)
+    augmentation, batch = build_augmentation(side) if on_device() else None, pass_batch(side)
+    return Nets(network, full, fast, layout, augmentation, batch, number_format, source_of(path), devices, together)
 
 
 def cache_name(args, nets, square, kind):

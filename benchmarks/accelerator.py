@@ -111,8 +111,7 @@ def main():
         found["bare loop"].append(rate(lambda: bare_loop(trunk, pixels), size))
         found["prepare"].append(rate(lambda b=batches: prepare(run, b), size))
         found["pass"].append(rate(lambda w=wanted: train.fill_ring(run, ring, trunk, w, "views"), size))
-    window = wanted
-    for name, (work, count) in phases(run, window).items():
+    for name, (work, count) in phases(run, wanted).items():
         work()
         found[name] = [rate(work, count) for _ in range(RUNS)]
     found["checksums and writing alone"] = [rate(lambda: keep(run, features, BATCHES), size) for _ in range(RUNS)]

@@ -40,7 +40,7 @@ def main():
     folder = tempfile.TemporaryDirectory()
     run = set_up(data_dir, folder.name, "--weights", weights, *sys.argv[3:])
     trunk, n = run.nets.fast.trunk, len(run.data.train)
-    rows = [run.data.pictures[i].row for i in run.data.train[: train.PASS_BATCH]]
+    rows = [run.data.pictures[i].row for i in run.data.train[: run.nets.batch]]
     pixels = run.data.store.rows[rows].astype("float32")
     utils.predict_batch(trunk, pixels)
     network, walls, augment, passes = [], [], [], []
