@@ -29,7 +29,7 @@ import timeit
 import unicodedata
 import urllib.request
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
 import utils  # first: it says which Python and packages are needed
@@ -356,7 +356,7 @@ def open_ring(args, name, count, shape, dtype):
     """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
     features = open_store(args, f"{name}.features", count, shape, dtype)
     keys = open_store(args, f"{name}.keys", count, (40,), "uint8")  # digest, view, checksum of the slot
-    slots = {}
+    slots = OrderedDict()  # {key: slot}, the oldest first; a dict takes ever longer to find its first one
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
         if checksum(features.rows[slot]) == record[36:] and is_finite(features.rows[slot]):
@@ -383,11 +383,11 @@ def claim_slots(ring, keys):
     """
     for key in keys:  # those that are wanted are the youngest, before any slot is given away
         if key in ring.slots:
-            ring.slots[key] = ring.slots.pop(key)
+            ring.slots.move_to_end(key)
     missing = []
     for position, key in enumerate(keys):
         if key not in ring.slots:
-            ring.slots[key] = ring.free.pop() if ring.free else ring.slots.pop(next(iter(ring.slots)))
+            ring.slots[key] = ring.free.pop() if ring.free else ring.slots.popitem(last=False)[1]
             missing.append(position)
     return missing
 
