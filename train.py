@@ -402,11 +402,10 @@ def draw_changes(args, side, keys):
     is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone. Draw new chances last, so that the
     others stay. A change that no setting shows needs another number FEATURES.
     """
-    kind, chance = HEAVY if args.heavy_augmentation else LIGHT, np.zeros((len(keys), 9))  # 0 to 1; all 0: no change
-    for row, (digest, view) in zip(chance, keys):
-        if view != PLAIN:
-            text = hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(8 * len(row))
-            row[:] = np.frombuffer(text, "<u8") / 2**64
+    kind = HEAVY if args.heavy_augmentation else LIGHT
+    hashes = (hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(9 * 8) for digest, view in keys)
+    chance = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 9) / 2**64  # 0 to 1
+    chance[[view == PLAIN for _, view in keys]] = 0  # no change
     strength = np.sqrt(chance[:, 0])
     angle = np.deg2rad(kind.rotation) * (2 * chance[:, 1] - 1) * strength
     low, high = np.log(kind.zoom)

@@ -686,20 +686,25 @@ def predict_batch(model, batch):
         return model.predict_on_batch(batch)
     import jax
 
-    trained, others = ([v.value for v in some] for some in (model.trainable_variables, model.non_trainable_variables))
+    variables, compute = jitted(model)
+    trained, others = ([variable.value for variable in some] for some in variables)
     placed = next((array.sharding for array in trained + others), None)
     if placed and len(placed.device_set) > 1:
         rows = jax.sharding.PartitionSpec(placed.mesh.axis_names)
         batch = jax.device_put(batch, jax.sharding.NamedSharding(placed.mesh, rows))
-    return jitted(model)(trained, others, batch)
+    return compute(trained, others, batch)
 
 
 @functools.cache
 def jitted(model):
-    """Return what JAX compiles of a Keras model, for good: (trainable variables, others, batch) → prediction."""
+    """Return (trainable variables, others) of a Keras model, for good, and what JAX compiles of it.
+
+    That is a function: (values of the ones, of the others, batch) → prediction. Keras takes a millisecond to list them.
+    """
     import jax
 
-    return jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
+    variables = model.trainable_variables, model.non_trainable_variables
+    return variables, jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
 
 
 def trio(prefix):

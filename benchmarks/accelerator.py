@@ -6,7 +6,7 @@ The pass is compared with a bare loop of the frozen part over arrays that lie in
 cores can prepare for it: the pictures and the numbers by which the device changes them; what they do with its answers,
 checksums and writing, is timed as well. All take turns, five times. The other phases follow, as train.py and webcam.py
 compute them, on what the pass has kept. Options of train.py follow the weights; --number-format X, first, takes a
-Keras dtype policy instead of what the trial finds.
+Keras dtype policy instead of what the trial finds. Takes up to 8 GB of disk.
 """
 
 import functools
@@ -18,7 +18,7 @@ import numpy as np
 from common import machine, print_table, set_up, spread, train, utils
 
 RUNS = 5
-BATCHES = 32  # a pass
+BATCHES = 64  # a pass
 STEPS = 100  # of training
 
 
@@ -95,7 +95,7 @@ def main():
         number_format, options = options[1], options[2:]
         train.fastest_format = lambda args: number_format
     folder = tempfile.TemporaryDirectory()
-    run = set_up(options[0], folder.name, "--weights", options[1], "--views", 999, *options[2:])
+    run = set_up(options[0], folder.name, "--weights", options[1], "--views", 999, "--cache-gb", 8, *options[2:])
     size = BATCHES * run.nets.batch
     trunk, ring = run.nets.fast.trunk, run.rings.views
     keras = utils.import_keras()
