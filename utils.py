@@ -592,8 +592,7 @@ def import_keras():
             keras.ops.zeros(1)  # what the first operation has to say is said here
     except (ImportError, ValueError) as error:  # ValueError: no such backend
         raise UserError(
-            f"{error}: {INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: "
-            "there `pip install jax`, then KERAS_BACKEND=jax)"
+            f"{error}: {INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: see README.md)"
         ) from None
     return keras
 

@@ -2,11 +2,11 @@
 
     KERAS_BACKEND=jax python benchmarks/accelerator.py DATA_DIR WEIGHTS_FILE
 
-The pass is compared with a bare loop of the frozen part over arrays that lie in the device's memory, and with what the
-cores can prepare for it: the pictures and the numbers by which the device changes them; what they do with its answers,
-checksums and writing, is timed as well. All take turns, five times. The other phases follow, as train.py and webcam.py
-compute them, on what the pass has kept. Options of train.py follow the weights; --number-format X, first, takes a
-Keras dtype policy instead of what the trial finds. Takes up to 8 GB of disk.
+The pass is compared with a bare loop of the frozen part over one batch that lies in the device's memory, and with what
+the cores can prepare for it: the pictures and the numbers by which the device changes them. These three take turns,
+five times. The other phases follow, as train.py and webcam.py compute them, on what the pass has kept, and what the
+cores do with the device's answers: checksums and writing. Options of train.py follow the weights; --number-format X,
+first, takes a Keras dtype policy instead of what the trial finds. Takes up to 8 GB of disk.
 """
 
 import functools

@@ -3,7 +3,7 @@
     python benchmarks/big_set.py
     python benchmarks/big_set.py --pictures 20000 --train
 
-Draws that many different JPEGs of 96 x 96 pixels in 200 classes (and a hundredth and a tenth of 100,000 before), and
+Draws that many different JPEGs of 96 x 96 pixels in 200 classes (and 1,000, 10,000 and 100,000 before), and
 runs `train.py --dry-run` on them: seconds until the `images:` line, start-up included, and the largest `RssAnon`.
 With --train, also a short training from scratch on the largest set (one epoch, no rounds, one view): its time, its
 memory, and its mosaic. Linux only. 110,000 pictures take about 0.5 GB of disk, and training on them 5 GB more.

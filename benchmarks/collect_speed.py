@@ -3,10 +3,10 @@
     python benchmarks/collect_speed.py
     python benchmarks/collect_speed.py --pictures 40 --runs 1
 
-Draws a library of 500 twelve-megapixel JPEGs with four faces each (a few different pictures, linked many times)
-and runs, in turns: the collector on one core, the collector on two, and a bare loop of two threads that only decodes
-the same files with Pillow on two cores. Prints seconds, their ratios, and the largest memory (resident, the whole
-process tree) of the collector. Linux only: cores are chosen by their affinity.
+Draws a library of 500 twelve-megapixel JPEGs with four faces each (a few different pictures, linked many times) and
+runs, in turns: the collector on one core, the collector on two, and a bare loop of two threads that only decodes the
+same files with Pillow on two cores. Works in a temporary folder beside the kit. Prints seconds, their ratios, and the
+largest memory (resident, the whole process tree) of the collector. Linux only: cores are chosen by their affinity.
 """
 
 import argparse

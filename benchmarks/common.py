@@ -68,6 +68,11 @@ def train_py(data_dir, *options):
     return [sys.executable, str(ROOT / "train.py"), str(data_dir), "m", *map(str, options)]
 
 
+def absolute(options):
+    """Return options whose paths hold in any folder."""
+    return [os.path.abspath(option) if os.path.exists(option) else option for option in options]
+
+
 def run_command(command, folder=None, field="RssAnon", **more):
     """Run a command to its end, start-up included. Returns an Outcome; ends the benchmark if the command fails.
 

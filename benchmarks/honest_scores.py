@@ -9,12 +9,11 @@ that of the validation pictures, the calibration error of the largest probabilit
 """
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import link_classes, machine, print_table, read_folder, run_command, train, train_py, utils
+from common import absolute, link_classes, machine, print_table, read_folder, run_command, train, train_py, utils
 
 BINS = 15
 
@@ -48,7 +47,7 @@ def main():
     parser.add_argument("--fit", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=40)
     args, options = parser.parse_known_args()
-    options = [os.path.abspath(option) if os.path.exists(option) else option for option in options]
+    options = absolute(options)
     rows, (_, labels, paths) = [], read_folder(args.data_dir, 75)
     for seed in range(1, args.seeds + 1):
         accuracy, p, actual, temperature = one_seed(args, labels, paths, options, seed)

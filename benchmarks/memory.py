@@ -3,7 +3,7 @@
     python benchmarks/memory.py
 
 Draws 400 and 4,000 pictures, trains on both with few and many views at 75 px (random weights for the frozen part),
-and prints the largest `RssAnon` from the first picture read to the end. Linux only.
+and prints the largest `RssAnon` of the whole process, start-up included. Linux only.
 """
 
 import tempfile

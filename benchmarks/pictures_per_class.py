@@ -6,8 +6,9 @@
 Of each class a fifth, drawn by a seed, is held out; of the others the first 5, 10, 20, 50 and all are given to
 train.py, each set within the next one. The held-out pictures, the same for all counts, are scored with --evaluate.
 Beside it, on the same pictures, the yardsticks: the nearest neighbour on 16 x 16 thumbnails, and the better of two
-linear (ridge) readouts of the frozen network's pooled features, at `mixed5` and at the cut. Options of train.py
-follow the folders. The figure shows the median of the seeds and, shaded, the smallest and largest.
+linear (ridge) readouts of the frozen network's pooled features, at `mixed5` and at the cut; these two always see
+pictures of 224 pixels. Options of train.py follow the folders. The figure shows the median of the seeds and, shaded,
+the smallest and largest.
 """
 
 import argparse

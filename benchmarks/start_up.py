@@ -8,7 +8,7 @@ train.py until the line of its first epoch (so the frozen pass over the pictures
 pixels; webcam.py until the first line about a face in a film and, where a window can be opened, until a camera, played
 by that film, is first shown. --before: the folder of an earlier version, which runs beside. Without data 30 faces are
 drawn and the weights are random: then little but start-up is left. The runs take turns: each plainly for its seconds,
-and our scripts once more under watched.py, which looks a hundred times a second which function of ours the main thread
+and our scripts once more under watched.py, which notes a hundred times a second which function of ours the main thread
 is in. `<module>` is what a script imports at its top.
 """
 

@@ -5,8 +5,8 @@
 
 Trains on `--friends` classes drawn by lot, all but two pictures of each; scores the two kept out, which no choice has
 seen, and all pictures of the other classes. Beside it the nearest neighbour on 16 x 16 thumbnails, its limit set so
-that as many friends keep their name. With --by-folder each class is the stranger once, and the last folder (a film,
-say) of each other class is kept out.
+that as many friends keep their name. With --by-folder each of the first `--seeds` classes is the stranger once, and the
+last folder (a film, say) of each other class is kept out.
 """
 
 import argparse
@@ -14,7 +14,18 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import link, link_classes, machine, print_table, read_folder, run_command, thumbnails, train_py, utils
+from common import (
+    absolute,
+    link,
+    link_classes,
+    machine,
+    print_table,
+    read_folder,
+    run_command,
+    thumbnails,
+    train_py,
+    utils,
+)
 
 
 def divide(data_dir, folder, friends, seed):
@@ -82,6 +93,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="with --by-folder: how many of the classes")
     parser.add_argument("--by-folder", action="store_true")
     args, options = parser.parse_known_args()
+    options = absolute(options)
     rows = [one_seed(args, options, seed) for seed in range(1, args.seeds + 1)]
     print(machine(), f"n = {args.seeds} seeds, options: {' '.join(options)}", sep="\n")
     names = ["seed", "friends right", "strangers unknown", "nearest neighbour: strangers unknown"]
