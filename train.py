@@ -173,12 +173,9 @@ def find_files(data_dir):
     """
     if not data_dir.is_dir():
         raise utils.UserError(f"{utils.escape(data_dir)}: no such folder: give one with a folder for each class")
-    files, loose = [], 0
-    for path in utils.list_files(data_dir):
-        inner = path.relative_to(data_dir).parts
-        loose += len(inner) == 1
-        if len(inner) > 1:
-            files.append((path, label_of(inner[0])))
+    below = [(path, path.relative_to(data_dir).parts) for path in utils.list_files(data_dir)]
+    files = [(path, label_of(parts[0])) for path, parts in below if len(parts) > 1]
+    loose = len(below) - len(files)
     if loose:
         utils.warn(f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used")
     folders = {label_of(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)}
@@ -356,7 +353,7 @@ def open_ring(args, name, count, shape, dtype):
     """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
     features = open_store(args, f"{name}.features", count, shape, dtype)
     keys = open_store(args, f"{name}.keys", count, (40,), "uint8")  # digest, view, checksum of the slot
-    slots = OrderedDict()  # {key: slot}, the oldest first; a dict takes ever longer to find its first one
+    slots = OrderedDict()  # {key: slot}, the next to go first; a dict takes ever longer to find its first one
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
         if checksum(features.rows[slot]) == record[36:] and is_finite(features.rows[slot]):
@@ -501,7 +498,9 @@ def fill_ring(run, ring, trunk, wanted, label):
     results = utils.in_order(pass_on, views, workers=at_once)
     for batch, (features, sums, finite) in zip(batches, utils.progress(results, len(batches), label)):
         if not finite:
-            raise utils.UserError("the network's features are too large for 16-bit numbers: use --float32")
+            rounded = ring.features.rows.dtype == "float16"
+            why = "too large for 16-bit numbers: use --float32" if rounded else "without end: use other --weights"
+            raise utils.UserError(f"the network's features are {why}")
         slots = [ring.slots[keys[p]] for p in batch]
         write_rows(ring.features, slots, features)
         write_rows(ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)])
@@ -745,20 +744,15 @@ def set_up_keras(args, number_format):
         number_format = fastest_format(args)
     number_format = exchange(args, number_format)[0]
     utils.say(f"number format: {number_format}")
-    devices = keras.distribution.list_devices()
-    if args.processes == 1:
-        devices = devices[: 1 << (len(devices).bit_length() - 1)]  # a power of two divides a batch
-        if len(devices) > 1 and keras.config.backend() == "jax":
-            keras.distribution.set_distribution(keras.distribution.DataParallel(devices=devices))
-    return number_format, devices
+    return number_format, keras.distribution.list_devices() if keras.config.backend() == "jax" else [None]
 
 
 def build_networks(args, path, class_count, side, number_format):
     """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
 
     path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
-    Where several processes train as one, the network that they train is another one again: only they together
-    can compute with it.
+    Where several devices or processes train as one, the network that they train is another one again: only they
+    together can compute with it. What is frozen runs on the first device of each process.
     """
     keras = utils.import_keras()
     number_format, devices = set_up_keras(args, number_format)
@@ -777,7 +771,7 @@ def build_networks(args, path, class_count, side, number_format):
 
     full = fold_trunk(cut_network(network, args, path is None))
     fast = full if number_format == "float32" else fold_trunk(twin())
-    if args.processes > 1:
+    if len(devices) > 1:
         together = keras.distribution.DataParallel(auto_shard_dataset=False).scope
         with together():
             shared = twin()
@@ -849,32 +843,35 @@ def train_epoch(run, model, rows, order, targets, label):
 def epoch_size(run):
     """Return (steps an epoch, pictures a step of this process): alike in all processes, which wait for each other.
 
-    The pictures of a step are divided evenly among processes and devices.
+    The pictures of a step are divided evenly among the devices of all processes.
     """
     args, devices = run.args, len(run.nets.devices)
     batch_size = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
     return -(-run.data.most // batch_size), batch_size
 
 
-def epoch_order(seed, window, slot_of, round_number, epoch):
-    """Return (slot, index) pairs: every picture that has views in the window once, a random one of them."""
+def epoch_order(seed, window, slots, round_number, epoch):
+    """Return (slot, index) pairs, int (n, 2): every picture that has views in the window once, a random one of them.
+
+    window: [(index, view)]. slots: where each of these lies.
+    """
     rng = np.random.default_rng([seed, round_number, epoch])
-    mixed = np.array(window)[rng.permutation(len(window))]
-    _, first = np.unique(mixed[:, 0], return_index=True)
-    return np.array([(slot_of(i, v), i) for i, v in mixed[np.sort(first)].tolist()])
+    mixed = np.column_stack([slots, [i for i, _ in window]])[rng.permutation(len(window))]
+    _, first = np.unique(mixed[:, 1], return_index=True)
+    return mixed[np.sort(first)]
 
 
-def train_epochs(run, model, rows, slot_of, window, number, validation):
+def train_epochs(run, model, rows, slots, window, number, validation):
     """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
 
-    rows, slot_of: where the features of a view (index, view) lie. validation: gives the pooled features (n, 2048) of
-    the augmented validation pictures, which the float32 network scores with the last layer that is trained.
+    rows, slots: the features, and where those of each view in the window lie. validation: gives the pooled features (n,
+    2048) of the augmented validation pictures, which the float32 network scores with the last layer that is trained.
     """
     data, history = run.data, []
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
     for epoch in range(1, run.recipe["round_epochs" if number else "head_epochs"] + 1):
         start = time.monotonic()
-        order = epoch_order(run.args.seed, window, slot_of, number, epoch)
+        order = epoch_order(run.args.seed, window, slots, number, epoch)
         name = f"round {number} epoch {epoch}"
         logs = train_epoch(run, model, rows, order, targets, name)
         if run.args.process:
@@ -901,24 +898,20 @@ def train_head(run, window):
         write_rows(pooled, places, features)
     if args.process == 0:
         validation, _ = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
-    place = {pair: n for n, pair in enumerate(window)}
     prepare(run, nets.fast.head)
-    return train_epochs(run, nets.fast.head, pooled.rows, lambda i, v: place[i, v], window, 0, lambda: validation)
+    return train_epochs(run, nets.fast.head, pooled.rows, range(len(window)), window, 0, lambda: validation)
 
 
 def train_top(run, window, number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
     _, _, data, nets, rings = run
-    ring, shaken = rings.views, [(i, 0) for i in data.validation]
-    return train_epochs(
-        run,
-        nets.fast.top,
-        ring.features.rows,
-        lambda i, v: ring.slots[view_key(data.pictures, i, v)],
-        window,
-        number,
-        lambda: predict_views(run, nets.full.pool, rings.shaken, shaken)[0],
-    )
+    shaken = [(i, 0) for i in data.validation]
+    slots = [rings.views.slots[view_key(data.pictures, *pair)] for pair in window]
+
+    def validation():
+        return predict_views(run, nets.full.pool, rings.shaken, shaken)[0]
+
+    return train_epochs(run, nets.fast.top, rings.views.features.rows, slots, window, number, validation)
 
 
 def bring_up(nets):
@@ -1046,18 +1039,14 @@ def choose_last_layer(run, fits):
 
     Returns (its kernel and bias, probabilities (n, classes) of the pictures as they are, of their augmented views).
     """
-    indices, rings, best = run.data.validation, run.rings, None
+    indices, rings, layers = run.data.validation, run.rings, []
     plain = np.column_stack(last_units(run, rings.plain, indices, PLAIN))
     augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
     for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
         kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
-        last = kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))
-        found = answers(plain, last)
-        right = (found.argmax(1) == run.data.targets[indices]).sum()
-        if best is None or right > best[0]:
-            best = right, last, found
-    _, last, found = best
-    return last, found, answers(augmented, last)
+        layers.append((kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))))
+    last = max(layers, key=lambda layer: (answers(plain, layer).argmax(1) == run.data.targets[indices]).sum())
+    return last, answers(plain, last), answers(augmented, last)
 
 
 def finish_round(run, number, rows, fits, best):
@@ -1074,7 +1063,9 @@ def finish_round(run, number, rows, fits, best):
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.say(line)
     if number == 0:
-        remove_mosaics(args.model)
+        for old in Path().glob(MOSAICS):  # of an earlier run with the same prefix
+            if is_mosaic_of(old, args.model):
+                old.unlink()
         remove_state(args.model)
     path, picture = Path(f"{number:03d}.png"), lambda i: data.store.rows[data.pictures[data.validation[i]].row]
     check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
@@ -1220,13 +1211,6 @@ def is_mosaic_of(path, prefix):
         return False
 
 
-def remove_mosaics(prefix):
-    """Remove the mosaics that an earlier run with the same prefix left in the current directory."""
-    for path in Path().glob(MOSAICS):
-        if is_mosaic_of(path, prefix):
-            path.unlink()
-
-
 def remove_unfinished(prefix):
     """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
     folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
@@ -1248,7 +1232,6 @@ def score_saved(args, model, data, what):
     actual = data.targets[data.validation]
     size = pass_batch(data.store.rows.shape[1])
     chunks = in_batches([data.pictures[i].row for i in data.validation], size)
-    utils.compiled(model)
     shown = utils.progress(chunks, len(chunks), "scoring")
     probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], size) for chunk in shown])
     right = int((probabilities.argmax(1) == actual).sum())

@@ -87,6 +87,7 @@ INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
+JITTING = threading.Lock()  # functools.cache lets two threads make the same thing twice
 tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a Ctrl-C at the wrong moment leaves locked
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
@@ -666,7 +667,7 @@ def compiled(model, **settings):
 def predict(model, rows, batch_size, dtype="float32"):
     """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
 
-    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. (Keras's `predict` waits between batches.)
+    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. Waits for each batch: call it in threads.
     """
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -683,14 +684,9 @@ def predict_batch(model, batch):
     """
     if import_keras().config.backend() != "jax":
         return model.predict_on_batch(batch)
-    import jax
-
-    variables, compute = jitted(model)
+    with JITTING:
+        variables, compute = jitted(model)
     trained, others = ([variable.value for variable in some] for some in variables)
-    placed = next((array.sharding for array in trained + others), None)
-    if placed and len(placed.device_set) > 1:
-        rows = jax.sharding.PartitionSpec(placed.mesh.axis_names)
-        batch = jax.device_put(batch, jax.sharding.NamedSharding(placed.mesh, rows))
     return compute(trained, others, batch)
 
 
@@ -754,7 +750,7 @@ def is_ours(prefix):
 
 
 def load_model(prefix):
-    """Load a model of ours: returns (Keras model, info) with info as given to `save_model`.
+    """Load a model of ours: returns (compiled Keras model, info) with info as given to `save_model`.
 
     Safe with files from strangers: no class named in a file is ever looked up. The network is built here, from
     numbers checked first. Raises UserError for anything that is not whole.
@@ -762,7 +758,7 @@ def load_model(prefix):
     info = check_model(prefix)
     model = build_network(len(info["labels"]), info["image_size"])
     load_weights(model, trio(prefix)[0])
-    return model, info
+    return compiled(model), info
 
 
 def check_model(prefix):

@@ -55,10 +55,9 @@ def one_way(way, args):
     for number in range(1, args.rounds + 1):
         window = train.ring_window(run, number)
         train.fill_ring(run, ring, run.nets.fast.trunk, window, "views")
+        slots = [ring.slots[train.view_key(data.pictures, *pair)] for pair in window]
         for epoch in range(1, epochs + 1):
-            pairs = train.epoch_order(
-                args.seed, window, lambda i, v: ring.slots[train.view_key(data.pictures, i, v)], number, epoch
-            )
+            pairs = train.epoch_order(args.seed, window, slots, number, epoch)
             clock = time.perf_counter()
             train.train_epoch(run, model, ring.features.rows, pairs, targets, "epoch")
             seconds.append((time.perf_counter() - clock) / len(pairs))

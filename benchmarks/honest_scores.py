@@ -30,7 +30,7 @@ def one_seed(args, labels, paths, options, seed):
         run_command(train_py("fit", "--seed", seed, *options), folder)
         model, info = utils.load_model(folder / "m")
         squares, held, _ = read_folder(folder / "held", info["image_size"])
-        probabilities = utils.predict(utils.compiled(model), squares, 32)
+        probabilities = utils.predict(model, squares, 32)
     return info["accuracy"], probabilities, np.searchsorted(info["labels"], held), info["temperature"]
 
 

@@ -75,7 +75,6 @@ def one_seed(args, options, seed):
             divide(Path(args.data_dir), folder, args.friends, seed)
         run_command(train_py("known", "--seed", seed, *options), folder)
         model, info = utils.load_model(folder / "m")
-        utils.compiled(model)
         answers = []
         for part in ("held", "strangers"):
             squares, labels, _ = read_folder(folder / part, info["image_size"])

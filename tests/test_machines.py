@@ -25,8 +25,10 @@ import train, utils
 rounds = train.train_rounds
 def train_rounds(run, state):
     end = rounds(run, state)
-    weights = b"".join(w.tobytes() for w in run.nets.fast.top.get_weights())
-    print("weights", hashlib.sha256(weights).hexdigest(), len(run.rings.views.slots), file=sys.stderr)
+    top = run.nets.fast.top
+    weights = hashlib.sha256(b"".join(w.tobytes() for w in top.get_weights())).hexdigest()
+    devices = len(top.weights[0].value.sharding.device_set)
+    print("weights", weights, len(run.rings.views.slots), devices, file=sys.stderr)
     return end
 train.train_rounds = train_rounds
 if __name__ == "__main__":
@@ -72,9 +74,10 @@ def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights
     (data / "red" / "broken.png").write_bytes(b"no picture")
     done = together(tmp_path, count, *recipe)
     assert [code for code, _, _ in done] == [0] * count, done
-    told = [re.search(r"^weights (\S+) (\d+)$", errors, re.M).groups() for _, _, errors in done]
-    assert len({weights for weights, _ in told}) == 1
-    assert all(int(slots) < 2 * 3 * 60 / count for _, slots in told), "each keeps its share of the views only"
+    told = [re.search(r"^weights (\S+) (\d+) (\d+)$", errors, re.M).groups() for _, _, errors in done]
+    assert len({weights for weights, _, _ in told}) == 1
+    assert all(int(slots) < 2 * 3 * 60 / count for _, slots, _ in told), "each keeps its share of the views only"
+    assert all(int(devices) == count for _, _, devices in told)
     assert "images: 57 train, 15 validation, 3 classes, 1 skipped" in done[0][1]
     assert not any(output for _, output, _ in done[1:])
     assert not any(word in text for _, *texts in done for text in texts for word in ("Gloo", "Traceback"))
@@ -124,8 +127,10 @@ def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
     draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
     devices = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     recipe = [*RECIPE, "--rounds", 1, "--weights", weights_file, "--batch-size", 15]
-    done = run_process(ROOT / "train.py", tmp_path, "data", "model", *recipe, **devices)
+    (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
+    done = run_process(tmp_path / "telling.py", tmp_path, "data", "model", *recipe, **devices)
     assert done.returncode == 0, done.stderr
+    assert re.search(r"^weights \S+ \d+ 2$", done.stderr, re.M), "both have the weights that are trained"
     assert accuracy(done.stdout) >= 0.9
 
 

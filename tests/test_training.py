@@ -180,7 +180,7 @@ def test_what_was_scored_is_what_the_saved_network_answers(monkeypatch, tmp_path
     model, info = utils.load_model(tmp_path / "m")
     run, (_, plain, _) = seen[info["round"]]
     pixels = run.data.store.rows[[run.data.pictures[i].row for i in run.data.validation]]
-    saved = utils.predict(utils.compiled(model), pixels, 16)
+    saved = utils.predict(model, pixels, 16)
     assert np.allclose(saved, train.soften(plain, info["temperature"]), atol=1e-3) and saved.std() > 0.01
 
 
