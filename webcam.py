@@ -151,7 +151,7 @@ class State:
     # what the summary tells
     counts: collections.Counter = field(default_factory=collections.Counter)  # of frames, lines, crops
     times: dict = field(default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=10**5)))
-    spare: collections.deque = field(default_factory=lambda: collections.deque(maxlen=4))  # (grey frame, its scale)
+    spare: collections.deque = field(default_factory=lambda: collections.deque(maxlen=4))  # as `smaller_face` has it
 
 
 # ---------------------------------------------------------------- arguments
@@ -195,7 +195,7 @@ def source_kind(source):
         return "camera"
     if "://" in source:
         with contextlib.suppress(ValueError):
-            if urllib.parse.urlsplit(source).hostname:
+            if utils.is_utf8(source) and urllib.parse.urlsplit(source).hostname:  # else OpenCV ends the process
                 return "stream"
         shown = f"{utils.escape(source.partition('://')[0])}://…"  # what follows may hold a password
         raise utils.UserError(f"--source {shown}: no address: give one like rtsp://192.168.1.20/live")
@@ -259,7 +259,6 @@ def load_network(state):
     state.labels, state.side = info["labels"], info["image_size"]
     state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
     state.folders = utils.folder_names([*state.labels, "unknown"])
-    utils.compiled(network)
     for n in (1, 2) if state.kind in LIVE else ():  # ready for one face and for several
         utils.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
     state.model = network
@@ -281,7 +280,7 @@ def load_cascade():
     with contextlib.suppress(cv2.error, SystemError):
         cascade.load(name)
     if cascade.empty():
-        raise utils.UserError(f"{CASCADE}: missing or damaged: copy it from the kit to beside webcam.py")
+        raise utils.UserError(f"{utils.escape(name)}: missing or damaged: copy it from the kit")
     return cascade
 
 
@@ -394,7 +393,8 @@ def cut(state, frame, box):
     """Cut the square that the network gets around a box; the whole frame with --whole-picture. Returns RGB."""
     if not state.args.whole_picture:
         x, y, w, h = box
-        frame = utils.crop_square(frame, x + w / 2, y + h / 2, state.args.context * w)
+        side = min(state.args.context * w, utils.MAX_PIXELS**0.5 - 1)  # larger ones could not be read again
+        frame = utils.crop_square(frame, x + w / 2, y + h / 2, side)
     return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
@@ -455,7 +455,7 @@ def handle(state, frame, number, moment):
         follow(state, frame, number)
         state.times["detection"].append((time.perf_counter() - start) * 1000)
         if not state.counts["tagged"] and handled & (handled - 1) == 0:  # frames 0, 1, 2, 4, 8…
-            state.spare.append(shrink(frame, height / 20))  # for what the summary says about smaller faces
+            state.spare.append((*shrink(frame, height / 20), state.smallest))  # for the summary: smaller faces
     if state.model:
         refresh(state, frame, number, moment)
     for track in state.tracks:
@@ -649,7 +649,7 @@ def show(state, image, left):
 
 def wait_for_key(milliseconds):
     """Let the window live for so long. Returns (the key pressed, a small letter, and whether it is to end)."""
-    key = chr(cv2.waitKey(max(1, milliseconds)) & 0xFF).lower()
+    key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()  # the low byte of an arrow's code is a Q or S
     try:
         closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
     except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
@@ -692,7 +692,7 @@ def film_output(state):
         state.write = write
         try:
             yield
-        except (KeyboardInterrupt, utils.UserError, OSError) as error:
+        except (KeyboardInterrupt, Exception) as error:  # out of memory, say
             stop = error
         film.release()
         if not cv2.VideoCapture(opencv_name(part), cv2.CAP_FFMPEG).isOpened():
@@ -921,11 +921,15 @@ def summarise(state):
 
 
 def smaller_face(state):
-    """Search the spare frames for faces of any size; return what to say about the smallest one."""
-    look = find_twice if state.picture else find
-    found = [hit for grey, scale in state.spare for hit in look(state.cascade, grey, scale, 24 / scale)]
-    sides = [box[2] for box, count in found if count >= NEW_NEIGHBOURS and box[2] < state.smallest]
-    text = f"nothing was tagged: no face of {state.smallest} px or larger was found"
+    """Search the spare frames for faces of any size; return what to say about the smallest one.
+
+    These are triples: grey frame, its scale, size of the smallest face looked for in it, in pixels.
+    """
+    search, sides = find_twice if state.picture else find, []
+    for grey, scale, smallest in state.spare:
+        sure = [box for box, count in search(state.cascade, grey, scale, 24 / scale) if count >= NEW_NEIGHBOURS]
+        sides += [box[2] for box in sure if box[2] < smallest]
+    text = f"nothing was tagged: no face of {max(spare[2] for spare in state.spare)} px or larger was found"
     if not sides:
         return f"{text}, and no smaller one"
     return f"{text}; the smallest there has {min(sides)} px: --min-face {max(24, int(0.9 * min(sides)))} would find it"
@@ -937,7 +941,8 @@ def next_command(state):
     data = folder if state.model else folder.parent
     classes = [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)] if data.is_dir() else []
     if not state.model and (len(classes) < 2 or data == Path()):  # the current folder may hold anything
-        return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}"
+        whole = " --whole-picture" if state.args.whole_picture else ""
+        return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}{whole}"
     names = [shlex.quote(utils.escape(name)) for name in (data, state.args.model or "model")]
     return f"next: python train.py {' '.join(names)}"
 
@@ -953,9 +958,8 @@ def main():
     open_window(state)
     utils.say("\t".join(["file"] * (kind == "folder") + COLUMNS))
     tag = {"film": tag_film, "picture": tag_pictures, "folder": tag_pictures}.get(kind, tag_live)
-    film = args.output and kind not in ("picture", "folder")
     try:
-        with film_output(state) if film else contextlib.nullcontext():
+        with film_output(state) if args.output and tag is not tag_pictures else contextlib.nullcontext():
             tag(state)
     finally:
         if state.counts["frames"]:

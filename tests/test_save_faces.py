@@ -155,6 +155,7 @@ def test_frames_of_a_film_are_kept_whole(tmp_path, film):
     kept = crops(tmp_path / "hands" / "rock")
     assert 1 <= len(kept) <= 11, done.stderr
     assert {Image.open(path).size for path in kept} == {(640, 480)}
+    assert done.stderr.endswith("next: python webcam.py --save-faces hands/ANOTHER_NAME --whole-picture\n")
 
 
 @pytest.mark.slow

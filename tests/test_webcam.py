@@ -186,6 +186,11 @@ def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_p
     Image.fromarray(shrunk[..., ::-1]).save(tmp_path / "far.png")
     done = tag(tmp_path, "--save-faces", "faces", "--source", "far.png")
     assert rows(done.stdout) == []
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(tmp_path / "far.png", tmp_path / "mixed")
+    Image.new("RGB", (60, 60)).save(tmp_path / "mixed" / "last.png")  # in which smaller faces are looked for
+    mixed = tag(tmp_path, "--save-faces", "faces", "--source", "mixed")
+    assert "no face of 120 px or larger was found; the smallest there has" in mixed.stderr
     option = re.search(r"nothing was tagged.*the smallest there has \d+ px: --min-face (\d+) would", done.stderr)
     assert option, done.stderr
     assert rows(tag(tmp_path, "--save-faces", "faces", "--source", "far.png", "--min-face", option[1]).stdout)
@@ -564,6 +569,10 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
 
     press_until("s", lambda: list(tmp_path.glob("snapshot-*.png")))
     assert process.poll() is None
+    for arrow in ("Left", "Right") * 5:  # whose codes end as those of Q and S do
+        subprocess.run(["xdotool", "windowfocus", window, "key", arrow], env=environment, timeout=30, check=False)
+    time.sleep(0.5)
+    assert process.poll() is None
     if how == "close":
         close_window(window, screen)
     else:
@@ -591,6 +600,7 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("--save-faces faces --source 97", 1, "error: camera 97: no picture comes from it"),
     ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: stream 127.0.0.1: no picture comes from there"),
     ("--save-faces faces --source rtsp://me:secret@:554/live", 1, "error: --source rtsp://…: no address: give one"),
+    ("--save-faces faces --source rtsp://127.0.0.1:9/\udcff", 1, "error: --source rtsp://…: no address: give one"),
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: lies in the source"),
     ("--save-faces faces --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is the source itself"),
