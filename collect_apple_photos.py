@@ -240,13 +240,18 @@ def make_face(row, person, pictures, copies, tile):
 def collect(faces, library, folder, args):
     """Cut the faces out into `folder`/dataset/<person>; return {person's folder: pictures} and {reason: faces}."""
     folders = utils.folder_names({face.person for face in faces if face.person}, taken=[UNKNOWN]) | {None: UNKNOWN}
-    counts, skipped, smaller = collections.Counter(), collections.Counter(), 0
+    counts, skipped, targets, smaller = collections.Counter(), collections.Counter(), set(), 0
+    (folder / "dataset").mkdir()
     by_picture = collections.defaultdict(list)
     for face in faces:
         if args.no_unknown and not face.person:
             skipped["without a name (--no-unknown)"] += 1
             continue
         target = folder / "dataset" / folders[face.person] / f"{face.stem}.jpg"
+        if target in targets:
+            skipped["twice in the database"] += 1
+            continue
+        targets.add(target)
         by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
     work = utils.in_order(lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS)
     for results in utils.progress(work, len(by_picture), "pictures"):
@@ -325,10 +330,8 @@ def save_crop(face, image, context, target, args):
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
-    if target.exists():
-        return "twice in the database"
     if not args.dry_run:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(exist_ok=True)  # not its parents: after a Ctrl-C they are gone for good
         utils.save_jpeg(target, utils.crop_square(image, face.x * width, (1 - face.y) * height, side * context))
     return None
 
@@ -352,7 +355,7 @@ def check_folders(library, out):
         raise utils.UserError(f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary")
     if utils.is_inside(out, library):
         raise utils.UserError(f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir")
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise utils.UserError(f"{utils.escape(out)}: is there already: choose another out_dir or move this one away")
     if os.path.ismount(out):  # it could not be replaced at the end
         raise utils.UserError(f"{utils.escape(out)}: is where a disk is mounted: give a folder in it")
@@ -362,7 +365,7 @@ def check_folders(library, out):
 def working_folder(out):
     """Give a folder of mode 0700 beside `out`, cleared of what a killed run left, and gone at the end.
 
-    Only a folder with our mark is touched: an empty database, which stays locked for as long as a run lives.
+    Only an empty folder or one with our mark is touched: an empty database, locked for as long as a run lives.
     """
     folder = next(path for path in out.parents if path.is_dir()) / f".{out.name}-unfinished"
     is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
@@ -401,11 +404,11 @@ def parse_arguments():
     add = parser.add_argument
     add("library", help="the folder whose name ends in .photoslibrary")
     add("out_dir", help="folder to write to, absent or empty")
-    text = "side of the crop / of the face's box, which is tighter than webcam.py's (default: 2.2)"
+    text = "side of the crop / of the face's box, which is tighter than webcam.py's (default: %(default)s)"
     add("--context", type=utils.number(float, 0.5, 10), default=2.2, metavar="F", help=text)
-    text = "skip faces with a smaller box (default: 48)"
+    text = "skip faces with a smaller box (default: %(default)s)"
     add("--min-size", type=utils.number(int, 1, 10**6), default=48, metavar="PX", help=text)
-    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: 1)"
+    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: %(default)s)"
     add("--min-images", type=utils.number(int, 1, 10**9), default=1, metavar="N", help=text)
     add("--no-unknown", action="store_true", help="leave out faces without a name (default: off)")
     add("--include-hidden", action="store_true", help="also photos that the user hid (default: off)")
