@@ -168,11 +168,8 @@ def parse_arguments():
 def find_files(data_dir):
     """Return [(path, label)] of everything below data_dir/<class>/; labels are safe to print, and NFC.
 
-    Warns about files beside the class folders and classes without files. Raises UserError if the folder
-    is missing.
+    Warns about files beside the class folders and classes without files.
     """
-    if not data_dir.is_dir():
-        raise utils.UserError(f"{utils.escape(data_dir)}: no such folder: give one with a folder for each class")
     below = [(path, path.relative_to(data_dir).parts) for path in utils.list_files(data_dir)]
     files = [(path, label_of(parts[0])) for path, parts in below if len(parts) > 1]
     loose = len(below) - len(files)
@@ -1554,6 +1551,8 @@ def train(args):
 def main():
     """Read the command line and do what it asks for; several processes each do it in a child. Returns the exit code."""
     args = parse_arguments()
+    if not args.data_dir.is_dir():  # before any weights are looked for
+        raise utils.UserError(f"{utils.escape(args.data_dir)}: no such folder: give one with a folder for each class")
     if args.dry_run:
         read_data(args, args.image_size or 75)
         return 0

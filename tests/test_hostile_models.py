@@ -364,6 +364,7 @@ def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
 
 def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weights_file):
     shutil.copy(weights_file, tmp_path / "w.keras")
+    (tmp_path / "data").mkdir()
     done = run_script("train.py", "data", "m", "--weights", "w.keras")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --weights w.keras: give a file")
 

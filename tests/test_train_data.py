@@ -81,8 +81,8 @@ def test_data_that_cannot_be_trained_on_is_one_line(run_script, make_classes, tm
 
 
 def test_a_missing_folder_and_an_unwritable_one_are_one_line(run_script, make_classes, tmp_path):
-    done = dry_run(run_script, tmp_path / "nowhere")
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "nowhere" in done.stderr
+    for done in (dry_run(run_script, tmp_path / "nowhere"), run_script("train.py", tmp_path / "nowhere", "model")):
+        assert done.returncode == 1 and re.fullmatch("error: .*nowhere: no such folder.*\n", done.stderr)
     data = make_classes(a=4, b=4)
     done = run_script("train.py", data, tmp_path / "missing" / "model")
     assert done.returncode == 1 and "missing: no such folder" in done.stderr
