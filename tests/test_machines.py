@@ -122,7 +122,6 @@ def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(tmp_
 
 
 @needs_jax
-@pytest.mark.long
 def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
     draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
     devices = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
