@@ -861,8 +861,8 @@ def epoch_order(seed, window, slots, round_number, epoch):
 def train_epochs(run, model, rows, slots, window, number, validation):
     """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
 
-    rows, slots: the features, and where those of each view in the window lie. validation: gives the pooled features (n,
-    2048) of the augmented validation pictures, which the float32 network scores with the last layer that is trained.
+    rows, slots: the features, and where those of each view in the window lie. validation: gives the pooled features
+    (n, 2048) of the augmented validation pictures; the float32 network scores them with the last layer that is trained.
     """
     data, history = run.data, []
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
