@@ -503,9 +503,14 @@ def fill_ring(run, ring, trunk, wanted, label):
         write_rows(ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)])
 
 
+def find_slots(run, ring, pairs):
+    """Return where the views of [(index, view)] lie in a ring that holds them, as a list of rows."""
+    return [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
+
+
 def predict_views(run, model, ring, pairs):
     """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
-    slots, size = [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs], run.nets.batch
+    slots, size = find_slots(run, ring, pairs), run.nets.batch
     parts = [utils.predict(model, ring.features.rows[some], size) for some in in_batches(slots, size)]
     return np.split(np.concatenate(parts), [2048], axis=1)
 
@@ -903,7 +908,7 @@ def train_top(run, window, number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
     _, _, data, nets, rings = run
     shaken = [(i, 0) for i in data.validation]
-    slots = [rings.views.slots[view_key(data.pictures, *pair)] for pair in window]
+    slots = find_slots(run, rings.views, window)
 
     def validation():
         return predict_views(run, nets.full.pool, rings.shaken, shaken)[0]

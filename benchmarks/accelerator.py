@@ -62,7 +62,7 @@ def phases(run, window):
     run = run._replace(data=data._replace(most=count))
     targets = np.eye(len(data.labels), dtype="float32")[data.targets]
     pooled, _ = train.predict_views(run, nets.fast.pool, ring, window)
-    order = np.array([(ring.slots[train.view_key(data.pictures, *pair)], pair[0]) for pair in window])
+    order = np.column_stack([train.find_slots(run, ring, window), [i for i, _ in window]])
     train.prepare(run, nets.fast.head)
     train.prepare(run, nets.fast.top)
     squares = data.store.rows[: run.nets.batch]

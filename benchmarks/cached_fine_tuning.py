@@ -55,7 +55,7 @@ def one_way(way, args):
     for number in range(1, args.rounds + 1):
         window = train.ring_window(run, number)
         train.fill_ring(run, ring, run.nets.fast.trunk, window, "views")
-        slots = [ring.slots[train.view_key(data.pictures, *pair)] for pair in window]
+        slots = train.find_slots(run, ring, window)
         for epoch in range(1, epochs + 1):
             pairs = train.epoch_order(args.seed, window, slots, number, epoch)
             clock = time.perf_counter()
