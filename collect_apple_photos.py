@@ -26,15 +26,24 @@ from PIL import Image
 
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
-SHAPE_TOLERANCE = 0.02  # a picture whose width / height differs more from Photos' own is another rendition
+SHAPE_TOLERANCE = (
+    0.02  # a picture whose width / height differs more from Photos' own is another rendition
+)
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours and, while locked, as in use
 # Other endings are films, or RAW files of which Pillow would give a thumbnail.
-ENDINGS = {ending for ending, name in Image.registered_extensions().items() if name in utils.FORMATS}
+ENDINGS = {
+    ending for ending, name in Image.registered_extensions().items() if name in utils.FORMATS
+}
 # Photos 5 to 11: own originals, those of shared albums (until Photos 7, since Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
 ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")
 RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")  # edited pictures at full size;
-COPIES = ("{}_1_102_o.jpeg", "{}_1_102_a.jpeg", "{}_1_105_c.jpeg", "masters/{}_4_5005_c.jpeg")  # the largest first
+COPIES = (
+    "{}_1_102_o.jpeg",
+    "{}_1_102_a.jpeg",
+    "{}_1_105_c.jpeg",
+    "masters/{}_4_5005_c.jpeg",
+)  # the largest first
 
 
 class Face(NamedTuple):
@@ -55,12 +64,17 @@ class Face(NamedTuple):
 
 def read_library(library, folder, include_hidden):
     """Return the faces of a library as a list of Face. Its databases are copied to `folder` and opened there."""
-    for is_last in (False, True):  # Photos may have written between the copying of a database and of its -wal
+    for is_last in (
+        False,
+        True,
+    ):  # Photos may have written between the copying of a database and of its -wal
         try:
             return find_faces(library, folder, include_hidden)
         except PermissionError as error:
             advice = "on a Mac, allow your terminal in System Settings > Privacy & Security > Full Disk Access"
-            raise utils.UserError(f"{utils.escape(error.filename)}: may not be read: {advice}") from None
+            raise utils.UserError(
+                f"{utils.escape(error.filename)}: may not be read: {advice}"
+            ) from None
         except sqlite3.DatabaseError as error:
             if is_last:
                 problem = f"its database is damaged, incomplete or of an unknown layout ({utils.escape(error)})"
@@ -70,7 +84,9 @@ def read_library(library, folder, include_hidden):
 
 def find_faces(library, folder, include_hidden):
     """Return the faces by the first reader whose database is there and has a table of faces."""
-    root = {path.name.lower(): path for path in library.iterdir()}.get("database", library / "database")
+    root = {path.name.lower(): path for path in library.iterdir()}.get(
+        "database", library / "database"
+    )
     files = {path.name.lower(): path for path in (root.iterdir() if root.is_dir() else ())}
     # Photos.sqlite before photos.db, for its libraries also hold a photos.db, a stub without faces.
     for reader, table, *names in (
@@ -84,7 +100,9 @@ def find_faces(library, folder, include_hidden):
                     return list(reader(library, db, include_hidden))
     problem = "this is no Apple Photos library: give the folder whose name ends in .photoslibrary"
     if {"photos.sqlite", "photos.db", "person.db"} & files.keys():
-        problem = "its database has no table of faces: copy the library again, whole, with Photos closed"
+        problem = (
+            "its database has no table of faces: copy the library again, whole, with Photos closed"
+        )
     elif {"apdb", "faces.db", "library.apdb"} & files.keys():
         problem = "this is a library of iPhoto or Aperture: open it with Photos, which makes one of its own"
     raise utils.UserError(f"{utils.escape(library)}: {problem}")
@@ -125,7 +143,9 @@ def person_names(rows):
             key = persons[key][2]
         full, shown, merged = persons.get(key, (None, None, None))
         name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
-        names[start] = name if name and not merged else None  # merged in a circle: better unknown than wrong
+        names[start] = (
+            name if name and not merged else None
+        )  # merged in a circle: better unknown than wrong
     return names
 
 
@@ -134,9 +154,17 @@ def read_photos_5(library, db, include_hidden):
     photos = "ZASSET" if columns(db, "ZASSET") else "ZGENERICASSET"
     is_new = "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE")
     to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
-    edited = "ZADJUSTMENTSSTATE" if "ZADJUSTMENTSSTATE" in columns(db, photos) else "ZHASADJUSTMENTS"
-    names = person_names(db.execute("SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON"))
-    tiles = db.execute("SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP") if columns(db, "ZFACECROP") else ()
+    edited = (
+        "ZADJUSTMENTSSTATE" if "ZADJUSTMENTSSTATE" in columns(db, photos) else "ZHASADJUSTMENTS"
+    )
+    names = person_names(
+        db.execute("SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON")
+    )
+    tiles = (
+        db.execute("SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP")
+        if columns(db, "ZFACECROP")
+        else ()
+    )
     tiles = {(photo, names.get(person)): key for photo, person, key in tiles}
     query = f"""
         SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset, p.{edited} AS edited,
@@ -148,21 +176,31 @@ def read_photos_5(library, db, include_hidden):
           AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
           AND IFNULL({optional(db, "ZDETECTEDFACE", "f.ZDETECTIONTYPE")}, 1) IN (0, 1)"""
     for row in db.execute(query):
-        person, uuid, file = names.get(row["person"]), str(row["asset"]), f"{row['folder']}/{row['file']}"
+        person, uuid, file = (
+            names.get(row["person"]),
+            str(row["asset"]),
+            f"{row['folder']}/{row['file']}",
+        )
         pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
         if row["edited"]:  # never the original: the box belongs to the edited picture
             pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
         elif row["referenced"] and file.startswith("/"):
             pictures = [file]
-        copies = [f"{library}/resources/derivatives/{end.format(f'{uuid[:1]}/{uuid}')}" for end in COPIES]
-        yield make_face(row, person, pictures, copies, person and tiles.pop((row["photo"], person), None))
+        copies = [
+            f"{library}/resources/derivatives/{end.format(f'{uuid[:1]}/{uuid}')}" for end in COPIES
+        ]
+        yield make_face(
+            row, person, pictures, copies, person and tiles.pop((row["photo"], person), None)
+        )
 
 
 def read_photos_2(library, db, include_hidden):
     """Return the faces of Photos 2 to 4."""
     tiles, edits, edited_pictures = {}, {}, collections.defaultdict(list)
     for path in sorted((library / "resources/media/version").rglob("fullsizeoutput_*")):
-        edited_pictures[path.stem].append(path)  # by name: some lie in another folder than their number says
+        edited_pictures[path.stem].append(
+            path
+        )  # by name: some lie in another folder than their number says
     query = """SELECT attachedModelType, resourceType, attachedModelId, resourceTag, CAST(modelId AS INTEGER)
                FROM RKModelResource WHERE modelId IS NOT NULL"""
     for of_type, kind, of, tag, number in db.execute(query):
@@ -172,7 +210,9 @@ def read_photos_2(library, db, include_hidden):
             tiles[of] = library / "resources/media/face" / place
         elif (of_type, kind) == (2, 4):
             edits[of, tag] = edited_pictures[f"fullsizeoutput_{number:x}"]
-    return faces_of_photos_1_to_4(library, db, "v.modelId = f.imageModelId", tiles, edits, include_hidden)
+    return faces_of_photos_1_to_4(
+        library, db, "v.modelId = f.imageModelId", tiles, edits, include_hidden
+    )
 
 
 def read_photos_1(library, db, include_hidden):
@@ -183,14 +223,22 @@ def read_photos_1(library, db, include_hidden):
     for of, of_type, kind, tag, uuid, file in db.execute(query):
         if len(str(uuid)) > 1 and Path(str(file)).suffix.lower() in ENDINGS:
             codes = f"{ord(str(uuid)[0])}/{ord(str(uuid)[1])}"
-            found.append((of, of_type, Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}")))
+            found.append(
+                (of, of_type, Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}"))
+            )
             if (of_type, kind) == (2, 4):
                 edits[of, tag] = [found[-1][2]]
-    tiles = [entry for entry in found if entry[1] == 5] or [entry for entry in found if "face" in entry[2].name.lower()]
+    tiles = [entry for entry in found if entry[1] == 5] or [
+        entry for entry in found if "face" in entry[2].name.lower()
+    ]
     if found and not tiles:
-        utils.warn(f"{utils.escape(library)}: does not say which of its pictures are faces: look through the result")
+        utils.warn(
+            f"{utils.escape(library)}: does not say which of its pictures are faces: look through the result"
+        )
         times = collections.Counter(of for of, _, _ in found)
-        tiles = [entry for entry in found if times[entry[0]] == 1]  # of several, one may show somebody else
+        tiles = [
+            entry for entry in found if times[entry[0]] == 1
+        ]  # of several, one may show somebody else
     tiles = {of: path for of, _, path in tiles}
     return faces_of_photos_1_to_4(library, db, "v.uuid = f.imageId", tiles, edits, include_hidden)
 
@@ -200,14 +248,19 @@ def faces_of_photos_1_to_4(library, db, link, tiles, edits, include_hidden):
 
     link: SQL that joins a face to its version v of a photo. tiles: {face: path}. edits: {(version, tag): paths}.
     """
-    has_photos = bool(columns(db, "RKVersion"))  # Photos 1 keeps them in Library.apdb, without which there are tiles
+    has_photos = bool(
+        columns(db, "RKVersion")
+    )  # Photos 1 keeps them in Library.apdb, without which there are tiles
     if not has_photos:
         db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
         db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
-    shown, merged = (optional(db, "RKPerson", f"p.{name}") for name in ("displayName", "mergeTargetPersonId"))
+    shown, merged = (
+        optional(db, "RKPerson", f"p.{name}") for name in ("displayName", "mergeTargetPersonId")
+    )
     names = person_names(db.execute(f"SELECT modelId, name, {shown}, {merged} FROM RKPerson p"))
     tag, edited, hidden, kind = (
-        optional(db, "RKVersion", f"v.{name}") for name in ("adjustmentUuid", "hasAdjustments", "isHidden", "type")
+        optional(db, "RKVersion", f"v.{name}")
+        for name in ("adjustmentUuid", "hasAdjustments", "isHidden", "type")
     )
     referenced = optional(db, "RKMaster", "m.fileIsReference")
     query = f"""
@@ -231,15 +284,22 @@ def faces_of_photos_1_to_4(library, db, link, tiles, edits, include_hidden):
 
 def make_face(row, person, pictures, copies, tile):
     """Return the Face of a database's row; what should be a number and is none becomes NaN."""
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in f"{row['asset']}-{row['uuid']}")
+    stem = "".join(
+        c if c.isascii() and (c.isalnum() or c in "-_+%") else "_"
+        for c in f"{row['asset']}-{row['uuid']}"
+    )
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
     numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
-    return Face(person, stem[:150], tuple(pictures), tuple(copies), tile, bool(row["is_film"]), *numbers)
+    return Face(
+        person, stem[:150], tuple(pictures), tuple(copies), tile, bool(row["is_film"]), *numbers
+    )
 
 
 def collect(faces, library, folder, args):
     """Cut the faces out into `folder`/dataset/<person>; return {person's folder: pictures} and {reason: faces}."""
-    folders = utils.folder_names({face.person for face in faces if face.person}, taken=[UNKNOWN]) | {None: UNKNOWN}
+    folders = utils.folder_names(
+        {face.person for face in faces if face.person}, taken=[UNKNOWN]
+    ) | {None: UNKNOWN}
     counts, skipped, targets, smaller = collections.Counter(), collections.Counter(), set(), 0
     (folder / "dataset").mkdir()
     by_picture = collections.defaultdict(list)
@@ -253,13 +313,17 @@ def collect(faces, library, folder, args):
             continue
         targets.add(target)
         by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
-    work = utils.in_order(lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS)
+    work = utils.in_order(
+        lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS
+    )
     for results in utils.progress(work, len(by_picture), "pictures"):
         for target, reason, is_smaller in results:
             (skipped if reason else counts)[reason or target.parent.name] += 1
             smaller += is_smaller and not reason
     if smaller:
-        utils.warn(f"{utils.escape(library)}: {smaller} faces come from smaller copies: their pictures are not here")
+        utils.warn(
+            f"{utils.escape(library)}: {smaller} faces come from smaller copies: their pictures are not here"
+        )
     return counts, skipped
 
 
@@ -268,8 +332,14 @@ def collect_picture(faces, library, folder, args):
     try:
         image, is_smaller = read_photo(faces[0][0], library)
     except utils.PictureError as error:
-        return [(target, save_tile(face, str(error), library, folder, target, args), True) for face, target in faces]
-    return [(target, save_crop(face, image, args.context, target, args), is_smaller) for face, target in faces]
+        return [
+            (target, save_tile(face, str(error), library, folder, target, args), True)
+            for face, target in faces
+        ]
+    return [
+        (target, save_crop(face, image, args.context, target, args), is_smaller)
+        for face, target in faces
+    ]
 
 
 def read_photo(face, library):
@@ -298,7 +368,9 @@ def read_photo(face, library):
 
 def open_upright(path, library):
     """Return a picture as an upright PIL image; FileNotFoundError also for one that leaves the library."""
-    if not path.is_file() or (path.is_relative_to(library) and not path.resolve().is_relative_to(library)):
+    if not path.is_file() or (
+        path.is_relative_to(library) and not path.resolve().is_relative_to(library)
+    ):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
         raise utils.PictureError("not a kind of picture that can be opened")
@@ -315,7 +387,9 @@ def save_tile(face, reason, library, folder, target, args):
         else:
             with contextlib.closing(sqlite3.connect(folder / "databases" / "photos.sqlite")) as db:
                 query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
-                image = utils.upright(utils.open_picture(db.execute(query, (face.tile,)).fetchone()[0]))
+                image = utils.upright(
+                    utils.open_picture(db.execute(query, (face.tile,)).fetchone()[0])
+                )
     except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, utils.PictureError):
         return reason
     size = min(image.size) / max(image.size) / 2  # tiles are about twice as large as the box
@@ -326,13 +400,18 @@ def save_crop(face, image, context, target, args):
     """Save the square around a face, `context` times as large as its box; return None, or why not."""
     width, height = image.size
     side = face.size * max(width, height)
-    if not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1) or (side * context) ** 2 > utils.MAX_PIXELS:
+    if (
+        not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1)
+        or (side * context) ** 2 > utils.MAX_PIXELS
+    ):
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
     if not args.dry_run:
         target.parent.mkdir(exist_ok=True)  # not its parents: after a Ctrl-C they are gone for good
-        utils.save_jpeg(target, utils.crop_square(image, face.x * width, (1 - face.y) * height, side * context))
+        utils.save_jpeg(
+            target, utils.crop_square(image, face.x * width, (1 - face.y) * height, side * context)
+        )
     return None
 
 
@@ -340,7 +419,9 @@ def merge_rare(counts, skipped, dataset, args):
     """Move persons with too few pictures into unknown, or leave them out: in both counts and, if written, on disk."""
     for name in [name for name in counts if name != UNKNOWN and counts[name] < args.min_images]:
         if args.no_unknown:
-            skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += counts.pop(name)
+            skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += counts.pop(
+                name
+            )
         else:
             counts[UNKNOWN] += counts.pop(name)
             for path in list((dataset / name).glob("*.jpg")):
@@ -352,13 +433,21 @@ def merge_rare(counts, skipped, dataset, args):
 def check_folders(library, out):
     """Raise UserError unless `library` is a folder, and `out` absent or empty and outside of it."""
     if not library.is_dir():
-        raise utils.UserError(f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary")
+        raise utils.UserError(
+            f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary"
+        )
     if utils.is_inside(out, library):
-        raise utils.UserError(f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir")
+        raise utils.UserError(
+            f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise utils.UserError(f"{utils.escape(out)}: is there already: choose another out_dir or move this one away")
+        raise utils.UserError(
+            f"{utils.escape(out)}: is there already: choose another out_dir or move this one away"
+        )
     if os.path.ismount(out):  # it could not be replaced at the end
-        raise utils.UserError(f"{utils.escape(out)}: is where a disk is mounted: give a folder in it")
+        raise utils.UserError(
+            f"{utils.escape(out)}: is where a disk is mounted: give a folder in it"
+        )
 
 
 @contextlib.contextmanager
@@ -370,7 +459,9 @@ def working_folder(out):
     folder = next(path for path in out.parents if path.is_dir()) / f".{out.name}-unfinished"
     is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not is_ours):
-        raise utils.UserError(f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere")
+        raise utils.UserError(
+            f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere"
+        )
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     try:
@@ -389,7 +480,9 @@ def working_folder(out):
 def report(counts, skipped):
     """Print the table of persons, the reasons for which faces were skipped, and the sum."""
     utils.say("images  person")
-    for name, count in sorted(counts.items(), key=lambda item: (item[0] == UNKNOWN, item[0].casefold())):
+    for name, count in sorted(
+        counts.items(), key=lambda item: (item[0] == UNKNOWN, item[0].casefold())
+    ):
         utils.say(f"{count:6}  {utils.escape(name)}")
     for reason, count in sorted(skipped.items()):
         utils.say(f"{count} skipped: {reason}")
@@ -400,7 +493,9 @@ def report(counts, skipped):
 
 def parse_arguments():
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("library", help="the folder whose name ends in .photoslibrary")
     add("out_dir", help="folder to write to, absent or empty")
@@ -411,8 +506,14 @@ def parse_arguments():
     text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: %(default)s)"
     add("--min-images", type=utils.number(int, 1, 10**9), default=1, metavar="N", help=text)
     add("--no-unknown", action="store_true", help="leave out faces without a name (default: off)")
-    add("--include-hidden", action="store_true", help="also photos that the user hid (default: off)")
-    add("--dry-run", action="store_true", help="print the table as it would be, write nothing (default: off)")
+    add(
+        "--include-hidden", action="store_true", help="also photos that the user hid (default: off)"
+    )
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the table as it would be, write nothing (default: off)",
+    )
     return parser.parse_args()
 
 

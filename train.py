@@ -32,6 +32,8 @@ import zlib
 from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
+import model
+import report
 import utils  # first: it says which Python and packages are needed
 
 # isort: split
@@ -42,7 +44,9 @@ from PIL import Image
 
 heavy_augmentation = True  # False for pictures that all look the way your camera will see them
 Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
-HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)  # degrees, of the side, factor, of 255
+HEAVY = Augmentation(
+    rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25
+)  # degrees, of the side, factor, of 255
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 # Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
@@ -58,9 +62,19 @@ SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
-RIDGES = dict(hidden=0.1, middle=1.0, layout=0.5)  # of the last layer's fits, in mean variances of a unit
-BLENDS = ((0.4, 0.4, 0.2), (0.5, 0.5, 0), (1, 0, 0))  # their shares in the answer: the first that is right most often
-SCRATCH_BLENDS = ((0.3, 0, 0.7), (0.5, 0, 0.5), (1, 0, 0))  # the middle of such a network knows no more than its top
+RIDGES = dict(
+    hidden=0.1, middle=1.0, layout=0.5
+)  # of the last layer's fits, in mean variances of a unit
+BLENDS = (
+    (0.4, 0.4, 0.2),
+    (0.5, 0.5, 0),
+    (1, 0, 0),
+)  # their shares in the answer: the first that is right most often
+SCRATCH_BLENDS = (
+    (0.3, 0, 0.7),
+    (0.5, 0, 0.5),
+    (1, 0, 0),
+)  # the middle of such a network knows no more than its top
 LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
 NEAR_ONE = 8  # how firmly few validation pictures leave it there: weight of its squared logarithm, in pictures' loss
 KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
@@ -71,7 +85,9 @@ SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind o
 PASS_BATCH = 16  # pictures at once through a network; 64 is no faster on a CPU, and wastes more of a last batch
 DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
 SMALLEST_RING = 64  # views
-FEATURES = 3  # what the kept cache holds: raise it when the same settings begin to give other features
+FEATURES = (
+    3  # what the kept cache holds: raise it when the same settings begin to give other features
+)
 CACHE_GB = 20.0
 MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
 FEW_PICTURES = 20  # a class with fewer is warned about
@@ -85,7 +101,9 @@ IMAGENET = (
 IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
 MOSAICS = "[0-9][0-9][0-9].png"
 LOST = "another process of this run has ended or cannot be reached: look there, then start all again with --resume"
-MACHINES = "KERAS_DISTRIBUTION_"  # begins the three environment variables of a run on several machines
+MACHINES = (
+    "KERAS_DISTRIBUTION_"  # begins the three environment variables of a run on several machines
+)
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
 
@@ -98,7 +116,9 @@ Ring = namedtuple("Ring", "features keys slots free")
 Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
 # Parts: full is float32, fast is trained; layout: pixels → layout; augmentation: None where the cores do it; batch:
 # pictures at once where nothing is trained; devices train as one, in the scope of together()
-Nets = namedtuple("Nets", "network full fast layout augmentation batch number_format source devices together")
+Nets = namedtuple(
+    "Nets", "network full fast layout augmentation batch number_format source devices together"
+)
 Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
 Run = namedtuple("Run", "args recipe data nets rings")
 
@@ -115,8 +135,12 @@ def parse_arguments():
         epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. A GPU, several of them and "
         "several machines are used with KERAS_BACKEND=jax (README.md says how); with TensorFlow a run is one process.",
     )
-    parser.add_argument("data_dir", type=Path, help="a folder with a folder of pictures for each class")
-    parser.add_argument("model", help="prefix of the files to write: model.h5, model.json, model-labels.json…")
+    parser.add_argument(
+        "data_dir", type=Path, help="a folder with a folder of pictures for each class"
+    )
+    parser.add_argument(
+        "model", help="prefix of the files to write: model.h5, model.json, model-labels.json…"
+    )
 
     def option(name, text, shown="%(default)s", **settings):
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **settings)
@@ -130,7 +154,9 @@ def parse_arguments():
     option("validation-split", "share of each class kept for validation", default=0.2,
            type=utils.number(float, 1e-6, 1 - 1e-6))  # fmt: skip
     flag("group-by-folder", "keep files of one folder on one side of the split")
-    option("seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337)
+    option(
+        "seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337
+    )
     option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip", default=heavy_augmentation,
            action=argparse.BooleanOptionalAction)  # fmt: skip
     for name, text, low in (
@@ -146,18 +172,32 @@ def parse_arguments():
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch{small}"
         high = 999 if name == "rounds" else 10**6  # the mosaics' names have three digits
         option(name, text, shown, type=utils.number(int, low, high), default=argparse.SUPPRESS)
-    option("unfreeze", "how many top inception blocks are fine-tuned", type=utils.number(int, 0, 10), default=UNFREEZE)
+    option(
+        "unfreeze",
+        "how many top inception blocks are fine-tuned",
+        type=utils.number(int, 0, 10),
+        default=UNFREEZE,
+    )
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
-    option("cache-gb", "how large the cache may be", type=utils.number(float, 1e-6, 1e6), default=CACHE_GB)
+    option(
+        "cache-gb",
+        "how large the cache may be",
+        type=utils.number(float, 1e-6, 1e6),
+        default=CACHE_GB,
+    )
     flag("float32", "never use bfloat16, faster or not")
     flag("class-weight", "weigh classes by 1/frequency")
     flag("resume", "go on from the last whole round after a stop or a kill")
     flag("evaluate", "no training: score the saved model on all of data_dir")
-    option("min-accuracy", "exit 3 if the accuracy is lower", "none", type=utils.number(float, 0, 1))
+    option(
+        "min-accuracy", "exit 3 if the accuracy is lower", "none", type=utils.number(float, 0, 1)
+    )
     flag("dry-run", "read and summarise the data, write nothing")
     args = parser.parse_args()
     if not args.model.endswith(("/", os.sep)):
-        args.model = Path(args.model).as_posix()  # `./model` is `model`, also in the pictures that are its own
+        args.model = Path(
+            args.model
+        ).as_posix()  # `./model` is `model`, also in the pictures that are its own
     find_processes(args)
     return args
 
@@ -174,8 +214,12 @@ def find_files(data_dir):
     files = [(path, label_of(parts[0])) for path, parts in below if len(parts) > 1]
     loose = len(below) - len(files)
     if loose:
-        utils.warn(f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used")
-    folders = {label_of(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)}
+        utils.warn(
+            f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used"
+        )
+    folders = {
+        label_of(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)
+    }
     for name in sorted(folders - {label for _, label in files}):
         utils.warn(f"{utils.escape(data_dir)}/{name}: an empty class is left out")
     return files
@@ -198,7 +242,11 @@ def read_pictures(args, side):
     reason and left out. Returns ([Picture], number skipped, Store of the squares or None in a dry run).
     """
     files = find_files(args.data_dir)
-    store = None if args.dry_run else open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
+    store = (
+        None
+        if args.dry_run
+        else open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
+    )
     mine, found = range(args.process, len(files), args.processes), []
     # a few at a time: one by one, small pictures spend an eighth of the time between the threads
     few = in_batches(mine, min(8, max(1, 2**19 // side**2)))
@@ -232,7 +280,9 @@ def read_picture(path, side):
         pixels = utils.square(image, side)
     except utils.PictureError as reason:
         return None, None, str(reason)
-    grey = cv2.resize(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA)
+    grey = cv2.resize(
+        cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA
+    )
     look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()  # 64 bits: equal for near copies
     return pixels, hashlib.sha256(data).hexdigest(), look
 
@@ -257,7 +307,9 @@ def group_pictures(pictures, data_dir, by_folder):
             together.merge(i, first.setdefault(key, i))
         twin = pictures[first[picture.digest]]
         if twin.label != picture.label:
-            utils.warn(f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class")
+            utils.warn(
+                f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class"
+            )
     return together.subsets()
 
 
@@ -272,21 +324,33 @@ def split(pictures, groups, fraction, seed):
     rank = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in digests]
     members = [Counter(pictures[i].label for i in group) for group in groups]
     sizes = sum(members, Counter())
-    left = Counter(label for counts in members for label in counts)  # groups of a class not in validation
+    left = Counter(
+        label for counts in members for label in counts
+    )  # groups of a class not in validation
     if len(sizes) < 2:
-        raise utils.UserError("fewer than two classes with pictures: make a folder for each class, `unknown` say")
+        raise utils.UserError(
+            "fewer than two classes with pictures: make a folder for each class, `unknown` say"
+        )
     chosen, taken = set(), Counter()
     for label in sorted(sizes):
         wanted = max(1, round(sizes[label] * fraction))
-        for g in sorted((g for g in range(len(groups)) if label in members[g]), key=rank.__getitem__):
-            if taken[label] < wanted and g not in chosen and all(left[other] > 1 for other in members[g]):
+        for g in sorted(
+            (g for g in range(len(groups)) if label in members[g]), key=rank.__getitem__
+        ):
+            if (
+                taken[label] < wanted
+                and g not in chosen
+                and all(left[other] > 1 for other in members[g])
+            ):
                 chosen.add(g)
                 taken += members[g]
                 left -= Counter(members[g].keys())
         if not taken[label]:
             utils.warn(f"{label}: its pictures all belong together, so they only train: add others")
     if not chosen:
-        raise utils.UserError("no class can be divided into training and validation: add pictures to each class")
+        raise utils.UserError(
+            "no class can be divided into training and validation: add pictures to each class"
+        )
     validation = sorted(i for g in chosen for i in groups[g])
     return np.setdiff1d(np.arange(len(pictures)), validation), np.array(validation)
 
@@ -296,7 +360,9 @@ def warn_as_a_colleague(pictures, train, validation):
     sizes = Counter(picture.label for picture in pictures)
     for label, size in sorted(sizes.items()):
         if size < FEW_PICTURES:
-            utils.warn(f"{label}: only {size} pictures: {FEW_PICTURES} or more make a class reliable")
+            utils.warn(
+                f"{label}: only {size} pictures: {FEW_PICTURES} or more make a class reliable"
+            )
     (most, large), *_, (least, small) = sizes.most_common()
     if large > 20 * small:
         utils.warn(
@@ -307,7 +373,10 @@ def warn_as_a_colleague(pictures, train, validation):
     looks = {(p.label, p.look): p.path for p in (pictures[i] for i in train)}
     copies = [p for p in (pictures[i] for i in validation) if (p.label, p.look) in looks]
     if copies:
-        one, other = utils.escape(copies[0].path), utils.escape(looks[copies[0].label, copies[0].look])
+        one, other = (
+            utils.escape(copies[0].path),
+            utils.escape(looks[copies[0].label, copies[0].look]),
+        )
         utils.warn(
             f"{one}: looks like {other}; {len(copies)} validation pictures have such a near copy in training, which "
             "flatters the accuracy: put what belongs together into one folder and use --group-by-folder"
@@ -338,8 +407,13 @@ def open_store(args, name, count, shape, dtype):
 
 def write_rows(store, indices, values):
     """Write rows of a Store; a full disk is an OSError here, and never a crash in the memory map."""
-    values, breaks = np.ascontiguousarray(values, store.rows.dtype), np.flatnonzero(np.diff(indices) != 1) + 1
-    for first, some in zip(np.array(indices)[[0, *breaks]], np.split(values, breaks)):  # neighbours at one go
+    values, breaks = (
+        np.ascontiguousarray(values, store.rows.dtype),
+        np.flatnonzero(np.diff(indices) != 1) + 1,
+    )
+    for first, some in zip(
+        np.array(indices)[[0, *breaks]], np.split(values, breaks)
+    ):  # neighbours at one go
         data = memoryview(some).cast("B")
         store.file.seek(int(first) * values[0].nbytes)
         while data:
@@ -349,13 +423,19 @@ def write_rows(store, indices, values):
 def open_ring(args, name, count, shape, dtype):
     """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
     features = open_store(args, f"{name}.features", count, shape, dtype)
-    keys = open_store(args, f"{name}.keys", count, (40,), "uint8")  # digest, view, checksum of the slot
-    slots = OrderedDict()  # {key: slot}, the next to go first; a dict takes ever longer to find its first one
+    keys = open_store(
+        args, f"{name}.keys", count, (40,), "uint8"
+    )  # digest, view, checksum of the slot
+    slots = (
+        OrderedDict()
+    )  # {key: slot}, the next to go first; a dict takes ever longer to find its first one
     for slot in np.flatnonzero(keys.rows.any(1)).tolist():
         record = keys.rows[slot].tobytes()
         if checksum(features.rows[slot]) == record[36:] and is_finite(features.rows[slot]):
             slots[record[:36]] = slot
-    return Ring(features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True))
+    return Ring(
+        features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True)
+    )
 
 
 def checksum(row):
@@ -397,7 +477,10 @@ def draw_changes(args, side, keys):
     others stay. A change that no setting shows needs another number FEATURES.
     """
     kind = HEAVY if args.heavy_augmentation else LIGHT
-    hashes = (hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(9 * 8) for digest, view in keys)
+    hashes = (
+        hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(9 * 8)
+        for digest, view in keys
+    )
     chance = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 9) / 2**64  # 0 to 1
     chance[[view == PLAIN for _, view in keys]] = 0  # no change
     strength = np.sqrt(chance[:, 0])
@@ -405,7 +488,10 @@ def draw_changes(args, side, keys):
     low, high = np.log(kind.zoom)
     zoom = np.exp((low + (high - low) * chance[:, 2]) * strength)
     flip = np.where(chance[:, 3] < 0.5, 1, -1)
-    center, shift = (side - 1) / 2, kind.shift * (2 * chance[:, 4:6, None] - 1) * side * strength[:, None, None]
+    center, shift = (
+        (side - 1) / 2,
+        kind.shift * (2 * chance[:, 4:6, None] - 1) * side * strength[:, None, None],
+    )
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     turn = np.array([[cos * flip, -sin], [sin * flip, cos]]).transpose(2, 0, 1)
     matrix = np.concatenate([turn, center - turn @ (center + shift)], axis=2)
@@ -421,30 +507,44 @@ def augment(picture, changes):
     import cv2
 
     size, flags = picture.shape[1::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    view = cv2.warpAffine(picture, changes[:6].reshape(2, 3), size, flags=flags, borderMode=cv2.BORDER_REFLECT)
+    view = cv2.warpAffine(
+        picture, changes[:6].reshape(2, 3), size, flags=flags, borderMode=cv2.BORDER_REFLECT
+    )
     return cv2.add(view, (*changes[6:], 0)) if changes[6:].any() else view
 
 
 def build_augmentation(side):
     """Return the Keras model that does what `augment` does, for a GPU say: [pictures, changes] → uint8 views."""
-    keras = utils.import_keras()
-    ops, pictures, changes = keras.ops, keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
+    keras = model.import_keras()
+    ops, pictures, changes = (
+        keras.ops,
+        keras.Input((side, side, 3), dtype="uint8"),
+        keras.Input((9,)),
+    )
     matrix = ops.pad(changes[:, :6], ((0, 0), (0, 2)))
     views = ops.image.affine_transform(ops.cast(pictures, "float32"), matrix, "bilinear", "reflect")
     views = ops.round(ops.clip(views + changes[:, None, None, 6:], 0, 255))
-    return utils.compiled(keras.Model([pictures, changes], ops.cast(views, "uint8")))
+    return model.compiled(keras.Model([pictures, changes], ops.cast(views, "uint8")))
 
 
 def make_views(run, pairs):
     """Return the views of a batch of (index, view) pairs, uint8 (n, side, side, 3): an array of the device, if any."""
-    pictures, rows, size = [run.data.pictures[i] for i, _ in pairs], run.data.store.rows, run.nets.batch
+    pictures, rows, size = (
+        [run.data.pictures[i] for i, _ in pairs],
+        run.data.store.rows,
+        run.nets.batch,
+    )
     places = [picture.row for picture in pictures]
-    changes = draw_changes(run.args, rows.shape[1], [(p.digest, view) for p, (_, view) in zip(pictures, pairs)])
+    changes = draw_changes(
+        run.args, rows.shape[1], [(p.digest, view) for p, (_, view) in zip(pictures, pairs)]
+    )
     if run.nets.augmentation is None:
         numbered = zip(places, changes, pairs)
-        return np.stack([rows[n] if view == PLAIN else augment(rows[n], row) for n, row, (_, view) in numbered])
+        return np.stack(
+            [rows[n] if view == PLAIN else augment(rows[n], row) for n, row, (_, view) in numbered]
+        )
     filled = [rows[np.resize(places, size)], np.resize(changes, (size, changes.shape[1]))]
-    return utils.predict_batch(run.nets.augmentation, filled)[: len(pairs)]
+    return model.predict_batch(run.nets.augmentation, filled)[: len(pairs)]
 
 
 def training_views(seed, train, start, stop):
@@ -485,22 +585,36 @@ def fill_ring(run, ring, trunk, wanted, label):
         """Return what the ring keeps of a batch of views, the checksum of each, and whether all its numbers end."""
         with np.errstate(over="ignore"):  # what does not fit is told below
             kind = ring.features.rows.dtype
-            features = np.asarray(pixels) if trunk is None else utils.predict(trunk, pixels, run.nets.batch, kind)
+            features = (
+                np.asarray(pixels)
+                if trunk is None
+                else model.predict(trunk, pixels, run.nets.batch, kind)
+            )
         return features, [checksum(row) for row in features], is_finite(features)
 
     # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
     # comes before and after: a thread takes longer for the checksums of a batch than a device for the network.
     workers, at_once = (4, 8) if on_device() else (1, 2)
-    views = utils.in_order(lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers)
+    views = utils.in_order(
+        lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers
+    )
     results = utils.in_order(pass_on, views, workers=at_once)
-    for batch, (features, sums, finite) in zip(batches, utils.progress(results, len(batches), label)):
+    for batch, (features, sums, finite) in zip(
+        batches, utils.progress(results, len(batches), label)
+    ):
         if not finite:
             rounded = ring.features.rows.dtype == "float16"
-            why = "too large for 16-bit numbers: use --float32" if rounded else "without end: use other --weights"
+            why = (
+                "too large for 16-bit numbers: use --float32"
+                if rounded
+                else "without end: use other --weights"
+            )
             raise utils.UserError(f"the network's features are {why}")
         slots = [ring.slots[keys[p]] for p in batch]
         write_rows(ring.features, slots, features)
-        write_rows(ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)])
+        write_rows(
+            ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)]
+        )
 
 
 def find_slots(run, ring, pairs):
@@ -508,10 +622,12 @@ def find_slots(run, ring, pairs):
     return [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
 
 
-def predict_views(run, model, ring, pairs):
+def predict_views(run, network, ring, pairs):
     """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
     slots, size = find_slots(run, ring, pairs), run.nets.batch
-    parts = [utils.predict(model, ring.features.rows[some], size) for some in in_batches(slots, size)]
+    parts = [
+        model.predict(network, ring.features.rows[some], size) for some in in_batches(slots, size)
+    ]
     return np.split(np.concatenate(parts), [2048], axis=1)
 
 
@@ -521,8 +637,10 @@ def predict_views(run, model, ring, pairs):
 @functools.cache
 def on_device():
     """Say whether JAX computes on something faster than the cores, a GPU say."""
-    keras = utils.import_keras()
-    return keras.config.backend() == "jax" and not keras.distribution.list_devices()[0].startswith("cpu")
+    keras = model.import_keras()
+    return keras.config.backend() == "jax" and not keras.distribution.list_devices()[0].startswith(
+        "cpu"
+    )
 
 
 def pass_batch(side):
@@ -537,15 +655,15 @@ def fastest_format(args):
     The median of five alternating timings of a convolution decides. A processor without such
     instructions is slower or raises: then it is float32.
     """
-    keras = utils.import_keras()
+    keras = model.import_keras()
     if args.float32:
         return "float32"
     batch, trials = np.zeros((8, 28, 28, 192), "float32"), []
     try:
         for name in ("float32", "mixed_bfloat16"):
             layers = [keras.layers.Conv2D(192, 3, padding="same", dtype=name) for _ in range(2)]
-            model = utils.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
-            trials.append(functools.partial(model.predict_on_batch, batch))
+            network = model.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
+            trials.append(functools.partial(network.predict_on_batch, batch))
             trials[-1]()
         times = [[timeit.timeit(trial, number=1) for trial in trials] for _ in range(5)]
     except Exception:  # what a library raises for want of an instruction is its own affair
@@ -559,11 +677,15 @@ def find_weights(args):
     if args.weights == "none":
         return None, []
     if args.weights not in ("auto", "imagenet"):
-        if not args.weights.endswith((".h5", ".hdf5")):  # Keras would read a .keras file as something else
-            raise utils.UserError(f"--weights {utils.escape(args.weights)}: give a file whose name ends in .h5")
-        utils.check_hdf5(Path(args.weights), utils.BASE_PARAMETERS)
+        if not args.weights.endswith(
+            (".h5", ".hdf5")
+        ):  # Keras would read a .keras file as something else
+            raise utils.UserError(
+                f"--weights {utils.escape(args.weights)}: give a file whose name ends in .h5"
+            )
+        model.check_hdf5(Path(args.weights), model.BASE_PARAMETERS)
         return Path(args.weights), []
-    keras, name = utils.import_keras(), IMAGENET.rpartition("/")[2]
+    keras, name = model.import_keras(), IMAGENET.rpartition("/")[2]
     try:
         return download(keras, name), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
@@ -571,7 +693,9 @@ def find_weights(args):
         if sys.stderr.isatty():
             print(file=sys.stderr)  # Keras's bar has no end of line
     if args.weights == "imagenet":
-        raise utils.UserError(f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand: {IMAGENET}")
+        raise utils.UserError(
+            f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand: {IMAGENET}"
+        )
     return None, [
         f"the ImageNet weights cannot be had ({reason})",
         "training starts from scratch instead: expect a far lower accuracy unless there are many pictures",
@@ -584,20 +708,29 @@ def download(keras, name):
     """Return the path of Keras's own ImageNet weights, which it keeps under that name. Raises whatever goes wrong."""
     if not sys.stderr.isatty():
         keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
-    homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"  # the second if there is no first
+    homes = (
+        os.environ.get("KERAS_HOME", Path.home() / ".keras"),
+        "/tmp/.keras",
+    )  # the second if there is no first
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
         if not any(Path(home, "models", name).exists() for home in homes):
             try_connection(IMAGENET)
         with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
-            return Path(keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5))
+            return Path(
+                keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)
+            )
     finally:
         socket.setdefaulttimeout(None)
 
 
 def source_of(path):
     """Return what tells one file of weights from another; path: None for from scratch."""
-    return "none" if path is None else f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    return (
+        "none"
+        if path is None
+        else f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    )
 
 
 def try_connection(address):
@@ -621,9 +754,11 @@ def try_connection(address):
 
 def load_base(network, path):
     """Load a file of notop weights, of either Keras format, into the blocks of a network. Raises UserError."""
-    keras = utils.import_keras()
-    utils.check_hdf5(path, utils.BASE_PARAMETERS)
-    utils.load_weights(keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output), path)
+    keras = model.import_keras()
+    model.check_hdf5(path, model.BASE_PARAMETERS)
+    model.load_weights(
+        keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output), path
+    )
 
 
 def cut_network(network, args, scratch):
@@ -633,9 +768,13 @@ def cut_network(network, args, scratch):
     the 1280 of the middle where the feature map comes before it. head: pooled features → probabilities. top: feature
     map → probabilities. The last layer that is trained sees the hidden units alone; the network's own is fitted.
     """
-    keras = utils.import_keras()
-    pooled, hidden, middle = (network.get_layer(name).output for name in ("pooled", "hidden", "middle"))
-    last = keras.layers.Dense(network.output.shape[-1], activation="softmax", dtype="float32", name="trained")(hidden)
+    keras = model.import_keras()
+    pooled, hidden, middle = (
+        network.get_layer(name).output for name in ("pooled", "hidden", "middle")
+    )
+    last = keras.layers.Dense(
+        network.output.shape[-1], activation="softmax", dtype="float32", name="trained"
+    )(hidden)
     cut = network.input if scratch else network.get_layer(f"mixed{10 - args.unfreeze}").output
     top = keras.Model(cut, last)
     for layer in top.layers:
@@ -644,7 +783,7 @@ def cut_network(network, args, scratch):
             layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
     trunk = None if scratch else keras.Model(network.input, cut)
     both = keras.layers.Concatenate()([pooled, middle]) if scratch or args.unfreeze >= 2 else pooled
-    return Parts(trunk, utils.compiled(keras.Model(cut, both)), keras.Model(pooled, last), top)
+    return Parts(trunk, model.compiled(keras.Model(cut, both)), keras.Model(pooled, last), top)
 
 
 def fold_trunk(parts):
@@ -655,9 +794,11 @@ def fold_trunk(parts):
     """
     if parts.trunk is None:
         return parts
-    keras, model = utils.import_keras(), parts.trunk
-    made_by = {id(layer.output): layer for layer in model.layers}
-    norms = [layer for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    keras, network = model.import_keras(), parts.trunk
+    made_by = {id(layer.output): layer for layer in network.layers}
+    norms = [
+        layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     pairs = [(made_by[id(norm.input)], norm) for norm in norms]
     names = {convolution.name for convolution, _ in pairs}
 
@@ -668,37 +809,43 @@ def fold_trunk(parts):
     def skip(layer, inputs, **_):
         return inputs if isinstance(layer, keras.layers.BatchNormalization) else layer(inputs)
 
-    folded = keras.models.clone_model(model, clone_function=with_bias, call_function=skip)
+    folded = keras.models.clone_model(network, clone_function=with_bias, call_function=skip)
     for convolution, norm in pairs:
         (kernel,), (beta, mean, variance) = convolution.get_weights(), norm.get_weights()
         scale = np.sqrt(variance + norm.epsilon)
         folded.get_layer(convolution.name).set_weights([kernel / scale, beta - mean / scale])
-    return parts._replace(trunk=utils.compiled(folded))
+    return parts._replace(trunk=model.compiled(folded))
 
 
-def prepare(run, model):
+def prepare(run, network):
     """Compile a model for training with AdamW. Its rate is set before each step: a schedule would be traced along."""
-    keras = utils.import_keras()
+    keras = model.import_keras()
     with run.nets.together():
         optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
         # by name alone, the graph would be made twice; a further one has to be named in train_epoch
         accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
-        utils.compiled(model, optimizer=optimizer, loss=loss, metrics=[accuracy])
-        optimizer.build(model.trainable_variables)  # now, so that --resume finds its variables
+        model.compiled(network, optimizer=optimizer, loss=loss, metrics=[accuracy])
+        optimizer.build(network.trainable_variables)  # now, so that --resume finds its variables
 
 
-def learning_rates(run, model):
+def learning_rates(run, network):
     """Return the rate of every step of a model's training, float (steps,): rising to its peak, then a cosine to 0."""
     recipe, scratch, (steps, _) = run.recipe, run.nets.full.trunk is None, epoch_size(run)
-    if model is run.nets.fast.head:
+    if network is run.nets.fast.head:
         warm_up, total_steps, peak = steps, recipe["head_epochs"] * steps, HEAD_RATE
     else:
-        epochs = recipe["rounds"] * recipe["round_epochs"] + (recipe["head_epochs"] if scratch else 0)
+        epochs = recipe["rounds"] * recipe["round_epochs"] + (
+            recipe["head_epochs"] if scratch else 0
+        )
         warm_up, total_steps = int(epochs * steps * WARM_UP), epochs * steps
         peak = SCRATCH_RATE if scratch else ROUND_RATE
     rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
-    falling = peak / 2 * (1 + np.cos(np.linspace(0, np.pi, max(1, total_steps - warm_up), endpoint=False)))
+    falling = (
+        peak
+        / 2
+        * (1 + np.cos(np.linspace(0, np.pi, max(1, total_steps - warm_up), endpoint=False)))
+    )
     return np.concatenate([rising, falling])
 
 
@@ -711,42 +858,61 @@ def read_data(args, side):
     groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
     train, validation = split(pictures, groups, args.validation_split, args.seed)
     labels = sorted({picture.label for picture in pictures})
-    if len(labels) > utils.MAX_CLASSES:
-        raise utils.UserError(f"{len(labels):,} classes: use at most {utils.MAX_CLASSES:,}")
+    if len(labels) > model.MAX_CLASSES:
+        raise utils.UserError(f"{len(labels):,} classes: use at most {model.MAX_CLASSES:,}")
     longest = max(labels, key=len)
-    if len(longest) > utils.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
+    if len(longest) > model.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
         raise utils.UserError(f"{longest[:60]}…: too long for a class name: rename the folder")
-    if len(json.dumps(labels)) > utils.MAX_LABELS:
-        raise utils.UserError(f"{len(labels):,} classes with such long names: give the folders shorter ones")
-    utils.say(f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped")
+    if len(json.dumps(labels)) > model.MAX_LABELS:
+        raise utils.UserError(
+            f"{len(labels):,} classes with such long names: give the folders shorter ones"
+        )
+    utils.say(
+        f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
+    )
     warn_as_a_colleague(pictures, train, validation)
     owner = np.array([picture.row % args.processes for picture in pictures])
     shares = np.bincount(owner[train], minlength=args.processes)
     if not shares.all():
-        raise utils.UserError(f"{args.processes} processes are too many for {len(train)} pictures: start fewer")
+        raise utils.UserError(
+            f"{args.processes} processes are too many for {len(train)} pictures: start fewer"
+        )
     if args.process == 0:  # it scores, so it needs what others have read
         for i in validation[owner[validation] != 0]:
             pixels, _, reason = read_picture(pictures[i].path, side)
             if pixels is None:
-                raise utils.UserError(f"{utils.escape(pictures[i].path)}: has changed meanwhile: {reason}")
+                raise utils.UserError(
+                    f"{utils.escape(pictures[i].path)}: has changed meanwhile: {reason}"
+                )
             write_rows(store, [pictures[i].row], pixels[None])
     targets = np.array([labels.index(picture.label) for picture in pictures])
     frequency = np.bincount(targets[train], minlength=len(labels))
-    weights = (len(train) / len(labels) / frequency)[targets] if args.class_weight else np.ones(len(pictures))
+    weights = (
+        (len(train) / len(labels) / frequency)[targets]
+        if args.class_weight
+        else np.ones(len(pictures))
+    )
     mine = train[owner[train] == args.process]
-    return Data(pictures, store, train, mine, int(shares.max()), validation, labels, targets, weights)
+    return Data(
+        pictures, store, train, mine, int(shares.max()), validation, labels, targets, weights
+    )
 
 
 def set_up_keras(args, number_format):
     """Settle on the number format, if it is None, and the devices. Returns both."""
-    keras = utils.import_keras()
-    with utils.output_aside():  # under JAX, Keras imports a chatting TensorFlow when a layer first describes itself
+    keras = model.import_keras()
+    with (
+        model.output_aside()
+    ):  # under JAX, Keras imports a chatting TensorFlow when a layer first describes itself
         keras.layers.Identity().get_config()
     if number_format is None and args.process == 0:
         number_format = fastest_format(args)
     number_format = exchange(args, number_format)[0]
     utils.say(f"number format: {number_format}")
-    return number_format, keras.distribution.list_devices() if keras.config.backend() == "jax" else [None]
+    return (
+        number_format,
+        keras.distribution.list_devices() if keras.config.backend() == "jax" else [None],
+    )
 
 
 def build_networks(args, path, class_count, side, number_format):
@@ -756,18 +922,18 @@ def build_networks(args, path, class_count, side, number_format):
     Where several devices or processes train as one, the network that they train is another one again: only they
     together can compute with it. What is frozen runs on the first device of each process.
     """
-    keras = utils.import_keras()
+    keras = model.import_keras()
     number_format, devices = set_up_keras(args, number_format)
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
-    network = utils.build_network(class_count, side)
+    network = model.build_network(class_count, side)
     together = contextlib.nullcontext
     if path is not None:
         load_base(network, path)
 
     def twin():
         """Build the network once more, to be trained, with the same numbers. Returns its Parts."""
-        other = utils.build_network(class_count, side, number_format)
+        other = model.build_network(class_count, side, number_format)
         other.set_weights(network.get_weights())
         return cut_network(other, args, path is None)
 
@@ -778,15 +944,39 @@ def build_networks(args, path, class_count, side, number_format):
         with together():
             shared = twin()
         fast = fast._replace(head=shared.head, top=shared.top)
-    layout = utils.compiled(keras.Model(network.input, network.get_layer("layout").output))
+    layout = model.compiled(keras.Model(network.input, network.get_layer("layout").output))
     augmentation, batch = build_augmentation(side) if on_device() else None, pass_batch(side)
-    return Nets(network, full, fast, layout, augmentation, batch, number_format, source_of(path), devices, together)
+    return Nets(
+        network,
+        full,
+        fast,
+        layout,
+        augmentation,
+        batch,
+        number_format,
+        source_of(path),
+        devices,
+        together,
+    )
 
 
 def cache_name(args, nets, square, kind):
     """Return how the names of the cache's files begin: features made in another way lie in other files."""
-    views, backend = (HEAVY if args.heavy_augmentation else LIGHT, args.seed), utils.import_keras().config.backend()
-    made_from = FEATURES, nets.source, args.unfreeze, square, kind, nets.number_format, views, backend, on_device()
+    views, backend = (
+        (HEAVY if args.heavy_augmentation else LIGHT, args.seed),
+        model.import_keras().config.backend(),
+    )
+    made_from = (
+        FEATURES,
+        nets.source,
+        args.unfreeze,
+        square,
+        kind,
+        nets.number_format,
+        views,
+        backend,
+        on_device(),
+    )
     name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
     return f"{name}-{args.process}-of-{args.processes}" if args.processes > 1 else name
 
@@ -796,10 +986,16 @@ def open_rings(args, data, nets, recipe):
 
     Raises UserError if not even the pictures and a small ring fit.
     """
-    cut, square, scratch = nets.full.top.input_shape[1:], data.store.rows.shape[1:], nets.full.trunk is None
+    cut, square, scratch = (
+        nets.full.top.input_shape[1:],
+        data.store.rows.shape[1:],
+        nets.full.trunk is None,
+    )
     kind = "uint8" if scratch else "float32" if args.float32 else "float16"
     plain_kind = "uint8" if scratch else "float32"
-    picture, view, plain = (np.dtype(row).itemsize for row in (("uint8", square), (kind, cut), (plain_kind, cut)))
+    picture, view, plain = (
+        np.dtype(row).itemsize for row in (("uint8", square), (kind, cut), (plain_kind, cut))
+    )
     view += 0 if scratch else nets.full.head.input_shape[1] * 4  # which train_head keeps of each
     scored = len(data.validation) if args.process == 0 else 1
     fixed = len(data.pictures) // args.processes * picture + scored * (view + plain)
@@ -825,7 +1021,7 @@ def open_rings(args, data, nets, recipe):
 # ---------------------------------------------------------------- training
 
 
-def train_epoch(run, model, rows, order, targets, label):
+def train_epoch(run, network, rows, order, targets, label):
     """Train one epoch with bare `train_on_batch`. Returns the mean {"loss", "accuracy"} over its steps.
 
     rows: features (slots, …). order: (slot, index) pairs, int (n, 2), repeated from the beginning until the last
@@ -834,11 +1030,15 @@ def train_epoch(run, model, rows, order, targets, label):
     steps, batch_size, weights = *epoch_size(run), run.data.sample_weights
     batches = np.resize(order, (steps, batch_size, 2))
     logs, features_ahead = [], utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)
-    rates = learning_rates(run, model)[int(model.optimizer.iterations) :]
+    rates = learning_rates(run, network)[int(network.optimizer.iterations) :]
     with run.nets.together():
-        for batch, features, rate in zip(utils.progress(batches, steps, label), features_ahead, rates):
-            model.optimizer.learning_rate = rate
-            logs.append(model.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]]))
+        for batch, features, rate in zip(
+            utils.progress(batches, steps, label), features_ahead, rates
+        ):
+            network.optimizer.learning_rate = rate
+            logs.append(
+                network.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]])
+            )
     return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist(), strict=True))
 
 
@@ -863,7 +1063,7 @@ def epoch_order(seed, window, slots, round_number, epoch):
     return mixed[np.sort(first)]
 
 
-def train_epochs(run, model, rows, slots, window, number, validation):
+def train_epochs(run, network, rows, slots, window, number, validation):
     """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
 
     rows, slots: the features, and where those of each view in the window lie. validation: gives the pooled features
@@ -875,19 +1075,25 @@ def train_epochs(run, model, rows, slots, window, number, validation):
         start = time.monotonic()
         order = epoch_order(run.args.seed, window, slots, number, epoch)
         name = f"round {number} epoch {epoch}"
-        logs = train_epoch(run, model, rows, order, targets, name)
+        logs = train_epoch(run, network, rows, order, targets, name)
         if run.args.process:
             continue  # the first one scores
         bring_up(run.nets)
         units, actual = hidden_units(run, validation()), data.targets[data.validation]
         probabilities = answers(units, run.nets.full.top.get_layer("trained").get_weights())
-        logs["val_loss"] = float(model.loss(targets[data.validation], probabilities))
+        logs["val_loss"] = float(network.loss(targets[data.validation], probabilities))
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
         utils.say(f"{name}: {shown}, {seconds:.0f} s")
-        unprinted = {"plain_accuracy": "", "learning_rate": float(model.optimizer.learning_rate), "seconds": seconds}
-        history.append({"round": number, "epoch": epoch} | logs | unprinted)  # the columns of model-history.csv
+        unprinted = {
+            "plain_accuracy": "",
+            "learning_rate": float(network.optimizer.learning_rate),
+            "seconds": seconds,
+        }
+        history.append(
+            {"round": number, "epoch": epoch} | logs | unprinted
+        )  # the columns of model-history.csv
     return history
 
 
@@ -899,9 +1105,13 @@ def train_head(run, window):
         features, _ = predict_views(run, nets.fast.pool, rings.views, [window[n] for n in places])
         write_rows(pooled, places, features)
     if args.process == 0:
-        validation, _ = predict_views(run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation])
+        validation, _ = predict_views(
+            run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation]
+        )
     prepare(run, nets.fast.head)
-    return train_epochs(run, nets.fast.head, pooled.rows, range(len(window)), window, 0, lambda: validation)
+    return train_epochs(
+        run, nets.fast.head, pooled.rows, range(len(window)), window, 0, lambda: validation
+    )
 
 
 def train_top(run, window, number):
@@ -913,7 +1123,9 @@ def train_top(run, window, number):
     def validation():
         return predict_views(run, nets.full.pool, rings.shaken, shaken)[0]
 
-    return train_epochs(run, nets.fast.top, rings.views.features.rows, slots, window, number, validation)
+    return train_epochs(
+        run, nets.fast.top, rings.views.features.rows, slots, window, number, validation
+    )
 
 
 def bring_up(nets):
@@ -935,10 +1147,12 @@ def last_units(run, ring, indices, view):
     """
     size = run.nets.batch
     views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices, size))
-    layout = np.concatenate([utils.predict(run.nets.layout, pixels, size) for pixels in views])
+    layout = np.concatenate([model.predict(run.nets.layout, pixels, size) for pixels in views])
     pooled, middle = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
     if not middle.size:
-        middle = np.zeros((len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32")
+        middle = np.zeros(
+            (len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32"
+        )
     return hidden_units(run, pooled), middle, layout
 
 
@@ -967,7 +1181,9 @@ def fit_parts(run, window):
         for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
             x = np.column_stack([part, np.ones(len(chunk))])
             sums[n] = sums[n] + (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
-    return [ridge_regression(total(run.args, one), ridge) for one, ridge in zip(sums, RIDGES.values())]
+    return [
+        ridge_regression(total(run.args, one), ridge) for one, ridge in zip(sums, RIDGES.values())
+    ]
 
 
 def ridge_regression(sums, ridge):
@@ -980,10 +1196,15 @@ def ridge_regression(sums, ridge):
 
     n = len(sums) - 1
     if not np.isfinite(sums).all():
-        raise utils.UserError("training has led to numbers without end: use --float32, or other pictures")
+        raise utils.UserError(
+            "training has led to numbers without end: use --float32, or other pictures"
+        )
     means = sums / sums[n, n]
     mean, shares = means[n, :n], means[n, n + 1 :]
-    covariance, cross = means[:n, :n] - np.outer(mean, mean), means[:n, n + 1 :] - np.outer(mean, shares)
+    covariance, cross = (
+        means[:n, :n] - np.outer(mean, mean),
+        means[:n, n + 1 :] - np.outer(mean, shares),
+    )
     strength = ridge * max(np.trace(covariance) / n, 1e-12)
     kernel = LOGITS * solve(covariance + strength * np.eye(n), cross, assume_a="pos")
     return kernel, LOGITS * shares - mean @ kernel
@@ -997,24 +1218,42 @@ def train_rounds(run, state):
     args, recipe, data, nets, rings = run
     scratch = nets.full.trunk is None
     if args.process == 0:
-        fill_ring(run, rings.shaken, nets.fast.trunk, [(i, 0) for i in data.validation], "validation views")
-        fill_ring(run, rings.plain, nets.full.trunk, [(i, PLAIN) for i in data.validation], "validation")
+        fill_ring(
+            run,
+            rings.shaken,
+            nets.fast.trunk,
+            [(i, 0) for i in data.validation],
+            "validation views",
+        )
+        fill_ring(
+            run, rings.plain, nets.full.trunk, [(i, PLAIN) for i in data.validation], "validation"
+        )
     prepare(run, nets.fast.top)
     if state:
         restore_weights(run, state)
     state = state or {"round": -1, "stale": 0, "best": None, "history": []}
-    while state["round"] < recipe["rounds"] and not (recipe["patience"] and state["stale"] >= recipe["patience"]):
+    while state["round"] < recipe["rounds"] and not (
+        recipe["patience"] and state["stale"] >= recipe["patience"]
+    ):
         number = state["round"] + 1
         window = ring_window(run, number)
         fill_ring(run, rings.views, nets.fast.trunk, window, "views")
-        rows = train_head(run, window) if number == 0 and not scratch else train_top(run, window, number)
+        rows = (
+            train_head(run, window)
+            if number == 0 and not scratch
+            else train_top(run, window, number)
+        )
         fits = fit_parts(run, window)
-        best = exchange(args, None if args.process else finish_round(run, number, rows, fits, state["best"]))[0]
+        best = exchange(
+            args, None if args.process else finish_round(run, number, rows, fits, state["best"])
+        )[0]
         stale = 0 if best != state["best"] else state["stale"] + 1
         state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
         if args.process == 0:
             save_state(run, state)
-            write_history(args, state["history"])  # after it: on Windows a CSV that is open elsewhere is an error
+            write_history(
+                args, state["history"]
+            )  # after it: on Windows a CSV that is open elsewhere is an error
     return state
 
 
@@ -1030,7 +1269,9 @@ def ring_window(run, number):
     from these alone: views would make round 0 take twice as long.
     """
     capacity, mine, seed = len(run.rings.views.keys.rows), run.data.mine, run.args.seed
-    as_they_are = [(i, PLAIN) for i, _ in training_views(seed, mine, 0, min(len(mine), max(1, capacity // 2)))]
+    as_they_are = [
+        (i, PLAIN) for i, _ in training_views(seed, mine, 0, min(len(mine), max(1, capacity // 2)))
+    ]
     room = capacity - len(as_they_are)
     made = len(mine) * views_made(run.recipe, number)
     return as_they_are + training_views(seed, mine, max(0, made - room), made)
@@ -1047,7 +1288,10 @@ def choose_last_layer(run, fits):
     for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
         kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
         layers.append((kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))))
-    last = max(layers, key=lambda layer: (answers(plain, layer).argmax(1) == run.data.targets[indices]).sum())
+    last = max(
+        layers,
+        key=lambda layer: (answers(plain, layer).argmax(1) == run.data.targets[indices]).sum(),
+    )
     return last, answers(plain, last), answers(augmented, last)
 
 
@@ -1069,12 +1313,17 @@ def finish_round(run, number, rows, fits, best):
             if is_mosaic_of(old, args.model):
                 old.unlink()
         remove_state(args.model)
-    path, picture = Path(f"{number:03d}.png"), lambda i: data.store.rows[data.pictures[data.validation[i]].row]
+    path, picture = (
+        Path(f"{number:03d}.png"),
+        lambda i: data.store.rows[data.pictures[data.validation[i]].row],
+    )
     check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
-    utils.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
+    report.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
     temperature = fit_temperature(plain, actual)
     calibrated, shaken = soften(plain, temperature), soften(augmented, temperature)
-    loss = log_loss(np.concatenate([calibrated, shaken]), np.concatenate([actual, actual]))  # breaks ties
+    loss = log_loss(
+        np.concatenate([calibrated, shaken]), np.concatenate([actual, actual])
+    )  # breaks ties
     if best and (right, -loss) <= (best["right"], -best["loss"]):
         return best
     save_round(run, number, right, last, temperature, choose_threshold(calibrated, actual))
@@ -1099,7 +1348,7 @@ def save_round(run, number, right, last, temperature, threshold):
         "versions": versions(),
     }
     nets.network.get_layer("probabilities").set_weights([array / temperature for array in last])
-    utils.save_model(nets.network, info, args.model)
+    model.save_model(nets.network, info, args.model)
 
 
 # ---------------------------------------------------------------- calibration and scores
@@ -1161,8 +1410,10 @@ def versions():
     """Return the versions of what made a model."""
     from importlib.metadata import version
 
-    found = {"python": sys.version.split()[0]} | {name: version(name) for name in ("keras", "numpy", "pillow")}
-    backend = utils.import_keras().config.backend()
+    found = {"python": sys.version.split()[0]} | {
+        name: version(name) for name in ("keras", "numpy", "pillow")
+    }
+    backend = model.import_keras().config.backend()
     return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
 
 
@@ -1173,17 +1424,27 @@ def check_outputs(args):
     """Raise UserError before any work where something the user has would be overwritten or cannot be written."""
     folder = Path(args.model).parent
     if not folder.is_dir():
-        raise utils.UserError(f"{utils.escape(folder)}: no such folder: make it or choose another prefix")
+        raise utils.UserError(
+            f"{utils.escape(folder)}: no such folder: make it or choose another prefix"
+        )
     if not utils.is_utf8(args.model):
-        raise utils.UserError(f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix")
+        raise utils.UserError(
+            f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix"
+        )
     if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
-        raise utils.UserError(f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}")
+        raise utils.UserError(
+            f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}"
+        )
     # Keras reads names in .weights.h5 as another format; `m-labels.json`, say, belongs to the model `m`
     ends = (".weights", "-labels", "-resume", "-evaluate")
     if not args.evaluate and args.model.endswith(ends):
-        raise utils.UserError(f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}")
-    if not args.evaluate and not utils.is_ours(args.model):
-        raise utils.UserError(f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix")
+        raise utils.UserError(
+            f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}"
+        )
+    if not args.evaluate and not model.is_ours(args.model):
+        raise utils.UserError(
+            f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix"
+        )
     if args.cache_dir:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in {folder, Path(), args.cache_dir or folder}:
@@ -1199,11 +1460,13 @@ def check_outputs(args):
 def check_mosaic(path, prefix):
     """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
     if path.exists() and not is_mosaic_of(path, prefix):
-        raise utils.UserError(f"{path}: not a picture of this model: move it away or run in another folder")
+        raise utils.UserError(
+            f"{path}: not a picture of this model: move it away or run in another folder"
+        )
 
 
 def is_mosaic_of(path, prefix):
-    """Say whether a file is a mosaic that a run with this prefix has made: `utils.draw_mosaic` notes it inside."""
+    """Say whether a file is a mosaic that a run with this prefix has made: `report.draw_mosaic` notes it inside."""
     if not path.is_file():  # a named pipe would wait for ever
         return False
     try:
@@ -1225,7 +1488,7 @@ def remove_unfinished(prefix):
         path.unlink()
 
 
-def score_saved(args, model, data, what):
+def score_saved(args, network, data, what):
     """Score a saved model, as anybody would read it, on data.validation.
 
     what: begins the line that is printed, `evaluate: accuracy` say. Returns (probabilities (n, classes), accuracy,
@@ -1235,7 +1498,9 @@ def score_saved(args, model, data, what):
     size = pass_batch(data.store.rows.shape[1])
     chunks = in_batches([data.pictures[i].row for i in data.validation], size)
     shown = utils.progress(chunks, len(chunks), "scoring")
-    probabilities = np.concatenate([utils.predict(model, data.store.rows[chunk], size) for chunk in shown])
+    probabilities = np.concatenate(
+        [model.predict(network, data.store.rows[chunk], size) for chunk in shown]
+    )
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
@@ -1244,27 +1509,39 @@ def score_saved(args, model, data, what):
     for i, p in zip(data.validation, probabilities):
         name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
         rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
-    return probabilities, right / len(actual), rows, f"{utils.escape(Path(args.model).name)}, {line}"
+    return (
+        probabilities,
+        right / len(actual),
+        rows,
+        f"{utils.escape(Path(args.model).name)}, {line}",
+    )
 
 
-def report(run, state):
+def finish_run(run, state):
     """Score the saved files; print `best:`, write mistakes and report, say what is next. Returns the accuracy."""
     args, _, data, _, _ = run
-    model, info = utils.load_model(args.model)
+    network, info = model.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
-    probabilities, accuracy, rows, title = score_saved(args, model, data, what)
+    probabilities, accuracy, rows, title = score_saved(args, network, data, what)
     wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
-    write_history(args, state["history"])  # again: a kill may have come between the last state and its rows
+    write_history(
+        args, state["history"]
+    )  # again: a kill may have come between the last state and its rows
     actual = data.targets[data.validation]
-    utils.draw_report(f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"])
+    report.draw_report(
+        f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"]
+    )
     tell_what_next(args, info, rows)
     return accuracy
 
 
 def tell_what_next(args, info, rows):
     """Say on stderr, in words, how good the model is, what it confuses, what to look at and what to run next."""
-    name, confused = utils.escape(args.model), Counter((row[1], row[2]) for row in rows if row[1] != row[2])
+    name, confused = (
+        utils.escape(args.model),
+        Counter((row[1], row[2]) for row in rows if row[1] != row[2]),
+    )
     right = len(rows) - confused.total()
     low, high = interval(right, len(rows))
     lines = [f"{name}.h5 names {right} of {len(rows)} pictures rightly that it was not trained on;"]
@@ -1275,14 +1552,22 @@ def tell_what_next(args, info, rows):
     lines.append(f"Below a probability of {info['threshold']:.3f} the tagger says unknown.")
     if "unknown" not in info["labels"]:
         lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
-    lines.append(f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:")
+    lines.append(
+        f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:"
+    )
     lines.append(f"    python webcam.py {shlex.quote(name)}")
     lines.append("or, if these are not faces, the same with --whole-picture.")
     if args.cache_dir and args.cache_dir.exists():
-        stats = [path.lstat() for end in ("features", "keys") for path in args.cache_dir.glob(f"*.{end}")]
-        size = sum(getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats)  # the files have holes
+        stats = [
+            path.lstat() for end in ("features", "keys") for path in args.cache_dir.glob(f"*.{end}")
+        ]
+        size = sum(
+            getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats
+        )  # the files have holes
         folder = shlex.quote(utils.escape(args.cache_dir))
-        lines.append(f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:")
+        lines.append(
+            f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:"
+        )
         lines.append(f"    rm {folder}/*.features {folder}/*.keys")
     print("\n".join(lines), file=sys.stderr)
 
@@ -1303,12 +1588,18 @@ def settings_of(args, recipe, data):
     side = data.store.rows.shape[1]
     settings |= recipe | {"image_size": side, "processes": args.processes}
     # Last, since what a user can give again changes these as well: how another version divides, and its network
-    return settings | {"split": zlib.crc32(data.validation), "network": utils.count_parameters(len(data.labels), side)}
+    return settings | {
+        "split": zlib.crc32(data.validation),
+        "network": model.count_parameters(len(data.labels), side),
+    }
 
 
 def file_list(args, data):
     """Return a line for each picture used, as UTF-8: the file below data_dir and its SHA-256."""
-    names = (utils.escape(picture.path.relative_to(args.data_dir).as_posix()) for picture in data.pictures)
+    names = (
+        utils.escape(picture.path.relative_to(args.data_dir).as_posix())
+        for picture in data.pictures
+    )
     return "\n".join(f"{name} {p.digest.hex()}" for name, p in zip(names, data.pictures)).encode()
 
 
@@ -1321,15 +1612,22 @@ def training_variables(run):
 def save_state(run, state):
     """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
     facts, files, numbers, old = state_files(run.args.model, state["round"])
-    flat = np.concatenate([np.asarray(variable, "float32").ravel() for variable in training_variables(run)])
+    flat = np.concatenate(
+        [np.asarray(variable, "float32").ravel() for variable in training_variables(run)]
+    )
     with utils.whole_file(numbers) as part:
         np.save(part, flat)
     if not files.exists():
         with utils.whole_file(files) as part:
             part.write_bytes(file_list(run.args, run.data))
-    more = {"settings": settings_of(run.args, run.recipe, run.data), "number_format": run.nets.number_format}
+    more = {
+        "settings": settings_of(run.args, run.recipe, run.data),
+        "number_format": run.nets.number_format,
+    }
     with utils.whole_file(facts) as part:
-        part.write_text(json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)}))
+        part.write_text(
+            json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)})
+        )
     old.unlink(missing_ok=True)
 
 
@@ -1339,7 +1637,7 @@ def read_state(args):
     if not facts.exists():
         utils.say("nothing to resume: starting from the beginning")
         return None
-    state = utils.parse_json(facts, utils.read_capped(facts, utils.MAX_JSON * 10))
+    state = model.parse_json(facts, model.read_capped(facts, model.MAX_JSON * 10))
     if not is_sound(state):
         raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
     return state
@@ -1347,8 +1645,12 @@ def read_state(args):
 
 def is_sound(state):
     """Say whether plain data can be a state that we have saved: what is not printed or used is left out."""
-    kinds = dict(round=int, stale=int, best=dict, history=list, settings=dict, weights=str, numbers=int)
-    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    kinds = dict(
+        round=int, stale=int, best=dict, history=list, settings=dict, weights=str, numbers=int
+    )
+    if not isinstance(state, dict) or not all(
+        isinstance(state.get(name), kind) for name, kind in kinds.items()
+    ):
         return False
     rows, best = state["history"], state["best"]
     plotted = ("loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy")
@@ -1358,7 +1660,11 @@ def is_sound(state):
         and 0 <= state["round"] <= 999
         and all(isinstance(best.get(name), int | float) for name in ("round", "right", "loss"))
         and all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows)
-        and all(row.get(name) == "" or isinstance(row.get(name), int | float) for row in rows for name in plotted)
+        and all(
+            row.get(name) == "" or isinstance(row.get(name), int | float)
+            for row in rows
+            for name in plotted
+        )
     )
 
 
@@ -1366,12 +1672,18 @@ def check_state(args, state, recipe, data):
     """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
     files = state_files(args.model)[1]
     if not files.exists():
-        raise utils.UserError(f"{utils.escape(files)}: missing, or of another version: train again without --resume")
-    before, now = utils.read_capped(files, utils.MAX_JSON * 100), file_list(args, data)
+        raise utils.UserError(
+            f"{utils.escape(files)}: missing, or of another version: train again without --resume"
+        )
+    before, now = model.read_capped(files, model.MAX_JSON * 100), file_list(args, data)
     if before != now:  # told first: other pictures can change the recipe, too
-        line = min(set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"the order of the files ")
+        line = min(
+            set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"the order of the files "
+        )
         name = utils.escape(line.rpartition(b" ")[0].decode(errors="replace"))[:200]
-        raise utils.UserError(f"--resume: the data has changed ({name}): train anew without --resume")
+        raise utils.UserError(
+            f"--resume: the data has changed ({name}): train anew without --resume"
+        )
     for name, value in settings_of(args, recipe, data).items():
         if state["settings"].get(name) != value:
             raise utils.UserError(
@@ -1387,17 +1699,25 @@ def restore_weights(run, state):
     sizes = [int(np.prod(variable.shape)) for variable in variables]
     try:
         flat = np.load(path, mmap_mode="r", allow_pickle=False)
-        good = flat.shape == (sum(sizes),) and flat.dtype == "float32" and zlib.crc32(flat) == state["numbers"]
+        good = (
+            flat.shape == (sum(sizes),)
+            and flat.dtype == "float32"
+            and zlib.crc32(flat) == state["numbers"]
+        )
     except Exception:  # NumPy's parser raises much
         good = False
     if not good:
-        raise utils.UserError(f"{utils.escape(path)}: missing or damaged: train again without --resume")
+        raise utils.UserError(
+            f"{utils.escape(path)}: missing or damaged: train again without --resume"
+        )
     for variable, numbers in zip(variables, np.split(flat, np.cumsum(sizes)[:-1])):
         variable.assign(numbers.reshape(variable.shape))
     (steps, _), scratch = epoch_size(run), run.nets.full.trunk is None
     epochs = sum(scratch or row["round"] > 0 for row in state["history"])
     if int(run.nets.fast.top.optimizer.iterations) != epochs * steps:
-        raise utils.UserError(f"{utils.escape(path)}: belongs to another round: train again without --resume")
+        raise utils.UserError(
+            f"{utils.escape(path)}: belongs to another round: train again without --resume"
+        )
 
 
 def remove_state(prefix):
@@ -1427,9 +1747,13 @@ def find_processes(args):
     except (KeyError, ValueError):
         known = False
     if not known:
-        raise utils.UserError(f"{MACHINES}NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES: set all three, see the README")
+        raise utils.UserError(
+            f"{MACHINES}NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES: set all three, see the README"
+        )
     if args.processes > 1 and os.environ.get("KERAS_BACKEND") != "jax":
-        raise utils.UserError("several processes need JAX: `pip install jax`, and set KERAS_BACKEND=jax")
+        raise utils.UserError(
+            "several processes need JAX: `pip install jax`, and set KERAS_BACKEND=jax"
+        )
 
 
 def exchange(args, value):
@@ -1439,7 +1763,7 @@ def exchange(args, value):
     """
     if args.processes == 1:
         return [value]
-    utils.import_keras()
+    model.import_keras()
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), "uint8")
@@ -1463,10 +1787,14 @@ def watch(args):
     JAX ends its process from C++ when another one is gone: somebody has to be left to say so. The child ends
     with its parent, whose end of a pipe is then closed. Raises UserError.
     """
-    child = subprocess.Popen([sys.executable, *sys.argv], stdin=subprocess.PIPE, env=os.environ | {utils.CHILD: "1"})
+    child = subprocess.Popen(
+        [sys.executable, *sys.argv], stdin=subprocess.PIPE, env=os.environ | {model.CHILD: "1"}
+    )
     code = None
     while code is None:
-        with contextlib.suppress(KeyboardInterrupt):  # the child has it too, and says what is to be said
+        with contextlib.suppress(
+            KeyboardInterrupt
+        ):  # the child has it too, and says what is to be said
             code = child.wait()
     if code in (0, 1, 3, 130):
         return code
@@ -1478,22 +1806,26 @@ def watch(args):
 
 def evaluate(args):
     """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
-    model, info = utils.load_model(args.model)
+    network, info = model.load_model(args.model)
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
     pictures, skipped, store = read_pictures(args, side)
     strange = sorted({p.label for p in pictures} - set(labels))
     if strange and "unknown" not in labels:
-        raise utils.UserError(f"{', '.join(strange)}: classes that the model does not know: remove these folders")
+        raise utils.UserError(
+            f"{', '.join(strange)}: classes that the model does not know: remove these folders"
+        )
     if not pictures:
-        raise utils.UserError(f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class")
+        raise utils.UserError(
+            f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class"
+        )
     utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
     actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
     data = Data(pictures, store, None, None, None, np.arange(len(pictures)), labels, actual, None)
-    probabilities, accuracy, rows, title = score_saved(args, model, data, "evaluate: accuracy")
+    probabilities, accuracy, rows, title = score_saved(args, network, data, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
-    utils.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    utils.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
+    report.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
+    report.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
                       lambda i: store.rows[pictures[i].row])  # fmt: skip
     return gate(args, accuracy)
 
@@ -1530,7 +1862,9 @@ def train(args):
         utils.warn(line)
     scratch = path is None
     if len(set(exchange(args, scratch))) > 1:
-        raise utils.UserError("--weights auto: not every process could have the weights: give their file to --weights")
+        raise utils.UserError(
+            "--weights auto: not every process could have the weights: give their file to --weights"
+        )
     if scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     state = read_state(args) if args.resume else None
@@ -1542,10 +1876,12 @@ def train(args):
     recipe = make_recipe(args, scratch, len(data.train), len(data.labels))
     if state:
         check_state(args, state, recipe, data)
-    nets = build_networks(args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"])
+    nets = build_networks(
+        args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"]
+    )
     run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
     state = train_rounds(run, state)
-    accuracy = exchange(args, None if args.process else report(run, state))[0]
+    accuracy = exchange(args, None if args.process else finish_run(run, state))[0]
     if args.process == 0:
         remove_state(args.model)
     for line in warnings:
@@ -1557,14 +1893,16 @@ def main():
     """Read the command line and do what it asks for; several processes each do it in a child. Returns the exit code."""
     args = parse_arguments()
     if not args.data_dir.is_dir():  # before any weights are looked for
-        raise utils.UserError(f"{utils.escape(args.data_dir)}: no such folder: give one with a folder for each class")
+        raise utils.UserError(
+            f"{utils.escape(args.data_dir)}: no such folder: give one with a folder for each class"
+        )
     if args.dry_run:
         read_data(args, args.image_size or 75)
         return 0
     if args.evaluate:
         return evaluate(args)
     if args.processes > 1:
-        if utils.CHILD not in os.environ:
+        if model.CHILD not in os.environ:
             return watch(args)
         threading.Thread(target=end_with_parent, daemon=True).start()
     if args.process:
@@ -1585,7 +1923,10 @@ def train_alone(args):
             return train(args)
     except KeyboardInterrupt:
         if state_files(args.model)[0].exists():
-            print("The best whole round is saved; the command that began it, with --resume, goes on.", file=sys.stderr)
+            print(
+                "The best whole round is saved; the command that began it, with --resume, goes on.",
+                file=sys.stderr,
+            )
         raise
     except RuntimeError as error:  # what JAX raises when a connection breaks
         if args.processes == 1:
@@ -1597,6 +1938,8 @@ if __name__ == "__main__":
     try:
         utils.run(main)
     except SystemExit as end:
-        if end.code and utils.CHILD in os.environ:  # JAX would first wait for the others, who may be gone
+        if (
+            end.code and model.CHILD in os.environ
+        ):  # JAX would first wait for the others, who may be gone
             os._exit(end.code)
         raise

@@ -9,12 +9,7 @@ import collections
 import contextlib
 import csv
 import errno
-import functools
-import hashlib
 import io
-import json
-import logging
-import mmap
 import os
 import re
 import sqlite3
@@ -41,54 +36,59 @@ try:
     import numpy as np
     import pillow_heif
     import tqdm
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
-    from PIL.PngImagePlugin import PngInfo
+    from PIL import Image, ImageOps
 except ImportError as absent:
     sys.exit(f"error: {absent}: {INSTALL}")
 
 # Rarely used parsers are where the holes are: only these, of those that Pillow knows, are ever tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")  # a new one: think of refuse_traps
-MAX_PIXELS = 178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "HEIF",
+    "AVIF",
+)  # a new one: think of refuse_traps
+MAX_PIXELS = (
+    178_956_970  # pictures above it are bombs or maps, and take over 2 GB to decode and turn
+)
 # Files made to keep a decoder busy for minutes, or to fill the memory, take more than these:
-MAX_SLOW = {"ppm": 8e6, "ppm_plain": 8e6, "bmp_rle": 4e7}  # pixels for decoders that are written in Python
+MAX_SLOW = {
+    "ppm": 8e6,
+    "ppm_plain": 8e6,
+    "bmp_rle": 4e7,
+}  # pixels for decoders that are written in Python
 MAX_COMMENTS = 1_000  # in such a PPM
 MAX_SCANNED = 2e10  # pixels times scans of a progressive JPEG
 MAX_STRIPS = 65_536  # of a TIFF, or tiles
 MAX_ANIMATED = 6e7  # pixels of an animated WebP or AVIF, whose decoder keeps several frames
-MAX_FILE = (16, 2**26)  # bytes: so many a pixel, and as many beside; what has more of these may be a film
+MAX_FILE = (
+    16,
+    2**26,
+)  # bytes: so many a pixel, and as many beside; what has more of these may be a film
 STRIPE = 2**20  # pixels that are computed with at once
 
-SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx"}  # what systems leave in folders, lower case
-RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {f"{p}{n}" for p in ("com", "lpt") for n in "123456789"}
+SKIPPED_NAMES = {
+    "thumbs.db",
+    "desktop.ini",
+    "__macosx",
+}  # what systems leave in folders, lower case
+RESERVED_NAMES = {"con", "prn", "aux", "nul"} | {
+    f"{p}{n}" for p in ("com", "lpt") for n in "123456789"
+}
 
-CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
-OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")  # as TensorFlow and JAX say it
+OUT_OF_MEMORY = re.compile(
+    "^ResourceExhaustedError|RESOURCE_EXHAUSTED"
+)  # as TensorFlow and JAX say it
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
-ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
-BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
-LAYOUT = 16  # about so many blocks a side make the layout of a picture
-MAX_CLASSES = 10_000
-MAX_LABEL = 255  # characters
-MAX_LABELS = 1_500_000  # all of them as JSON; MAX_TEXTS allows as many characters for each layer
-CLASSES = {
-    *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
-    *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
-    *("Flatten", "LayerNormalization", "Zeros", "Ones", "__keras_tensor__"),
-}  # all that a model.json of ours names
-MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
-MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
-HEAP = re.compile(rb"GCOL\x01(?=...(.{4}))", re.S)  # begins a piece of an HDF5 file that holds texts; its size
-MAX_TEXTS = 2**29  # bytes of one attribute, whose texts may all be one and the same long one; real ones take 1e8
-
-TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
-MOSAIC_CLASSES = 40  # more would leave thumbnails too small to recognise
-BLUE, ORANGE = ("#0072b2", "#deebf5"), ("#d55e00", "#fae3d5")  # right and wrong, strong and pale: told apart by all
-INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
-
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 pillow_heif.register_heif_opener()
-JITTING = threading.Lock()  # functools.cache lets two threads make the same thing twice
-tqdm.tqdm.set_lock(threading.RLock())  # its own is a semaphore too, which a Ctrl-C at the wrong moment leaves locked
+tqdm.tqdm.set_lock(
+    threading.RLock()
+)  # its own is a semaphore too, which a Ctrl-C at the wrong moment leaves locked
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
 
@@ -109,7 +109,9 @@ class RefusedError(PictureError):
 
 def say(text):
     """Print one line on stdout at once, so that a program reading it never waits."""
-    put = tqdm.tqdm.write if sys.stdout.isatty() else print  # on a terminal a progress bar makes room for the line
+    put = (
+        tqdm.tqdm.write if sys.stdout.isatty() else print
+    )  # on a terminal a progress bar makes room for the line
     put(text)
     sys.stdout.flush()
 
@@ -126,7 +128,11 @@ def escape(name):
 
 def is_shown(character):
     """Say whether a character is harmless on a terminal: printable, a wide space, or what joins or parts letters."""
-    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+    return (
+        character.isprintable()
+        or unicodedata.category(character) == "Zs"
+        or character in "\u200c\u200d"
+    )
 
 
 def first_line(error):
@@ -152,9 +158,13 @@ def advice(error):
         errno.ENOENT: "check that the path is right and was not moved meanwhile",
         errno.EMFILE: "close other programs or raise `ulimit -n`",
     }
-    file = error.filename if error.filename2 is None else error.filename2  # of a renaming, the name that people know
+    file = (
+        error.filename if error.filename2 is None else error.filename2
+    )  # of a renaming, the name that people know
     name = f"{escape(file)}: " if file is not None else ""
-    return f"{name}{error.strerror or error}: {hints.get(error.errno, 'check the disk and try again')}"
+    return (
+        f"{name}{error.strerror or error}: {hints.get(error.errno, 'check the disk and try again')}"
+    )
 
 
 def missing(error):
@@ -185,7 +195,9 @@ def run(main):
     Text that leaves the process is UTF-8, save on a terminal, which gets escapes for what it lacks.
     """
     # None where it was closed, by `>&-` say
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
         encoding = stream.encoding if stream.isatty() else "utf-8"
         stream.reconfigure(encoding=encoding, errors="backslashreplace")
@@ -212,7 +224,9 @@ def progress(items, total, label):
     A bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays short.
     """
     if sys.stderr.isatty():
-        yield from tqdm.tqdm(items, desc=label, total=total, leave=False, file=sys.stderr, dynamic_ncols=True)
+        yield from tqdm.tqdm(
+            items, desc=label, total=total, leave=False, file=sys.stderr, dynamic_ncols=True
+        )
         return
     start = told = time.monotonic()
     for done, item in enumerate(items, 1):
@@ -220,7 +234,9 @@ def progress(items, total, label):
         now = time.monotonic()
         if now - told > 10 and done < total:
             told, left = now, (now - start) * (total - done) / done
-            print(f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"{label}: {done} of {total}, about {left:.0f} s left", file=sys.stderr, flush=True
+            )
 
 
 def number(kind, low, high):
@@ -314,7 +330,9 @@ def list_files(root):
             continue
         seen.add(real)
         try:
-            entries = sorted((e for e in os.scandir(folder) if not is_ignored(e.name)), key=lambda e: e.name)
+            entries = sorted(
+                (e for e in os.scandir(folder) if not is_ignored(e.name)), key=lambda e: e.name
+            )
         except OSError as error:
             warn(advice(error))
             continue
@@ -341,9 +359,13 @@ def only_run(path):
     database from somebody else could have it delete files.)
     """
     path = Path(path)
-    foreign = path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_size == 0))
+    foreign = path.is_symlink() or (
+        path.exists() and not (path.is_file() and path.stat().st_size == 0)
+    )
     if foreign or any(os.path.lexists(f"{path}{end}") for end in ("-journal", "-wal", "-shm")):
-        raise UserError(f"{escape(path)}: not a lock of this kit: delete it and what begins with its name")
+        raise UserError(
+            f"{escape(path)}: not a lock of this kit: delete it and what begins with its name"
+        )
     try:
         lock = sqlite3.connect(path, timeout=0, isolation_level=None)
         lock.execute("PRAGMA journal_mode = MEMORY")  # else a kill would leave a journal beside it
@@ -365,12 +387,16 @@ def only_run(path):
 def whole_file(path):
     """Give a path beside `path` to write to, and rename it to `path` when the block ends without error."""
     path = Path(path)
-    stem = path.stem if len(os.fsencode(path.stem)) <= 200 else path.stem[:50]  # a name has at most 255 bytes
+    stem = (
+        path.stem if len(os.fsencode(path.stem)) <= 200 else path.stem[:50]
+    )  # a name has at most 255 bytes
     part = path.with_name(f".{stem}-unfinished-{os.urandom(4).hex()}{path.suffix}")
     open(part, "x").close()  # unlike mkstemp's, with the permissions that new files have here
     try:
         yield part
-        with open(part, "rb+") as file:  # on the disk before its name is: a power cut leaves old or new
+        with open(
+            part, "rb+"
+        ) as file:  # on the disk before its name is: a power cut leaves old or new
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
@@ -473,7 +499,9 @@ def picture_errors():
         raise RefusedError(f"larger than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
         raise PictureError("not a picture of a known format") from None
-    except Exception as error:  # parsers raise OSError, SyntaxError, ValueError, struct.error and more
+    except (
+        Exception
+    ) as error:  # parsers raise OSError, SyntaxError, ValueError, struct.error and more
         raise PictureError(f"cannot be decoded ({first_line(error)})") from None
 
 
@@ -484,7 +512,9 @@ def square(image, side):
     Returns uint8 of shape (side, side, 3), 0..255. Raises PictureError for broken or truncated data.
     """
     with picture_errors():
-        image.draft(None, (2 * side, 2 * side))  # large JPEGs: decode a half, quarter or eighth at once
+        image.draft(
+            None, (2 * side, 2 * side)
+        )  # large JPEGs: decode a half, quarter or eighth at once
         image = turned(plain_mode(image))  # before resizing, as others do it, to the same bits
         return np.asarray(rgb(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)))
 
@@ -527,13 +557,20 @@ def rgb(image):
         copy = Image.new("RGB", image.size, "white")
         copy.paste(image, mask=image)
         return copy
-    return image if image.mode == "RGB" else image.convert("RGB")  # converting copies, also from RGB to RGB
+    return (
+        image if image.mode == "RGB" else image.convert("RGB")
+    )  # converting copies, also from RGB to RGB
 
 
 def turned(image):
     """Turn and mirror as EXIF says; a broken or unknown orientation leaves the image as it is."""
     ways = Image.Transpose
-    turns = {2: ways.FLIP_LEFT_RIGHT, 3: ways.ROTATE_180, 4: ways.FLIP_TOP_BOTTOM, 5: ways.TRANSPOSE}
+    turns = {
+        2: ways.FLIP_LEFT_RIGHT,
+        3: ways.ROTATE_180,
+        4: ways.FLIP_TOP_BOTTOM,
+        5: ways.TRANSPOSE,
+    }
     turns |= {6: ways.ROTATE_270, 7: ways.TRANSVERSE, 8: ways.ROTATE_90}
     try:
         orientation = image.getexif().get(0x0112, 1)
@@ -560,574 +597,14 @@ def crop_square(picture, center_x, center_y, side):
         spans.append((first, last))
         pads.append((first - start, start + n - last))
     (top, bottom), (left, right) = spans
-    cut = np.asarray(picture.crop((left, top, right, bottom))) if is_image else picture[top:bottom, left:right]
+    cut = (
+        np.asarray(picture.crop((left, top, right, bottom)))
+        if is_image
+        else picture[top:bottom, left:right]
+    )
     return np.pad(cut, [*pads, (0, 0)], mode="edge") if any(map(any, pads)) else cut
 
 
 def save_jpeg(path, pixels):
     """Save uint8 (height, width, 3) as JPEG of quality 95, colours not subsampled, with no metadata."""
     Image.fromarray(pixels).save(path, "JPEG", quality=95, subsampling=0)
-
-
-# ---------------------------------------------------------------- the network and its three files
-
-
-@functools.cache
-def import_keras():
-    """Import Keras, TensorFlow behind it unless KERAS_BACKEND says otherwise, without start-up chatter.
-
-    It takes seconds, so functions ask here rather than at the top of a file. Returns the module.
-    Raises UserError if a package is missing.
-    """
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel("ERROR")
-    try:
-        with output_aside():
-            import keras
-
-            if CHILD in os.environ:
-                join_processes(keras)
-            keras.config.set_image_data_format("channels_last")  # whatever a keras.json of long ago says
-            keras.config.set_floatx("float32")
-            keras.ops.zeros(1)  # what the first operation has to say is said here
-    except (ImportError, ValueError) as error:  # ValueError: no such backend
-        raise UserError(
-            f"{error}: {INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: see README.md)"
-        ) from None
-    return keras
-
-
-def join_processes(keras):
-    """Make this process one of those that train together; it has to come before Keras's first operation."""
-    import jax
-
-    hosts = os.environ["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(",")
-    os.environ.setdefault("no_grpc_proxy", ",".join(host.rpartition(":")[0] for host in hosts))
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    keras.distribution.initialize()
-
-
-@contextlib.contextmanager
-def output_aside():
-    """Send stdout and stderr nowhere while libraries in C++ introduce themselves."""
-    sys.stdout.flush(), sys.stderr.flush()
-    kept, nowhere = {fd: os.dup(fd) for fd in (1, 2)}, os.open(os.devnull, os.O_WRONLY)
-    for fd in kept:
-        os.dup2(nowhere, fd)
-    try:
-        yield
-    finally:
-        for fd, copy in kept.items():
-            os.dup2(copy, fd)
-            os.close(copy)
-        os.close(nowhere)
-
-
-def build_network(class_count, side, number_format="float32"):
-    """Build InceptionV3 with a new top: pooling, 1024 dense units, softmax. Weights are random.
-
-    The last layer sees the hidden units, the pooled features of block `mixed8`, and the layout: means of about 16 x 16
-    blocks of the picture, these two with mean 0 and variance 1. The top may take for a friend who is strange to them.
-
-    Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives
-    probabilities of shape (batch, class_count) in float32. number_format: a Keras dtype policy.
-    """
-    keras = import_keras()
-    keras.config.set_dtype_policy(number_format)  # applications take no dtype argument
-    try:
-        pixels = keras.Input((side, side, 3), name="pixels")
-        scaled = keras.layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(pixels)
-        base = keras.applications.InceptionV3(weights=None, include_top=False, input_tensor=scaled)
-        pooled = keras.layers.GlobalAveragePooling2D(name="pooled")(base.output)
-        hidden = keras.layers.Dense(1024, activation="relu", name="hidden")(pooled)
-        middle = keras.layers.GlobalAveragePooling2D()(base.get_layer("mixed8").output)
-        middle = keras.layers.LayerNormalization(center=False, scale=False, name="middle")(middle)
-        layout = keras.layers.Flatten()(keras.layers.AveragePooling2D(round(side / LAYOUT))(scaled))
-        layout = keras.layers.LayerNormalization(center=False, scale=False, name="layout")(layout)
-        units = keras.layers.Concatenate(name="units")([hidden, middle, layout])
-        softmax = keras.layers.Dense(class_count, activation="softmax", dtype="float32", name="probabilities")
-        return keras.Model(pixels, softmax(units))
-    finally:
-        keras.config.set_dtype_policy("float32")
-
-
-def count_parameters(class_count, side):
-    """Return how many numbers the weights of a network of `build_network` are."""
-    units = 1024 + 1280 + 3 * (side // round(side / LAYOUT)) ** 2
-    return BASE_PARAMETERS + (2048 + 1) * 1024 + (units + 1) * class_count
-
-
-def compiled(model, **settings):
-    """Compile a Keras model; XLA only where the backend is nothing else (measured: it slows TensorFlow down)."""
-    model.compile(jit_compile=import_keras().config.backend() == "jax", **settings)
-    return model
-
-
-def predict(model, rows, batch_size, dtype="float32"):
-    """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
-
-    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. Waits for each batch: call it in threads.
-    """
-    parts = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        filled = np.resize(part, (batch_size, *part.shape[1:])) if len(part) < batch_size else part
-        parts.append(np.asarray(predict_batch(model, filled).astype(dtype))[: len(part)])
-    return np.concatenate(parts)
-
-
-def predict_batch(model, batch):
-    """Return what `model.predict_on_batch` gives, in JAX as an array of the device; threads may call it at once.
-
-    In JAX, Keras's own waits for the device, and then writes every variable anew.
-    """
-    if import_keras().config.backend() != "jax":
-        return model.predict_on_batch(batch)
-    with JITTING:
-        variables, compute = jitted(model)
-    trained, others = ([variable.value for variable in some] for some in variables)
-    return compute(trained, others, batch)
-
-
-@functools.cache
-def jitted(model):
-    """Return (trainable variables, others) of a Keras model, for good, and what JAX compiles of it.
-
-    That is a function: (values of the ones, of the others, batch) → prediction. Keras takes a millisecond to list them.
-    """
-    import jax
-
-    variables = model.trainable_variables, model.non_trainable_variables
-    return variables, jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
-
-
-def trio(prefix):
-    """Return the paths of the model's three files: weights and all, architecture, labels."""
-    return Path(f"{prefix}.h5"), Path(f"{prefix}.json"), Path(f"{prefix}-labels.json")
-
-
-def save_model(model, info, prefix):
-    """Save a Keras model as `prefix.h5`, `.json` and `-labels.json`; the rename of the `.h5` is the commit.
-
-    info: what else must travel with the model, plain data with at least `labels` and `image_size`; it
-    becomes JSON in an attribute of the `.h5`, with the SHA-256 of the other two files added.
-    """
-    import h5py
-
-    weights, architecture, labels = trio(prefix)
-    texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
-    sums = {key: hashlib.sha256(text).hexdigest() for key, text in zip(("json", "labels"), texts.values())}
-    with whole_file(weights) as weights_part:
-        try:
-            model.save(weights_part)
-            with h5py.File(weights_part, "a") as file:
-                file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
-        except (OSError, RuntimeError, ValueError) as error:  # HDF5 wraps what the system said
-            reason = f"cannot be written ({first_line(error)})"
-            raise UserError(f"{escape(weights)}: {reason}: free some space, then --resume") from None
-        for path, text in texts.items():
-            with whole_file(path) as part:
-                part.write_bytes(text)
-
-
-def is_ours(prefix):
-    """Say whether a model of this prefix may be replaced: there is none, or it is one of this kit's."""
-    import h5py
-
-    weights, architecture, _ = trio(prefix)
-    try:
-        if os.path.lexists(weights) and not weights.is_file():
-            return False
-        if weights.exists():
-            with h5py.File(weights, "r") as file:
-                return ATTRIBUTE in file.attrs
-        if architecture.exists():  # a kill between the renames of a first save leaves it without a model.h5
-            check_architecture(parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture)
-        return True
-    except (OSError, UserError):
-        return False
-
-
-def load_model(prefix):
-    """Load a model of ours: returns (compiled Keras model, info) with info as given to `save_model`.
-
-    Safe with files from strangers: no class named in a file is ever looked up. The network is built here, from
-    numbers checked first. Raises UserError for anything that is not whole.
-    """
-    info = check_model(prefix)
-    model = build_network(len(info["labels"]), info["image_size"])
-    load_weights(model, trio(prefix)[0])
-    return compiled(model), info
-
-
-def check_model(prefix):
-    """Check the three files of a model without TensorFlow: sizes, JSON, labels, HDF5 shapes. Returns its info.
-
-    What is trusted is h5py with libhdf5. Raises UserError for anything that is not whole.
-    """
-    weights, architecture, labels_path = trio(prefix)
-    texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
-    labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
-    side = check_architecture(parse_json(architecture, texts[0]), architecture)
-    ours, config = check_hdf5(weights, count_parameters(len(labels), side))
-    info = parse_json(weights, ours)
-    check_architecture(parse_json(weights, config), weights)  # plain Keras would build the network from it
-    sums = [hashlib.sha256(text).hexdigest() for text in texts]
-    if not isinstance(info, dict) or info.get("sha256") != dict(zip(("json", "labels"), sums)):
-        raise UserError(
-            f"{escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
-            "of one training run again, or finish that run with --resume"
-        )
-    threshold = info.setdefault("threshold", 0.5)
-    good = all(type(info.get(name)) is int for name in ("image_size", "round")) and 0 <= info["round"] <= 999
-    known = good and info.get("labels") == labels and info["image_size"] == side
-    if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise UserError(f"{escape(weights)}: what belongs to the model is damaged in it: train again")
-    return info
-
-
-def load_weights(model, path):
-    """Load a checked HDF5 file's arrays into a Keras model. Raises UserError for other shapes or NaN."""
-    try:
-        model.load_weights(path)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        reason = f"these weights do not fit InceptionV3 ({first_line(error)})"
-        raise UserError(f"{escape(path)}: {reason}: use another file") from None
-    if not all(np.isfinite(array).all() for array in model.get_weights()):
-        raise UserError(f"{escape(path)}: holds numbers that are not finite: train again or use another file")
-
-
-def check_file(path, limit):
-    """Raise UserError unless there is a file of at most `limit` bytes at `path`, and no link to one."""
-    if path.is_symlink():
-        raise UserError(f"{escape(path)}: is a link: copy the file itself here")
-    if not path.exists():
-        raise UserError(f"{escape(path)}: no such file: check the name (a model's prefix has no ending)")
-    if not path.is_file():  # a named pipe would wait for ever
-        raise UserError(f"{escape(path)}: is no file: remove it")
-    if path.stat().st_size > limit:
-        raise UserError(f"{escape(path)}: larger than {limit:,} bytes, as no such file is: use another one")
-
-
-def read_capped(path, limit):
-    """Return the bytes of a file that `check_file` lets pass."""
-    check_file(path, limit)
-    return path.read_bytes()
-
-
-def parse_json(path, text):
-    """Return the plain data in JSON bytes. Raises UserError for anything else, endless nesting included."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError, TypeError):
-        raise UserError(f"{escape(path)}: damaged, not JSON: copy it again or train again") from None
-
-
-def check_labels(labels, path):
-    """Return a list of class names fit to become folder names and terminal text, or raise UserError."""
-    good = isinstance(labels, list) and 2 <= len(labels) <= MAX_CLASSES
-    good = good and all(isinstance(label, str) and escape(label) == label for label in labels)
-    good = good and all(0 < len(label) <= MAX_LABEL for label in labels)
-    if not good or len(set(labels)) != len(labels):
-        raise UserError(f"{escape(path)}: not a list of two or more different class names: train again")
-    return labels
-
-
-def check_architecture(config, path):
-    """Return the image size that an architecture names, read as plain data. Raises UserError.
-
-    The network is never made from it, but plain Keras would do so: whatever is not part of ours is refused.
-    """
-    try:
-        _, height, width, channels = config["config"]["layers"][0]["config"]["batch_shape"]
-    except (TypeError, KeyError, IndexError, ValueError):
-        raise UserError(f"{escape(path)}: names no image size: it was not written by this kit") from None
-    if type(height) is not int or not 75 <= height <= 1024 or width != height or channels != 3:
-        raise UserError(f"{escape(path)}: its image size is not one that this kit makes: do not use it")
-    pending = [config]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending += item.values()
-            names = [item[key] for key in ("class_name", "registered_name") if item.get(key)]
-            if not all(isinstance(name, str) and name in CLASSES for name in names):
-                raise UserError(f"{escape(path)}: has layers that this kit does not use: do not open it with Keras")
-        elif isinstance(item, list):
-            pending += item
-        elif isinstance(item, int | float) and abs(item) > MAX_CLASSES:
-            raise UserError(f"{escape(path)}: a layer is larger than this kit makes: do not open it with Keras")
-    return height
-
-
-def check_hdf5(path, parameters):
-    """Check an HDF5 file of weights before anything is read from it; return its two attributes of text.
-
-    parameters: how many numbers it must declare, no more and no less, so that no bomb can hide in it;
-    links, and data kept in other files, are refused. Returns (ours, Keras's `model_config`), None if absent.
-    """
-    import h5py
-
-    check_file(path, 5 * parameters + 10 * MAX_JSON)
-    try:
-        longest = longest_text(path)
-        with h5py.File(path, "r") as file:
-            count = count_numbers(file, longest)
-            if count != parameters:
-                numbers = f"{count:,} numbers, not {parameters:,}"
-                raise UserError(f"{escape(path)}: holds {numbers}: it belongs to another network or version")
-            return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        reason = f"damaged, not HDF5 or made to harm ({first_line(error)})"
-        raise UserError(f"{escape(path)}: {reason}: copy it again") from None
-
-
-def text_attribute(file, name):
-    """Return an attribute of an HDF5 file that is one text of at most MAX_JSON characters, else None."""
-    if name not in file.attrs or file.attrs.get_id(name).shape != ():
-        return None
-    text = file.attrs[name]
-    return text if isinstance(text, str) and len(text) <= MAX_JSON else None
-
-
-def longest_text(path):
-    """Return how many bytes a text among the attributes of an HDF5 file can have at most, 0 if there is none."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        sizes = (int.from_bytes(heap[1], "little") for heap in HEAP.finditer(data))
-        return max((size for size in sizes if size <= len(data)), default=0)
-
-
-def count_numbers(file, longest):
-    """Count the numbers that an open HDF5 file declares. Raises ValueError for what we never write.
-
-    longest: bytes of its longest text.
-    """
-    import h5py
-
-    count, seen, pending = 0, 0, [(file, 0)]
-    while pending:
-        group, depth = pending.pop()
-        check_texts(group, longest)
-        check_names(group)
-        for name in group:
-            seen += 1
-            if seen > MAX_ITEMS or depth > 7:
-                raise ValueError("more inside than such a file has")
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise ValueError("links to other data")
-            item = group[name]
-            if isinstance(item, h5py.Group):
-                pending.append((item, depth + 1))
-                continue
-            good = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
-            if not good or item.dtype.kind != "f" or item.dtype.itemsize > 4:
-                raise ValueError("data kept elsewhere or of another kind")
-            if item.chunks and np.prod(item.chunks, dtype=float) > item.size:  # all of a piece is unpacked
-                raise ValueError("unpacks to more than it is")
-            check_texts(item, longest)
-            count += item.size
-    return count
-
-
-def check_texts(item, longest):
-    """Raise ValueError if an attribute of a group or array may fill the memory when it is read."""
-    import h5py
-
-    for attribute in map(item.attrs.get_id, item.attrs):
-        if attribute.dtype.hasobject:  # it only names what lies elsewhere in the file
-            most = np.prod(attribute.shape, dtype=float) * longest
-            if most > MAX_TEXTS or not h5py.check_string_dtype(attribute.dtype):
-                raise ValueError("attributes of more text than such a file has")
-
-
-def check_names(group):
-    """Raise ValueError unless the lists of what Keras is to read in a group are short and without repeats."""
-    for key in group.attrs:
-        most = {"layer_names": 500, "weight_names": 8}.get(key.rstrip("0123456789"))
-        if most and (key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)):
-            raise ValueError("longer lists than such a file has")
-        if most and len(set(group.attrs[key])) < len(group.attrs[key]):
-            raise ValueError("the same data listed twice")
-
-
-# ---------------------------------------------------------------- mosaic and report
-
-
-@functools.cache
-def import_matplotlib():
-    """Import matplotlib with its own settings: it would read those of the current folder, whoever they are from."""
-    logging.getLogger("matplotlib").setLevel("CRITICAL")
-    import matplotlib
-
-    matplotlib.rcdefaults()
-
-
-@functools.cache
-def font_file(text):
-    """Return the path of a font that has every character of `text`: DejaVu Sans, else one of the system's."""
-    import_matplotlib()
-    from matplotlib import font_manager, ft2font
-
-    first = font_manager.findfont("DejaVu Sans")
-
-    def candidates():
-        """Yield font files; looking through the system's takes long."""
-        yield first
-        yield from sorted(font_manager.findSystemFonts(), key=lambda path: ("CJK" not in path, "Bold" in path, path))
-
-    for path in candidates():
-        with contextlib.suppress(RuntimeError, OSError):
-            if set(map(ord, text)) <= set(ft2font.FT2Font(path).get_charmap()):
-                return path
-    return first
-
-
-def draw_text(draw, xy, text, size, fill, anchor="la", width=None):
-    """Write one line of any script on a PIL drawing, cut to `width` pixels with an ellipsis if given."""
-    font = ImageFont.truetype(font_file(text), size)
-    if width is not None and font.getlength(text) > width:
-        while text and font.getlength(text + "…") > width:
-            text = text[:-1]
-        text += "…"
-    draw.text(xy, text, fill, font, anchor)
-
-
-def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
-    """Draw the confusion matrix with the pictures themselves: a row a class, a column for what it was taken for.
-
-    labels: class names. actual, predicted: int arrays (n,). pictures: a function from 0..n-1 to uint8
-    (side, side, 3). With more than MOSAIC_CLASSES classes, those with the most mistakes are shown.
-    """
-    wrong = np.bincount(np.r_[actual[actual != predicted], predicted[actual != predicted]], minlength=len(labels))
-    shown = np.sort(np.argsort(-wrong, kind="stable")[:MOSAIC_CLASSES])
-    cell = int(np.clip(2400 // len(shown), 93, 560))
-    size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
-    widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
-    left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
-    turned = cell - 8 <= widest and cell < TURNED * size  # by a quarter, to stand above the columns
-    top = 120 + size * (TURNED if turned else 2)
-    canvas = Image.new("RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white")
-    draw, wide = ImageDraw.Draw(canvas), canvas.width - 40
-    note = "" if len(shown) == len(labels) else f", the {len(shown)} most confused of {len(labels)} classes"
-    draw_text(draw, (20, 18), title, 30, INK, width=wide)
-    draw_text(draw, (20, 60), f"rows: what it is; columns: what it was taken for{note}", 18, GREY, width=wide)
-    for row, a in enumerate(shown):
-        y, x = top + row * cell, left + row * cell
-        total, right = (actual == a).sum(), ((actual == a) & (predicted == a)).sum()
-        draw_text(draw, (left - 12, y + cell // 2 - 2), labels[a], size, INK, "rs", left - 24)
-        draw_text(draw, (left - 12, y + cell // 2 + size), f"{right} of {total}", size - 4, GREY, "rs")
-        draw_column_name(canvas, (x, top - 12), labels[a], size, cell, turned)
-        for column, p in enumerate(shown):
-            inside = np.flatnonzero((actual == a) & (predicted == p))
-            draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
-    chunk = PngInfo()
-    chunk.add_text("Software", f"{KIT}: {prefix}")
-    with whole_file(path) as part:
-        canvas.save(part, "PNG", pnginfo=chunk)
-
-
-def draw_column_name(canvas, corner, name, size, cell, turned):
-    """Write a class name above its column, upright or turned."""
-    x, bottom = corner
-    if not turned:
-        draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
-        return
-    length = TURNED * size
-    strip = Image.new("RGB", (length, 2 * size), "white")
-    draw_text(ImageDraw.Draw(strip), (0, size), name, size, INK, "lm", length)
-    canvas.paste(strip.rotate(90, expand=True), (x + cell // 2 - size, bottom - length))
-
-
-def draw_cell(canvas, corner, cell, pictures, inside, correct):
-    """Fill one cell with the pictures whose indices are `inside`, their number on a badge."""
-    draw, (x, y) = ImageDraw.Draw(canvas), corner
-    frame, (strong, pale) = (x + 1, y + 1, x + cell - 2, y + cell - 2), BLUE if correct else ORANGE
-    if not len(inside):
-        draw.rectangle(frame, fill=pale if correct else "white", outline=LINE)
-        return
-    draw.rectangle(frame, fill=pale, outline=strong, width=3)
-    across = min(int(np.ceil(np.sqrt(len(inside)))), max(1, cell // 40))
-    thumb = (cell - 10) // across
-    for n, index in enumerate(inside[: across * across]):
-        picture = Image.fromarray(pictures(index)).resize((thumb - 2, thumb - 2), Image.Resampling.LANCZOS)
-        canvas.paste(picture, (x + 6 + n % across * thumb, y + 6 + n // across * thumb))
-    text, size = str(len(inside)), int(np.clip(cell // 18, 13, 26))
-    wide = size * len(text) * 0.65 + 8
-    draw.rectangle((x + 1, y + 1, x + 1 + wide, y + 5 + size), fill=strong)
-    draw_text(draw, (x + 1 + wide / 2, y + 3 + size // 2), text, size, "white", "mm")
-
-
-def draw_report(path, title, labels, actual, probabilities, history=None):
-    """Draw learning curves (if there is a history), scores of each class, and reliability as one PNG.
-
-    actual: int (n,). probabilities: (n, classes). history: list of dicts, an epoch each, with the
-    columns of `model-history.csv`. With over MOSAIC_CLASSES classes those with the lowest scores are shown.
-    """
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    recall, precision = class_scores(actual, probabilities.argmax(1), len(labels))
-    order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MOSAIC_CLASSES]
-    weakest = [labels[i] for i in order], recall[order], precision[order]
-    panels = [  # (height in inches, function that plots it)
-        (3.2, lambda axes: plot_reliability(axes, actual, probabilities)),
-        (1.2 + 0.24 * len(order), lambda axes: plot_classes(axes, *weakest, len(labels))),
-    ]
-    if history:
-        panels.insert(0, (3.2, lambda axes: plot_history(axes, history)))
-    heights = [height for height, _ in panels]
-    figure = Figure(figsize=(9, sum(heights) + 0.3), layout="constrained")
-    figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
-    for axes, (_, plot) in zip(figure.subplots(len(panels), 1, height_ratios=heights), panels):
-        plot(axes)
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=110, metadata={"Software": KIT})
-
-
-def class_scores(actual, predicted, class_count):
-    """Return recall and precision of each class, float (class_count,) each, NaN where undefined."""
-    right = np.bincount(actual[actual == predicted], minlength=class_count).astype(float)
-    with np.errstate(invalid="ignore"):
-        recall = right / np.bincount(actual, minlength=class_count)
-        return recall, right / np.bincount(predicted, minlength=class_count)
-
-
-def plot_history(axes, history):
-    """Plot accuracy against epochs: training, augmented validation, plain validation."""
-    epochs = np.arange(1, len(history) + 1)
-    curves = (("accuracy", "training", BLUE[0], "-"), ("val_accuracy", "validation, augmented", "#e69f00", "--"))
-    for key, label, colour, line in (*curves, ("plain_accuracy", "validation", "#000000", "o")):
-        points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
-        axes.plot(*zip(*points), line, color=colour, label=label)
-    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
-    axes.set_title("Learning curves", loc="left")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-
-
-def plot_reliability(axes, actual, probabilities):
-    """Plot how often the model is right against how sure it is, in ten bins of equally many pictures."""
-    sure, right = probabilities.max(1), probabilities.argmax(1) == actual
-    groups = np.array_split(np.argsort(sure), min(10, len(sure)))
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as sure as right")
-    x, y, n = ([f(g) for g in groups] for f in (lambda g: sure[g].mean(), lambda g: right[g].mean(), len))
-    axes.plot(x, y, "o-", color=BLUE[0], label=f"bins of about {round(np.mean(n))} pictures")
-    axes.set(xlabel="probability given", ylabel="share that is right", ylim=(-0.03, 1.03), xlim=(0, 1.02))
-    axes.set_title("Reliability of the probabilities", loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
-
-
-def plot_classes(axes, labels, recall, precision, class_count):
-    """Plot recall and precision of classes, the weakest on top."""
-    y = np.arange(len(labels))
-    axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall (pictures found)")
-    axes.plot(precision, y, "D", color=ORANGE[0], markersize=5, label="precision (tags that are right)")
-    axes.set_yticks(y, [label if len(label) < 30 else label[:29] + "…" for label in labels])
-    for tick, label in zip(axes.get_yticklabels(), labels):
-        tick.set(font=Path(font_file(label)), parse_math=False)
-    axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5))
-    title = "Classes" if len(labels) == class_count else f"The weakest {len(labels)} of {class_count} classes"
-    axes.set_title(title, loc="left")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)

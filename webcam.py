@@ -8,6 +8,8 @@
 `model` is the prefix that train.py was given. Keys: q or Esc ends, s saves a snapshot, space pauses.
 """
 
+import model
+import report
 import utils  # before all else: it says in one line which Python and packages are needed
 
 # isort: split
@@ -43,7 +45,9 @@ try:
 except ImportError as error:
     sys.exit(f"error: {utils.missing(error)}")
 if not hasattr(cv2, "CascadeClassifier"):
-    sys.exit(f'error: OpenCV {cv2.__version__} has no face detector: run `pip install "opencv-python<5"`')
+    sys.exit(
+        f'error: OpenCV {cv2.__version__} has no face detector: run `pip install "opencv-python<5"`'
+    )
 
 # ---------------------------------------------------------------- settings
 
@@ -53,7 +57,9 @@ NEW_NEIGHBOURS = 6  # overlapping finds that begin a track
 OLD_NEIGHBOURS = 2  # finds that keep a track going
 SCAN_EVERY = 10  # frames between searches of the whole picture while a face is followed
 FEW_TRACKS = 6  # with more, searching around each costs more than searching the whole picture
-DETECT_FACE = 60  # larger pictures are reduced until the smallest face looked for has this many pixels
+DETECT_FACE = (
+    60  # larger pictures are reduced until the smallest face looked for has this many pixels
+)
 HOLD = 8  # frames that a face may be hidden before its track ends
 CALM = 0.75  # overlap of a face that hardly moves: its box becomes the mean of old and new, so that it does not jump
 OVERLAP = 0.25  # of two boxes: intersection over union from which on they are one face
@@ -131,13 +137,17 @@ class State:
     smallest: int = 0  # face looked for, pixels
     tracks: list = field(default_factory=list)
     following: int = 0  # number of the next track
-    number: int = -1  # of the frame handled before, which is not the last one where a camera is too fast
+    number: int = (
+        -1
+    )  # of the frame handled before, which is not the last one where a camera is too fast
     scanned: int = 0  # frame in which the whole picture was last searched
 
     # what is shown and written
     window: bool = False
     paused: bool = False
-    shown: collections.deque = field(default_factory=lambda: collections.deque(maxlen=30))  # times of the last frames
+    shown: collections.deque = field(
+        default_factory=lambda: collections.deque(maxlen=30)
+    )  # times of the last frames
     first: float = 0.0  # time of the first one
     write: object = None  # function that writes a drawn picture to --output
     fps: float = LIVE_FPS  # of the film written
@@ -149,9 +159,15 @@ class State:
     stop: threading.Event = field(default_factory=threading.Event)  # it is to end
 
     # what the summary tells
-    counts: collections.Counter = field(default_factory=collections.Counter)  # of frames, lines, crops
-    times: dict = field(default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=10**5)))
-    spare: collections.deque = field(default_factory=lambda: collections.deque(maxlen=4))  # as `smaller_face` has it
+    counts: collections.Counter = field(
+        default_factory=collections.Counter
+    )  # of frames, lines, crops
+    times: dict = field(
+        default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=10**5))
+    )
+    spare: collections.deque = field(
+        default_factory=lambda: collections.deque(maxlen=4)
+    )  # as `smaller_face` has it
 
 
 # ---------------------------------------------------------------- arguments
@@ -165,7 +181,9 @@ def parse_arguments():
         epilog="example: python webcam.py model --source party.mp4 --output tagged.mp4",
     )
     option = parser.add_argument
-    option("model", nargs="?", help="prefix of a trained model (default: none, with --save-faces only)")
+    option(
+        "model", nargs="?", help="prefix of a trained model (default: none, with --save-faces only)"
+    )
     option("--source", default="0", metavar="S",
            help="camera number, film, stream address, picture or folder of them (default: %(default)s)")  # fmt: skip
     option("--output", type=Path, metavar="FILE",
@@ -177,7 +195,11 @@ def parse_arguments():
            help="smallest face looked for (default: an eighth of the picture's height, at least 40)")  # fmt: skip
     option("--context", type=utils.number(float, 0.5, 10), default=2.0, metavar="F",
            help="side of the square given to the model, in face boxes (default: %(default)s)")  # fmt: skip
-    option("--whole-picture", action="store_true", help="classify whole pictures, look for no faces (default: off)")
+    option(
+        "--whole-picture",
+        action="store_true",
+        help="classify whole pictures, look for no faces (default: off)",
+    )
     option("--save-faces", type=Path, metavar="DIR",
            help="keep the crops: in DIR/<label>/ with a model, in DIR/ without (default: none)")  # fmt: skip
     args = parser.parse_args()
@@ -195,21 +217,31 @@ def source_kind(source):
         return "camera"
     if "://" in source:
         with contextlib.suppress(ValueError):
-            if utils.is_utf8(source) and urllib.parse.urlsplit(source).hostname:  # else OpenCV ends the process
+            if (
+                utils.is_utf8(source) and urllib.parse.urlsplit(source).hostname
+            ):  # else OpenCV ends the process
                 return "stream"
-        shown = f"{utils.escape(source.partition('://')[0])}://…"  # what follows may hold a password
-        raise utils.UserError(f"--source {shown}: no address: give one like rtsp://192.168.1.20/live")
+        shown = (
+            f"{utils.escape(source.partition('://')[0])}://…"  # what follows may hold a password
+        )
+        raise utils.UserError(
+            f"--source {shown}: no address: give one like rtsp://192.168.1.20/live"
+        )
     if path.is_dir():
         return "folder"
     if not path.is_file() or path.stat().st_size == 0:
         what = "is empty" if path.is_file() else "no such file"
-        raise utils.UserError(f"--source {utils.escape(source)}: {what}: give a camera number, file or address")
+        raise utils.UserError(
+            f"--source {utils.escape(source)}: {what}: give a camera number, file or address"
+        )
     try:
         _, image = utils.read_picture(path)
         with utils.picture_errors():
             return "film" if image.format == "GIF" and image.is_animated else "picture"
     except utils.RefusedError as reason:  # FFmpeg would read some of these
-        raise utils.UserError(f"--source {utils.escape(source)}: {reason}: give another one") from None
+        raise utils.UserError(
+            f"--source {utils.escape(source)}: {reason}: give another one"
+        ) from None
     except utils.PictureError:
         return "film"
 
@@ -238,7 +270,9 @@ def check_output(option, path, source, kind):
     if path.suffix.lower() in FILMS:
         opencv_name(path)
     if option == "--output" and path.exists():
-        utils.warn(f"{utils.escape(path)}: {'files of the same names in it are' if folder else 'is'} replaced")
+        utils.warn(
+            f"{utils.escape(path)}: {'files of the same names in it are' if folder else 'is'} replaced"
+        )
 
 
 def prepare(args, kind):
@@ -247,7 +281,7 @@ def prepare(args, kind):
     if not args.whole_picture:
         state.cascade = load_cascade()
     if args.model and kind == "camera":  # shown while the rest is loaded
-        utils.check_model(args.model)
+        model.check_model(args.model)
     elif args.model:
         load_network(state)
     return state
@@ -255,12 +289,12 @@ def prepare(args, kind):
 
 def load_network(state):
     """Load the model. A camera is shown meanwhile, and tagged from then on."""
-    network, info = utils.load_model(state.args.model)
+    network, info = model.load_model(state.args.model)
     state.labels, state.side = info["labels"], info["image_size"]
     state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
     state.folders = utils.folder_names([*state.labels, "unknown"])
     for n in (1, 2) if state.kind in LIVE else ():  # ready for one face and for several
-        utils.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
+        model.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
     state.model = network
 
 
@@ -304,7 +338,9 @@ def find(cascade, grey, scale, smallest, largest=0):
     if min(grey.shape) < 24:
         return []
     least, most = ((round(side * scale),) * 2 for side in (smallest, largest))
-    boxes, counts = cascade.detectMultiScale2(grey, FACTOR, OLD_NEIGHBOURS, minSize=least, maxSize=most)
+    boxes, counts = cascade.detectMultiScale2(
+        grey, FACTOR, OLD_NEIGHBOURS, minSize=least, maxSize=most
+    )
     return [(tuple(round(v / scale) for v in box), int(count)) for box, count in zip(boxes, counts)]
 
 
@@ -317,7 +353,10 @@ def find_twice(cascade, grey, scale, smallest):
     width, turned = round(grey.shape[1] / scale), find(cascade, cv2.flip(grey, 1), scale, smallest)
     back = [((width - x - w, y, w, h), count) for (x, y, w, h), count in turned]
     return [
-        (box, (count + max((n for other, n in back if overlap(box, other) > OVERLAP), default=0)) / 2)
+        (
+            box,
+            (count + max((n for other, n in back if overlap(box, other) > OVERLAP), default=0)) / 2,
+        )
         for box, count in find(cascade, grey, scale, smallest)
     ]
 
@@ -328,7 +367,10 @@ def look_around(cascade, grey, scale, box):
     left, top = max(0, round(x - w / 2)), max(0, round(y - h / 2))
     part = grey[top : round(y + 1.5 * h), left : round(x + 1.5 * w)]
     hits = find(cascade, part, scale, 0.75 * box[2], 1.35 * box[2])
-    return [((x + round(left / scale), y + round(top / scale), w, h), count) for (x, y, w, h), count in hits]
+    return [
+        ((x + round(left / scale), y + round(top / scale), w, h), count)
+        for (x, y, w, h), count in hits
+    ]
 
 
 def overlap(a, b):
@@ -349,10 +391,18 @@ def search(state, frame, number):
         hits = (find_twice if state.picture else find)(state.cascade, grey, scale, state.smallest)
         state.scanned = number
     else:
-        hits = [hit for track in state.tracks for hit in look_around(state.cascade, grey, scale, track.box)]
+        hits = [
+            hit
+            for track in state.tracks
+            for hit in look_around(state.cascade, grey, scale, track.box)
+        ]
     found = []
-    for box, count in sorted(hits, key=lambda hit: (-hit[1], hit[0])):  # the surest first, and always the same one
-        if all(overlap(box, other) < OVERLAP for other, _ in found):  # else the same face, in another size or search
+    for box, count in sorted(
+        hits, key=lambda hit: (-hit[1], hit[0])
+    ):  # the surest first, and always the same one
+        if all(
+            overlap(box, other) < OVERLAP for other, _ in found
+        ):  # else the same face, in another size or search
             found.append((box, count))
     return found
 
@@ -368,7 +418,9 @@ def follow(state, frame, number):
         calm = overlap(box, track.box) > CALM
         track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
         track.seen = number
-    tracks = [t for t in state.tracks if number - t.seen <= (LIVE_FPS if t.seen == state.number else HOLD)]
+    tracks = [
+        t for t in state.tracks if number - t.seen <= (LIVE_FPS if t.seen == state.number else HOLD)
+    ]
     for box, count in sorted(found):
         if count >= NEW_NEIGHBOURS and all(overlap(box, track.box) < OVERLAP for track in tracks):
             tracks.append(Track(state.following, box, number))
@@ -383,7 +435,11 @@ def link(old, new):
     if not old or not new:
         return {}
     overlaps = np.array([[overlap(a, b) for b in new] for a in old])
-    return {int(i): int(j) for i, j in zip(*linear_sum_assignment(-overlaps)) if overlaps[i, j] >= OVERLAP}
+    return {
+        int(i): int(j)
+        for i, j in zip(*linear_sum_assignment(-overlaps))
+        if overlaps[i, j] >= OVERLAP
+    }
 
 
 # ---------------------------------------------------------------- tracks → labels
@@ -393,7 +449,9 @@ def cut(state, frame, box):
     """Cut the square that the network gets around a box; the whole frame with --whole-picture. Returns RGB."""
     if not state.args.whole_picture:
         x, y, w, h = box
-        side = min(state.args.context * w, utils.MAX_PIXELS**0.5 - 1)  # larger ones could not be read again
+        side = min(
+            state.args.context * w, utils.MAX_PIXELS**0.5 - 1
+        )  # larger ones could not be read again
         frame = utils.crop_square(frame, x + w / 2, y + h / 2, side)
     return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
@@ -417,13 +475,19 @@ def refresh(state, frame, number, moment):
         due = sorted(due, key=lambda t: t.classified)[:MAX_BATCH]
     if due:
         start = time.perf_counter()
-        files = [file_to_keep(state, frame, track.box) for track in due]  # so it gets just what training would read
+        files = [
+            file_to_keep(state, frame, track.box) for track in due
+        ]  # so it gets just what training would read
         inputs = np.stack([utils.square(utils.open_picture(data), state.side) for data in files])
-        least = 2 if state.picture else 1  # a batch of one differs in the last bits from what evaluation computes
+        least = (
+            2 if state.picture else 1
+        )  # a batch of one differs in the last bits from what evaluation computes
         size = max(least, min(MAX_BATCH, 1 << (len(due) - 1).bit_length()))
-        for track, p in zip(due, utils.predict(state.model, inputs, size)):
+        for track, p in zip(due, model.predict(state.model, inputs, size)):
             track.count += 1
-            track.mean = p if track.count == 1 else track.mean + (p - track.mean) / min(track.count, MEMORY)
+            track.mean = (
+                p if track.count == 1 else track.mean + (p - track.mean) / min(track.count, MEMORY)
+            )
             track.classified, track.moment = number, moment
         state.times["classification"].append((time.perf_counter() - start) * 1000)
         state.counts["classifications"] += len(due)
@@ -433,7 +497,9 @@ def refresh(state, frame, number, moment):
 def name_tracks(state):
     """Give tracks their labels: below the threshold `unknown`; the same name twice only where everybody gets one."""
     taken = set()
-    for track in sorted((t for t in state.tracks if t.mean is not None), key=lambda t: -t.mean.max()):
+    for track in sorted(
+        (t for t in state.tracks if t.mean is not None), key=lambda t: -t.mean.max()
+    ):
         label, probability = state.labels[track.mean.argmax()], float(track.mean.max())
         if probability < state.threshold or (state.threshold and label in taken):
             label = "unknown"
@@ -444,7 +510,9 @@ def name_tracks(state):
 def handle(state, frame, number, moment):
     """Do all that is done with a frame: find, classify, print, keep. frame: uint8 BGR (h, w, 3); moment: seconds."""
     (height, width, _), handled = frame.shape, state.counts["frames"]
-    if frame.shape != state.shape or state.picture:  # the first frame, another picture, a film that changes its size
+    if (
+        frame.shape != state.shape or state.picture
+    ):  # the first frame, another picture, a film that changes its size
         state.shape, state.tracks, state.scanned = frame.shape, [], number - SCAN_EVERY
         state.smallest = state.args.min_face or max(40, height // 8)
     if state.args.whole_picture:
@@ -455,7 +523,9 @@ def handle(state, frame, number, moment):
         follow(state, frame, number)
         state.times["detection"].append((time.perf_counter() - start) * 1000)
         if not state.counts["tagged"] and handled & (handled - 1) == 0:  # frames 0, 1, 2, 4, 8…
-            state.spare.append((*shrink(frame, height / 20), state.smallest))  # for the summary: smaller faces
+            state.spare.append(
+                (*shrink(frame, height / 20), state.smallest)
+            )  # for the summary: smaller faces
     if state.model:
         refresh(state, frame, number, moment)
     for track in state.tracks:
@@ -466,7 +536,9 @@ def handle(state, frame, number, moment):
     state.number = number
 
 
-COLUMNS = "frame time track x y w h label probability".split()  # of the lines; a folder's have `file` before them
+COLUMNS = (
+    "frame time track x y w h label probability".split()
+)  # of the lines; a folder's have `file` before them
 
 
 def print_line(state, number, moment, track):
@@ -476,7 +548,9 @@ def print_line(state, number, moment, track):
         probability = f"{track.probability:.6f}" if state.model else ""
         cells = [number, f"{moment:.6f}", track.number, *track.box, track.label, probability]
         if state.kind == "folder":
-            cells.insert(0, utils.escape(state.picture[0].relative_to(state.args.source).as_posix()))
+            cells.insert(
+                0, utils.escape(state.picture[0].relative_to(state.args.source).as_posix())
+            )
         utils.say("\t".join(map(str, cells)))
 
 
@@ -486,10 +560,14 @@ def print_line(state, number, moment, track):
 def keep_faces(state, frame, number, moment):
     """Keep the crops worth it: of each track KEPT_A_SECOND; of a picture without a model only one that is alone."""
     if state.picture and not state.model and len(state.tracks) != 1:
-        state.counts["pictures with several faces" if state.tracks else "pictures without a face"] += 1
+        state.counts[
+            "pictures with several faces" if state.tracks else "pictures without a face"
+        ] += 1
         return
     for track in state.tracks:
-        named = track.label or not state.model  # with many faces some still wait for their first label
+        named = (
+            track.label or not state.model
+        )  # with many faces some still wait for their first label
         if named and track.seen == number and moment - track.kept >= 1 / KEPT_A_SECOND - 1e-6:
             crop = cut(state, frame, track.box)
             reason = reason_against(state, frame, track, crop)
@@ -556,8 +634,16 @@ def run_name(source, kind):
 
 def plate(image, x, y, size, colour, text, note=""):
     """Write a text and a paler note on a rounded plate at (x, y) of a PIL image, moved inside if need be."""
-    large, small = (ImageFont.truetype(utils.font_file(t), s) for t, s in ((text, size), (note, round(0.8 * size))))
-    pen, pad, height, base = ImageDraw.Draw(image, "RGBA"), round(0.45 * size), round(1.5 * size), round(1.1 * size)
+    large, small = (
+        ImageFont.truetype(report.font_file(t), s)
+        for t, s in ((text, size), (note, round(0.8 * size)))
+    )
+    pen, pad, height, base = (
+        ImageDraw.Draw(image, "RGBA"),
+        round(0.45 * size),
+        round(1.5 * size),
+        round(1.1 * size),
+    )
     width = round(large.getlength(text) + small.getlength(note)) + pad * (3 if note else 2)
     x, y = max(0, min(x, image.width - width)), max(0, min(y, image.height - height))
     pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), size // 3, colour)
@@ -571,7 +657,10 @@ def draw(state, frame, moment):
     size = max(12, round(min(image.size) / 26))
     thick = max(2, size // 7)
     for track in state.tracks:
-        (colour, pale), (x, y, w, h) = utils.ORANGE if track.label == "unknown" else utils.BLUE, track.box
+        (colour, pale), (x, y, w, h) = (
+            report.ORANGE if track.label == "unknown" else report.BLUE,
+            track.box,
+        )
         if not state.args.whole_picture and (track.label or not state.model):
             line, width = (pale, 2 * thick) if 0 <= moment - track.kept < FLASH else (colour, thick)
             ImageDraw.Draw(image).rounded_rectangle((x, y, x + w, y + h), w // 8, None, line, width)
@@ -581,11 +670,20 @@ def draw(state, frame, moment):
             plate(image, x, y, size, colour, track.label, f"{track.probability:.0%}")
     corner = ["loading the model"] if state.args.model and not state.model else []
     if len(state.shown) > 1 and not state.picture:
-        corner.append(f"{(len(state.shown) - 1) / max(1e-6, state.shown[-1] - state.shown[0]):.0f} fps")
+        corner.append(
+            f"{(len(state.shown) - 1) / max(1e-6, state.shown[-1] - state.shown[0]):.0f} fps"
+        )
     if state.args.save_faces:
         corner.append(f"{state.counts['saved']} kept")
     for n, text in enumerate(corner):
-        plate(image, image.width, size // 3 + n * round(1.6 * size), round(0.8 * size), (0, 0, 0, 130), text)
+        plate(
+            image,
+            image.width,
+            size // 3 + n * round(1.6 * size),
+            round(0.8 * size),
+            (0, 0, 0, 130),
+            text,
+        )
     return image
 
 
@@ -599,11 +697,15 @@ def open_window(state):
     # -P: not a cv2.py of the current folder
     trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        state.window = subprocess.run(trial, capture_output=True, timeout=60, check=False).returncode == 0
+        state.window = (
+            subprocess.run(trial, capture_output=True, timeout=60, check=False).returncode == 0
+        )
     if state.window:
         cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
     else:
-        utils.warn("no window can be opened (no display, or a headless OpenCV): going on as with --no-display")
+        utils.warn(
+            "no window can be opened (no display, or a headless OpenCV): going on as with --no-display"
+        )
 
 
 def present(state, frame, moment, left=0.0):
@@ -649,7 +751,9 @@ def show(state, image, left):
 
 def wait_for_key(milliseconds):
     """Let the window live for so long. Returns (the key pressed, a small letter, and whether it is to end)."""
-    key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()  # the low byte of an arrow's code is a Q or S
+    key = chr(
+        cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF
+    ).lower()  # the low byte of an arrow's code is a Q or S
     try:
         closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
     except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
@@ -686,7 +790,9 @@ def film_output(state):
             size, code = image.size, FILMS[path.suffix.lower()]
             if not film.open(opencv_name(part), cv2.VideoWriter.fourcc(*code), state.fps, size):
                 raise utils.UserError(f"{shown}: no codec for it here: try .avi")
-        film.write(cv2.cvtColor(np.asarray(ImageOps.pad(image, size)), cv2.COLOR_RGB2BGR))  # films may change size
+        film.write(
+            cv2.cvtColor(np.asarray(ImageOps.pad(image, size)), cv2.COLOR_RGB2BGR)
+        )  # films may change size
 
     with utils.whole_file(path) as part:
         state.write = write
@@ -708,7 +814,9 @@ def tag_film(state):
     """Handle a film frame by frame, in order, nothing dropped, so that two runs print the same lines."""
     capture = cv2.VideoCapture(opencv_name(state.args.source), cv2.CAP_FFMPEG)
     rate, total = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    state.fps = round(rate, 2 if rate > 1 else 3) if 0.05 <= rate <= 500 else 25  # MPEG-4 has no room for more digits
+    state.fps = (
+        round(rate, 2 if rate > 1 else 3) if 0.05 <= rate <= 500 else 25
+    )  # MPEG-4 has no room for more digits
     numbers, start, moment = itertools.count(), time.monotonic(), -1 / state.fps
     if 0 < total < 10**7 and not state.window:  # what the file says may be nonsense
         numbers = utils.progress(numbers, total, "frames")
@@ -717,21 +825,29 @@ def tag_film(state):
         if not good:
             warn_if_cut(utils.escape(state.args.source), number, total)
             break
-        told = max(0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000)  # 0 in raw streams and at the end of some AVIs
+        told = max(
+            0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+        )  # 0 in raw streams and at the end of some AVIs
         before, moment = moment, told if told > moment else moment + 1 / state.fps
         handle(state, frame, number, moment)
         now = time.monotonic() - moment
-        start = now if moment > before + LONGEST else max(start, now)  # a pause stops the film's clock, too
+        start = (
+            now if moment > before + LONGEST else max(start, now)
+        )  # a pause stops the film's clock, too
         if present(state, frame, moment, start + moment - time.monotonic()):
             break
     if not state.counts["frames"]:
-        raise utils.UserError(f"--source {utils.escape(state.args.source)}: no frame can be read: give another file")
+        raise utils.UserError(
+            f"--source {utils.escape(state.args.source)}: no frame can be read: give another file"
+        )
 
 
 def warn_if_cut(name, number, total):
     """Warn where a film broke off: some count too many frames, and what the file says may be nonsense."""
     if 0 < number < 0.9 * total < 10**7:
-        utils.warn(f"{name}: broke off after {number} of {total:.0f} frames: its end may be missing")
+        utils.warn(
+            f"{name}: broke off after {number} of {total:.0f} frames: its end may be missing"
+        )
 
 
 def tag_pictures(state):
@@ -745,12 +861,18 @@ def tag_pictures(state):
             continue
         state.picture, state.following = (path, data), 0
         handle(state, pixels, state.counts["frames"], 0.0)
-        state.write = functools.partial(write_picture, picture_output(state, path)) if state.args.output else None
+        state.write = (
+            functools.partial(write_picture, picture_output(state, path))
+            if state.args.output
+            else None
+        )
         state.paused = state.kind == "picture"  # a single one stays until a key says go on or end
         if present(state, pixels, 0.0):
             break
     if not state.counts["frames"]:
-        raise utils.UserError(f"--source {utils.escape(source)}: no picture in it can be read: give another one")
+        raise utils.UserError(
+            f"--source {utils.escape(source)}: no picture in it can be read: give another one"
+        )
 
 
 def load_picture(path):
@@ -769,7 +891,9 @@ def picture_output(state, path):
     target = state.args.output / path.relative_to(state.args.source)
     if target.suffix.lower() not in PICTURES:
         name = f"{path.name}.jpg"
-        if len(os.fsencode(name)) > 244 or path.with_name(name).exists():  # too long, or another picture's
+        if (
+            len(os.fsencode(name)) > 244 or path.with_name(name).exists()
+        ):  # too long, or another picture's
             name = f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{path.suffix[:10]}.jpg"
         target = target.with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -782,7 +906,9 @@ def picture_output(state, path):
 def tag_live(state):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
     pool = ThreadPoolExecutor(2)
-    capture = open_live(state) if state.kind == "camera" else None  # macOS asks for permission in the main thread only
+    capture = (
+        open_live(state) if state.kind == "camera" else None
+    )  # macOS asks for permission in the main thread only
     reader, worker = pool.submit(read_live, state, capture), pool.submit(work_live, state)
     try:
         for _, _, frame in newest_frames(state, lambda: keep_alive(state)):
@@ -804,7 +930,9 @@ def work_live(state):
     """Thread: handle the newest frame, again and again. A camera's first frame has the model loaded."""
     try:
         for number, moment, frame in newest_frames(state):
-            if state.args.model and not state.model:  # only now: where no camera is, this is told at once
+            if (
+                state.args.model and not state.model
+            ):  # only now: where no camera is, this is told at once
                 load_network(state)
             elif not state.paused:
                 handle(state, frame, number, moment)
@@ -815,7 +943,12 @@ def work_live(state):
 
 def keep_alive(state):
     """Let a window be closed though no frame comes for long."""
-    if state.window and state.shown and time.monotonic() - state.shown[-1] > SILENCE and wait_for_key(5)[1]:
+    if (
+        state.window
+        and state.shown
+        and time.monotonic() - state.shown[-1] > SILENCE
+        and wait_for_key(5)[1]
+    ):
         state.stop.set()
 
 
@@ -854,7 +987,9 @@ def read_live(state, capture):
             if not number:
                 raise utils.UserError(f"{name}: {NO_PICTURE[state.kind]}{other_cameras(state)}")
             if tries == len(PAUSES):
-                raise utils.UserError(f"{name}: lost, and {tries} tries did not bring it back: check it and try again")
+                raise utils.UserError(
+                    f"{name}: lost, and {tries} tries did not bring it back: check it and try again"
+                )
             utils.warn(f"{name}: lost: trying again in {PAUSES[tries]} s")
             capture.release()
             state.stop.wait(PAUSES[tries])
@@ -876,7 +1011,11 @@ def read_frames(state, capture):
             if state.kind == "stream" and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
                 ahead = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - (now - state.start)
                 state.stop.wait(min(1.0, max(0.0, ahead)))
-        elif capture.isOpened() and now - last < EMPTY and not capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
+        elif (
+            capture.isOpened()
+            and now - last < EMPTY
+            and not capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
+        ):
             state.stop.wait(0.02)
         else:
             break
@@ -886,7 +1025,9 @@ def read_frames(state, capture):
 def other_cameras(state):
     """Return words that name the cameras that do open, if the source is one that does not."""
     others = range(CAMERAS) if state.kind == "camera" else ()
-    found = [str(n) for n in others if n != int(state.args.source) and cv2.VideoCapture(n).isOpened()]
+    found = [
+        str(n) for n in others if n != int(state.args.source) and cv2.VideoCapture(n).isOpened()
+    ]
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
@@ -905,17 +1046,30 @@ def summarise(state):
     """Print on stderr how it went: speed, what was kept, and what to do where nothing was found."""
     counts, times = state.counts, state.times
     rate = max(0, counts["shown"] - 1) / max(1e-6, (state.shown or [0])[-1] - state.first)
-    parts = [f"{counts['frames']} frames, {rate:.1f} a second shown, {counts['classifications']} classifications"]
-    for key, unit, digits in (("detection", "ms", 1), ("classification", "ms", 1), ("label age", "s", 2)):
+    parts = [
+        f"{counts['frames']} frames, {rate:.1f} a second shown, {counts['classifications']} classifications"
+    ]
+    for key, unit, digits in (
+        ("detection", "ms", 1),
+        ("classification", "ms", 1),
+        ("label age", "s", 2),
+    ):
         if times[key]:
             parts.append(f"{key} {np.median(times[key]):.{digits}f} {unit}")
     lines = ["; median ".join(parts)]
     if not counts["tagged"] and not state.args.whole_picture:
         lines.append(smaller_face(state))
     if state.args.save_faces:
-        reasons = ["too blurred", "too similar", "too small", *(key for key in counts if key.startswith("pictures"))]
+        reasons = [
+            "too blurred",
+            "too similar",
+            "too small",
+            *(key for key in counts if key.startswith("pictures")),
+        ]
         left_out = ", ".join(f"{counts[reason]} {reason}" for reason in reasons)
-        lines.append(f"{counts['saved']} saved in {utils.escape(state.args.save_faces)}; {left_out}")
+        lines.append(
+            f"{counts['saved']} saved in {utils.escape(state.args.save_faces)}; {left_out}"
+        )
         lines.append(next_command(state))
     print(*lines, sep="\n", file=sys.stderr)
 
@@ -927,7 +1081,11 @@ def smaller_face(state):
     """
     search, sides = find_twice if state.picture else find, []
     for grey, scale, smallest in state.spare:
-        sure = [box for box, count in search(state.cascade, grey, scale, 24 / scale) if count >= NEW_NEIGHBOURS]
+        sure = [
+            box
+            for box, count in search(state.cascade, grey, scale, 24 / scale)
+            if count >= NEW_NEIGHBOURS
+        ]
         sides += [box[2] for box in sure if box[2] < smallest]
     text = f"nothing was tagged: no face of {max(spare[2] for spare in state.spare)} px or larger was found"
     if not sides:
@@ -939,8 +1097,14 @@ def next_command(state):
     """Return the command that goes on from the crops: collect another class, or train."""
     folder = state.args.save_faces
     data = folder if state.model else folder.parent
-    classes = [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)] if data.is_dir() else []
-    if not state.model and (len(classes) < 2 or data == Path()):  # the current folder may hold anything
+    classes = (
+        [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)]
+        if data.is_dir()
+        else []
+    )
+    if not state.model and (
+        len(classes) < 2 or data == Path()
+    ):  # the current folder may hold anything
         whole = " --whole-picture" if state.args.whole_picture else ""
         return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}{whole}"
     names = [shlex.quote(utils.escape(name)) for name in (data, state.args.model or "model")]
@@ -959,7 +1123,11 @@ def main():
     utils.say("\t".join(["file"] * (kind == "folder") + COLUMNS))
     tag = {"film": tag_film, "picture": tag_pictures, "folder": tag_pictures}.get(kind, tag_live)
     try:
-        with film_output(state) if args.output and tag is not tag_pictures else contextlib.nullcontext():
+        with (
+            film_output(state)
+            if args.output and tag is not tag_pictures
+            else contextlib.nullcontext()
+        ):
             tag(state)
     finally:
         if state.counts["frames"]:

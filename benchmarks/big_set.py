@@ -24,11 +24,17 @@ QUICK = "--head-epochs 1 --rounds 0 --views 1".split()
 
 def parse_arguments():
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=110_000, help="of the largest set (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pictures", type=int, default=110_000, help="of the largest set (default: %(default)s)"
+    )
     parser.add_argument("--classes", type=int, default=200, help="(default: %(default)s)")
     parser.add_argument("--image-size", type=int, default=75, help="(default: %(default)s)")
-    parser.add_argument("--train", action="store_true", help="train on the largest set, too (default: off)")
+    parser.add_argument(
+        "--train", action="store_true", help="train on the largest set, too (default: off)"
+    )
     return parser.parse_args()
 
 
@@ -51,7 +57,9 @@ def draw(folder, count, classes):
         rng = np.random.default_rng([1, number])
         pixels = (ground + rng.integers(0, 40, (SIDE, SIDE, 3))).astype("uint8")
         cv2.circle(pixels, tuple(rng.integers(20, SIDE - 20, 2).tolist()), radius, colour, -1)
-        (folder / f"class{number % classes:03d}" / f"{number:06d}.jpg").write_bytes(cv2.imencode(".jpg", pixels)[1])
+        (folder / f"class{number % classes:03d}" / f"{number:06d}.jpg").write_bytes(
+            cv2.imencode(".jpg", pixels)[1]
+        )
 
     for _ in utils.in_order(picture, range(count)):
         pass
@@ -70,12 +78,17 @@ def main():
             draw(folder / "pictures", size, args.classes)
             done = run_command(train_py("pictures", *options, "--dry-run"), folder)
             seconds, line = next((s, line) for s, line in done.lines if line.startswith("images:"))
-            rows.append([f"{size:,}", f"{seconds:.1f}", f"{size / seconds:.0f}", f"{done.peak:.0f}"])
+            rows.append(
+                [f"{size:,}", f"{seconds:.1f}", f"{size / seconds:.0f}", f"{done.peak:.0f}"]
+            )
             if args.train and size == args.pictures:
                 trained = run_command(train_py("pictures", *options, *QUICK), folder)
                 with Image.open(folder / "000.png") as mosaic:
                     picture = f"mosaic {mosaic.width} x {mosaic.height}"
-                files = ", ".join(f"{p.name} {p.stat().st_size / 1e6:.1f} MB" for p in sorted(folder.glob("[0m]*.*")))
+                files = ", ".join(
+                    f"{p.name} {p.stat().st_size / 1e6:.1f} MB"
+                    for p in sorted(folder.glob("[0m]*.*"))
+                )
     print_table(["pictures", "s until read and divided", "pictures/s", "largest RssAnon, MB"], rows)
     print(f"largest set: {line}")
     if args.train:

@@ -50,7 +50,10 @@ def draw_library(path, pictures):
         if number < DIFFERENT:
             coarse = rng.integers(0, 256, (SIZE[1] // 48, SIZE[0] // 48, 3), dtype=np.uint8)
             noise = rng.integers(0, 24, (SIZE[1], SIZE[0], 3), dtype=np.uint8)
-            pixels = np.asarray(Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)) // 4 * 3 + noise
+            pixels = (
+                np.asarray(Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)) // 4 * 3
+                + noise
+            )
             file.write_bytes(jpeg(Image.fromarray(pixels), 6 if number % 2 else 1))
             originals.append(file)
         else:
@@ -63,21 +66,33 @@ def draw_library(path, pictures):
 
 def main():
     """Run collector and decoder in turns, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pictures", type=int, default=500, help="(default: 500)")
     parser.add_argument("--runs", type=int, default=3, help="(default: 3)")
     args = parser.parse_args()
     two = sorted(os.sched_getaffinity(0))[:2]
     if len(two) < 2:
         sys.exit("needs two cores")
-    with tempfile.TemporaryDirectory(dir=ROOT.parent if os.access(ROOT.parent, os.W_OK) else None) as folder:
-        library, out = draw_library(Path(folder, "Test.photoslibrary"), args.pictures), Path(folder, "people")
+    with tempfile.TemporaryDirectory(
+        dir=ROOT.parent if os.access(ROOT.parent, os.W_OK) else None
+    ) as folder:
+        library, out = (
+            draw_library(Path(folder, "Test.photoslibrary"), args.pictures),
+            Path(folder, "people"),
+        )
         collector = [sys.executable, ROOT / "collect_apple_photos.py", library, out]
         decoder = [sys.executable, "-c", DECODE, library]
-        seconds, peaks = {"collect, 1 core": [], "collect, 2 cores": [], "decode only, 2 cores": []}, []
+        seconds, peaks = (
+            {"collect, 1 core": [], "collect, 2 cores": [], "decode only, 2 cores": []},
+            [],
+        )
         run_command(decoder)  # the files come from memory in every run that counts
         for _ in range(args.runs):
-            for name, command, cores in zip(seconds, (collector, collector, decoder), (two[:1], two, two)):
+            for name, command, cores in zip(
+                seconds, (collector, collector, decoder), (two[:1], two, two)
+            ):
                 pin = functools.partial(os.sched_setaffinity, 0, cores)
                 done = run_command(command, field="VmRSS", preexec_fn=pin)
                 seconds[name].append(done.seconds)
@@ -86,9 +101,13 @@ def main():
                     shutil.rmtree(out)
     one, both, decoding = (statistics.median(values) for values in seconds.values())
     print(
-        machine(), f"{args.pictures} pictures of {SIZE[0]} x {SIZE[1]}, {args.pictures * len(PEOPLE)} faces", sep="\n"
+        machine(),
+        f"{args.pictures} pictures of {SIZE[0]} x {SIZE[1]}, {args.pictures * len(PEOPLE)} faces",
+        sep="\n",
     )
-    print_table(["way", f"s, n = {args.runs}"], [[name, spread(values)] for name, values in seconds.items()])
+    print_table(
+        ["way", f"s, n = {args.runs}"], [[name, spread(values)] for name, values in seconds.items()]
+    )
     print(f"two cores against one: {one / both:.2f} times as fast (goal: at least 1.7)")
     print(f"against decoding alone: {both / decoding:.2f} times its time (goal: less than 2)")
     print(f"largest memory: {max(peaks):.0f} MB (goal: at most 300)")

@@ -22,6 +22,7 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import model  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 
@@ -31,7 +32,10 @@ def machine():
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            name,
+        )
     parts = [name, f"{utils.cores()} cores", f"Python {platform.python_version()}"]
     for package in ("keras", "tensorflow", "jax", "numpy", "pillow", "opencv-python"):
         with contextlib.suppress(PackageNotFoundError):
@@ -60,7 +64,9 @@ def save_figure(figure, path, dpi):
 
 # ---------------------------------------------------------------- commands
 
-Outcome = collections.namedtuple("Outcome", "lines seconds peak")  # [(seconds, line of stdout)], all, MB
+Outcome = collections.namedtuple(
+    "Outcome", "lines seconds peak"
+)  # [(seconds, line of stdout)], all, MB
 
 
 def train_py(data_dir, *options):
@@ -81,7 +87,13 @@ def run_command(command, folder=None, field="RssAnon", **more):
     start, peaks = time.monotonic(), [0.0]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8", errors="replace", **more
+            command,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            encoding="utf-8",
+            errors="replace",
+            **more,
         )
 
         def watch():
@@ -109,7 +121,11 @@ def memory(pid, field):
         children = [child for task in tasks for child in (task / "children").read_text().split()]
     except OSError:
         return 0.0
-    own = sum(int(line.split()[1]) * 1024 / 1e6 for line in status.splitlines() if line.startswith(f"{field}:"))
+    own = sum(
+        int(line.split()[1]) * 1024 / 1e6
+        for line in status.splitlines()
+        if line.startswith(f"{field}:")
+    )
     return own + sum(memory(child, field) for child in children)
 
 
@@ -131,7 +147,10 @@ def time_in_functions(notes, start, end):
 
 def accuracies(outcome):
     """Return [(seconds, validation accuracy)] from the lines of train.py, or others that print `epoch N: …` like it."""
-    found = [(s, re.match(r"(?:round|epoch) \d+: validation accuracy (\S+)", line)) for s, line in outcome.lines]
+    found = [
+        (s, re.match(r"(?:round|epoch) \d+: validation accuracy (\S+)", line))
+        for s, line in outcome.lines
+    ]
     return [(seconds, float(match[1])) for seconds, match in found if match]
 
 
@@ -158,7 +177,10 @@ def train_arguments(data_dir, folder, *options):
 def divide(data_dir, folder, *options):
     """Link the pictures into folder/train/<class>/ and folder/validation/<class>/, divided as train.py does it."""
     data = train.read_data(train_arguments(data_dir, folder, "--dry-run", *options), 75)
-    paths, labels = [picture.path for picture in data.pictures], [picture.label for picture in data.pictures]
+    paths, labels = (
+        [picture.path for picture in data.pictures],
+        [picture.label for picture in data.pictures],
+    )
     for part, indices in (("train", data.train), ("validation", data.validation)):
         link_classes(paths, labels, indices, Path(folder, part))
 
@@ -181,7 +203,9 @@ def link_classes(paths, labels, indices, folder):
 def held_out_accuracy(part, folder):
     """Score the model `m` in `folder` on the pictures in folder/<part>/ with --evaluate. Returns the accuracy."""
     lines = run_command(train_py(part, "--evaluate"), folder).lines
-    return float(next(line for _, line in lines if line.startswith("evaluate: accuracy")).split()[2])
+    return float(
+        next(line for _, line in lines if line.startswith("evaluate: accuracy")).split()[2]
+    )
 
 
 def read_folder(folder, side):
@@ -191,15 +215,21 @@ def read_folder(folder, side):
     """
     files = train.find_files(Path(folder))
     pictures = utils.in_order(lambda item: train.read_picture(item[0], side)[0], files)
-    found = [(picture, label, path) for picture, (path, label) in zip(pictures, files) if picture is not None]
+    found = [
+        (picture, label, path)
+        for picture, (path, label) in zip(pictures, files)
+        if picture is not None
+    ]
     pixels, labels, paths = zip(*found)
     return np.stack(pixels), np.array(labels), paths
 
 
 def random_weights(path):
     """Save the random weights of InceptionV3 without its top: speed and memory do not depend on what it learned."""
-    keras = utils.import_keras()
-    keras.applications.InceptionV3(weights=None, include_top=False, input_shape=(75, 75, 3)).save_weights(path)
+    keras = model.import_keras()
+    keras.applications.InceptionV3(
+        weights=None, include_top=False, input_shape=(75, 75, 3)
+    ).save_weights(path)
 
 
 def set_up(data_dir, folder, *options):
@@ -218,7 +248,10 @@ def set_up(data_dir, folder, *options):
 
 def thumbnails(pixels):
     """Return uint8 squares as the 16 x 16 thumbnails whose distances the yardsticks take, float32 (n, 768)."""
-    small = [np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BOX)) for square in pixels]
+    small = [
+        np.asarray(Image.fromarray(square).resize((16, 16), Image.Resampling.BOX))
+        for square in pixels
+    ]
     return np.stack(small).reshape(len(small), -1).astype("float32")
 
 
@@ -228,19 +261,25 @@ def nearest_neighbour(pixels, targets, fit, held):
     targets: class numbers (n,). fit, held: indices of the pictures to compare with, and of those to score.
     """
     small = thumbnails(pixels)
-    distance = (small[held] ** 2).sum(1)[:, None] - 2 * small[held] @ small[fit].T + (small[fit] ** 2).sum(1)
+    distance = (
+        (small[held] ** 2).sum(1)[:, None]
+        - 2 * small[held] @ small[fit].T
+        + (small[fit] ** 2).sum(1)
+    )
     return float((targets[fit][distance.argmin(1)] == targets[held]).mean())
 
 
 def pooled_features(weights, layer, pixels):
     """Return average-pooled features of a layer of the frozen network for uint8 squares, float64 (n, channels)."""
-    keras = utils.import_keras()
-    base = keras.applications.InceptionV3(weights=str(weights), include_top=False, input_shape=pixels.shape[1:])
+    keras = model.import_keras()
+    base = keras.applications.InceptionV3(
+        weights=str(weights), include_top=False, input_shape=pixels.shape[1:]
+    )
     pooled = keras.layers.GlobalAveragePooling2D()(base.get_layer(layer).output)
     inputs = keras.Input(pixels.shape[1:])
     scaled = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
-    model = utils.compiled(keras.Model(inputs, keras.Model(base.input, pooled)(scaled)))
-    return utils.predict(model, pixels, 64).astype("float64")
+    network = model.compiled(keras.Model(inputs, keras.Model(base.input, pooled)(scaled)))
+    return model.predict(network, pixels, 64).astype("float64")
 
 
 def ridge_readout(features, targets, fit, held):

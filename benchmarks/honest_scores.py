@@ -13,7 +13,17 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from common import absolute, link_classes, machine, print_table, read_folder, run_command, train, train_py, utils
+from common import (
+    absolute,
+    link_classes,
+    machine,
+    model,
+    print_table,
+    read_folder,
+    run_command,
+    train,
+    train_py,
+)
 
 BINS = 15
 
@@ -28,10 +38,15 @@ def one_seed(args, labels, paths, options, seed):
             for part, indices in (("fit", order[: args.fit]), ("held", order[args.fit :])):
                 link_classes(paths, labels, indices, folder / part)
         run_command(train_py("fit", "--seed", seed, *options), folder)
-        model, info = utils.load_model(folder / "m")
+        network, info = model.load_model(folder / "m")
         squares, held, _ = read_folder(folder / "held", info["image_size"])
-        probabilities = utils.predict(model, squares, 32)
-    return info["accuracy"], probabilities, np.searchsorted(info["labels"], held), info["temperature"]
+        probabilities = model.predict(network, squares, 32)
+    return (
+        info["accuracy"],
+        probabilities,
+        np.searchsorted(info["labels"], held),
+        info["temperature"],
+    )
 
 
 def calibration_error(sure, right):
@@ -42,7 +57,9 @@ def calibration_error(sure, right):
 
 def main():
     """Train and score with every seed, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--fit", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=40)
@@ -55,11 +72,22 @@ def main():
         losses = train.log_loss(before, actual), train.log_loss(p, actual)
         rows.append((accuracy, p.max(1), p.argmax(1) == actual, *losses))
     chosen, held = np.array([row[0] for row in rows]), np.array([row[2].mean() for row in rows])
-    gain, error = (chosen - held).mean(), (chosen - held).std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0
+    gain, error = (
+        (chosen - held).mean(),
+        (chosen - held).std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0,
+    )
     sure, right = np.concatenate([row[1] for row in rows]), np.concatenate([row[2] for row in rows])
-    print(machine(), f"n = {args.seeds} seeds, {args.fit} pictures a class, options: {' '.join(options)}", sep="\n")
+    print(
+        machine(),
+        f"n = {args.seeds} seeds, {args.fit} pictures a class, options: {' '.join(options)}",
+        sep="\n",
+    )
     print_table(
-        ["validation accuracy of the best round", "of pictures kept out", "flattered by (standard error)"],
+        [
+            "validation accuracy of the best round",
+            "of pictures kept out",
+            "flattered by (standard error)",
+        ],
         [[f"{chosen.mean():.4f}", f"{held.mean():.4f}", f"{gain:.4f} ({error:.4f})"]],
     )
     before, after = np.mean([row[3:] for row in rows], axis=0)

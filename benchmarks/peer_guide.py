@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import utils
+from common import model, utils
 
 HEAD_EPOCHS, EPOCHS = 20, 25
 BATCH = 32
@@ -18,45 +18,58 @@ BATCH = 32
 
 def read(keras, folder, side):
     """Return training and validation pictures as tf.data sets."""
-    size = {"image_size": (side, side), "crop_to_aspect_ratio": True, "batch_size": None, "verbose": False}
+    size = {
+        "image_size": (side, side),
+        "crop_to_aspect_ratio": True,
+        "batch_size": None,
+        "verbose": False,
+    }
     train = keras.utils.image_dataset_from_directory(Path(folder, "train"), seed=1, **size)
-    held = keras.utils.image_dataset_from_directory(Path(folder, "validation"), shuffle=False, **size)
-    shake = keras.Sequential([keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)])
+    held = keras.utils.image_dataset_from_directory(
+        Path(folder, "validation"), shuffle=False, **size
+    )
+    shake = keras.Sequential(
+        [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
+    )
     train = train.cache().shuffle(1000).batch(BATCH).map(lambda x, y: (shake(x, training=True), y))
     return train.prefetch(2), held.batch(BATCH).cache().prefetch(2)
 
 
 def build(keras, weights, side, class_count):
     """Return (whole network, its InceptionV3)."""
-    base = keras.applications.InceptionV3(weights=weights, include_top=False, input_shape=(side, side, 3))
+    base = keras.applications.InceptionV3(
+        weights=weights, include_top=False, input_shape=(side, side, 3)
+    )
     inputs = keras.Input((side, side, 3))
     scaled = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
     pooled = keras.layers.GlobalAveragePooling2D()(base(scaled, training=False))
-    return keras.Model(inputs, keras.layers.Dense(class_count)(keras.layers.Dropout(0.2)(pooled))), base
+    return keras.Model(
+        inputs, keras.layers.Dense(class_count)(keras.layers.Dropout(0.2)(pooled))
+    ), base
 
 
 def main():
     """Train the new layer, then all of it, a line an epoch."""
     folder, weights, side, minutes = sys.argv[1:]
-    start, keras = time.monotonic(), utils.import_keras()
+    start, keras = time.monotonic(), model.import_keras()
     keras.utils.set_random_seed(1)
     train, held = read(keras, folder, int(side))
-    model, base = build(keras, weights, int(side), len(list(Path(folder, "train").iterdir())))
-    epochs_done, model.stop_training = [], False
+    network, base = build(keras, weights, int(side), len(list(Path(folder, "train").iterdir())))
+    epochs_done, network.stop_training = [], False
 
     def tell(_, logs):
         """Print an epoch's line, and stop when the time is up."""
         epochs_done.append(logs)
         utils.say(f"epoch {len(epochs_done)}: validation accuracy {logs['val_accuracy']:.4f}")
-        model.stop_training = time.monotonic() - start > 60 * float(minutes)
+        network.stop_training = time.monotonic() - start > 60 * float(minutes)
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     for trained, rate, epochs in ((False, 1e-3, HEAD_EPOCHS), (True, 1e-5, EPOCHS)):
-        if not model.stop_training:
+        if not network.stop_training:
             base.trainable = trained
-            model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
+            network.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
             teller = keras.callbacks.LambdaCallback(on_epoch_end=tell)
-            model.fit(train, validation_data=held, epochs=epochs, callbacks=[teller], verbose=0)
+            network.fit(train, validation_data=held, epochs=epochs, callbacks=[teller], verbose=0)
 
 
 if __name__ == "__main__":

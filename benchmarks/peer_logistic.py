@@ -28,7 +28,9 @@ def fit(x, hot, decay):
         slope = x.T @ (np.exp(logs) - hot) / len(x) + decay * weights
         return -(hot * logs).sum() / len(x) + decay / 2 * (flat**2).sum(), slope.ravel()
 
-    found = minimize(loss, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200})
+    found = minimize(
+        loss, np.zeros(shape[0] * shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 200}
+    )
     return found.x.reshape(shape)
 
 

@@ -37,12 +37,18 @@ COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#000000")  # 
 
 def parse_arguments():
     """Read the command line. Returns (arguments, options for train.py)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--image-size", default="224")
-    parser.add_argument("--max-minutes", default="15", help="cut the guide and torchvision after so long (default: 15)")
+    parser.add_argument(
+        "--max-minutes",
+        default="15",
+        help="cut the guide and torchvision after so long (default: 15)",
+    )
     parser.add_argument("--figure", default="peers.png", help="(default: %(default)s)")
     return parser.parse_known_args()
 
@@ -64,8 +70,19 @@ def draw(path, curves):
     axes = figure.subplots()
     for (name, found), colour in zip(curves.items(), COLOURS):
         marker = "*-" if len(found[0]) == 1 else "o-"
-        axes.plot(*zip(*found[0]), marker, color=colour, markersize=10 if marker == "*-" else 4, label=name)
-    axes.set(xscale="log", xlabel="seconds from the command", ylabel="validation accuracy", ylim=(0, 1.02))
+        axes.plot(
+            *zip(*found[0]),
+            marker,
+            color=colour,
+            markersize=10 if marker == "*-" else 4,
+            label=name,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="seconds from the command",
+        ylabel="validation accuracy",
+        ylim=(0, 1.02),
+    )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
@@ -81,10 +98,19 @@ def main():
         divide(args.data_dir, folder, *options)
         make_readable(folder)
         weights = str(args.weights.resolve())
-        ours = train_py(args.data_dir.resolve(), *options, "--weights", weights, "--image-size", args.image_size)
+        ours = train_py(
+            args.data_dir.resolve(), *options, "--weights", weights, "--image-size", args.image_size
+        )
 
         def peer(name, *more):
-            return [sys.executable, str(ROOT / f"benchmarks/peer_{name}.py"), folder, weights, args.image_size, *more]
+            return [
+                sys.executable,
+                str(ROOT / f"benchmarks/peer_{name}.py"),
+                folder,
+                weights,
+                args.image_size,
+                *more,
+            ]
 
         ways = {
             "train.py": ours,
@@ -102,7 +128,11 @@ def main():
             for name, command in ways.items():
                 runs[name].append(run_command(command, folder))
     curves = {name: [accuracies(run) for run in found] for name, found in runs.items()}
-    print(machine(), f"{args.image_size} px, n = {args.runs}, the others cut after {args.max_minutes} min", sep="\n")
+    print(
+        machine(),
+        f"{args.image_size} px, n = {args.runs}, the others cut after {args.max_minutes} min",
+        sep="\n",
+    )
     rows = []
     for name, found in curves.items():
         times = [reached([time_to(curve, mark) for curve in found]) for mark in MARKS]
@@ -110,7 +140,10 @@ def main():
         rows.append([name, *times, best, spread([run.seconds for run in runs[name]], 1)])
     print_table(["way", *(f"s to {mark}" for mark in MARKS), "best accuracy", "s in all"], rows)
     for name, found in curves.items():
-        print(f"{name}: " + ", ".join(f"{seconds:.1f} s {accuracy:.4f}" for seconds, accuracy in found[0]))
+        print(
+            f"{name}: "
+            + ", ".join(f"{seconds:.1f} s {accuracy:.4f}" for seconds, accuracy in found[0])
+        )
     draw(args.figure, curves)
 
 

@@ -38,11 +38,15 @@ COLOURS = {"train.py": "#0072b2", "linear readout": "#d55e00", "nearest neighbou
 
 def parse_arguments():
     """Read the command line. Returns (arguments, options for train.py)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dirs", nargs="+", type=Path)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--counts", default="5,10,20,50,all", help="pictures a class (default: %(default)s)")
+    parser.add_argument(
+        "--counts", default="5,10,20,50,all", help="pictures a class (default: %(default)s)"
+    )
     parser.add_argument("--figure", help="PNG to draw (default: none)")
     return parser.parse_known_args()
 
@@ -86,7 +90,9 @@ def one_set(args, data_dir, options):
             found[sizes[count], "train.py"].append(accuracy)
             ridge = [ridge_readout(layer, targets, fit, held) for layer in features]
             found[sizes[count], "linear readout"].append(max(ridge))
-            found[sizes[count], "nearest neighbour"].append(nearest_neighbour(pixels, targets, fit, held))
+            found[sizes[count], "nearest neighbour"].append(
+                nearest_neighbour(pixels, targets, fit, held)
+            )
     return found, list(sizes.values())
 
 
@@ -95,11 +101,15 @@ def draw(path, sets):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2 * len(sets), 3.4), layout="constrained")
-    for axes, (name, (found, sizes)) in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets.items()):
+    for axes, (name, (found, sizes)) in zip(
+        figure.subplots(1, len(sets), squeeze=False)[0], sets.items()
+    ):
         for way, colour in COLOURS.items():
             values = np.array([found[size, way] for size in sizes])
             axes.plot(sizes, np.median(values, 1), "o-", color=colour, markersize=4, label=way)
-            axes.fill_between(sizes, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                sizes, values.min(1), values.max(1), color=colour, alpha=0.15, linewidth=0
+            )
         axes.set(xscale="log", xlabel="pictures a class", ylabel="accuracy, held out", title=name)
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
         axes.minorticks_off()
@@ -111,8 +121,14 @@ def draw(path, sets):
 def main():
     """Measure each set, print its table, and draw them all."""
     args, options = parse_arguments()
-    sets = {data_dir.name: one_set(args, data_dir.resolve(), options) for data_dir in args.data_dirs}
-    print(machine(), f"n = {args.seeds} seeds, options of train.py: {' '.join(options) or 'none'}", sep="\n")
+    sets = {
+        data_dir.name: one_set(args, data_dir.resolve(), options) for data_dir in args.data_dirs
+    }
+    print(
+        machine(),
+        f"n = {args.seeds} seeds, options of train.py: {' '.join(options) or 'none'}",
+        sep="\n",
+    )
     for name, (found, sizes) in sets.items():
         rows = [[f"{size:g}", *(spread(found[size, way], 3) for way in COLOURS)] for size in sizes]
         print_table([f"{name}: pictures a class", *COLOURS], rows)

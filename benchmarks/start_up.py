@@ -51,7 +51,9 @@ def measure(command, folder, mark, watched):
     if watched:
         command = watched_command(command, notes)
     start = time.monotonic()
-    end = next(seconds for seconds, line in run_command(command, folder).lines if line.startswith(mark))
+    end = next(
+        seconds for seconds, line in run_command(command, folder).lines if line.startswith(mark)
+    )
     return end, time_in_functions(notes, start, end) if watched else Counter()
 
 
@@ -72,20 +74,35 @@ def commands(args, root):
     train, webcam = ([sys.executable, str(root / name)] for name in ("train.py", "webcam.py"))
     short = "--head-epochs 1 --rounds 1 --round-epochs 1".split()
     film = ["m", "--source", "film.mp4", "--no-display"]
-    learned = [str(args.data_dir), "m", "--weights", str(args.weights), "--image-size", args.image_size, *short]
+    learned = [
+        str(args.data_dir),
+        "m",
+        "--weights",
+        str(args.weights),
+        "--image-size",
+        args.image_size,
+        *short,
+    ]
     scratch = [str(args.data_dir), "m", "--weights", "none", "--image-size", "75", *short]
     ways = {
         "train.py to its first epoch": ([*train, *learned], "round 0 epoch 1:"),
         "webcam.py to its first face": ([*webcam, *film], tuple("0123456789")),
     }
     if os.environ.get("DISPLAY"):
-        ways["webcam.py to a camera's first frame"] = ([webcam[0], "-c", CAMERA, *webcam[1:], "m"], "shown")
-    return ways | {"train.py from scratch, to its first epoch": ([*train, *scratch], "round 0 epoch 1:")}
+        ways["webcam.py to a camera's first frame"] = (
+            [webcam[0], "-c", CAMERA, *webcam[1:], "m"],
+            "shown",
+        )
+    return ways | {
+        "train.py from scratch, to its first epoch": ([*train, *scratch], "round 0 epoch 1:")
+    }
 
 
 def main():
     """Run both scripts in turns, plainly and watched, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir", nargs="?", type=Path)
     parser.add_argument("weights", nargs="?", type=Path)
     parser.add_argument("--before", type=Path, metavar="FOLDER")
@@ -96,7 +113,10 @@ def main():
         prepare(args, Path(folder))
         ways = commands(args, ROOT)
         if args.before:
-            ways |= {f"{name}, before": way for name, way in commands(args, args.before.resolve()).items()}
+            ways |= {
+                f"{name}, before": way
+                for name, way in commands(args, args.before.resolve()).items()
+            }
         plain, parts = {name: [] for name in ways}, {name: [] for name in ways}
         for _ in range(args.runs):
             for name, (command, mark) in ways.items():
@@ -104,12 +124,19 @@ def main():
                 if command[1] != "-c" and not name.endswith("before"):
                     parts[name].append(measure(command, folder, mark, True)[1])
     print(machine(), f"{args.image_size} px, n = {args.runs}", sep="\n")
-    print_table(["from the command", "s"], [[name, spread(seconds)] for name, seconds in plain.items()])
+    print_table(
+        ["from the command", "s"], [[name, spread(seconds)] for name, seconds in plain.items()]
+    )
     for name in ways:
         if not parts[name]:
             continue
-        print_table([name, "s"], [["in all, watched", spread([sum(part.values()) for part in parts[name]])]])
-        medians = {key: float(np.median([part[key] for part in parts[name]])) for key in set().union(*parts[name])}
+        print_table(
+            [name, "s"], [["in all, watched", spread([sum(part.values()) for part in parts[name]])]]
+        )
+        medians = {
+            key: float(np.median([part[key] for part in parts[name]]))
+            for key in set().union(*parts[name])
+        }
         rows = sorted(((s, key) for key, s in medians.items() if s >= LEAST), reverse=True)
         print_table(["of these in", "s"], [[key, f"{seconds:.2f}"] for seconds, key in rows])
 

@@ -19,12 +19,12 @@ from common import (
     link,
     link_classes,
     machine,
+    model,
     print_table,
     read_folder,
     run_command,
     thumbnails,
     train_py,
-    utils,
 )
 
 
@@ -45,7 +45,13 @@ def divide_by_folder(data_dir, folder, number):
     for name in classes:
         inner = sorted(path for path in (data_dir / name).iterdir() if path.is_dir())
         for path in inner:
-            part = "strangers" if name == classes[number - 1] else "held" if inner[0] != path == inner[-1] else "known"
+            part = (
+                "strangers"
+                if name == classes[number - 1]
+                else "held"
+                if inner[0] != path == inner[-1]
+                else "known"
+            )
             for picture in path.iterdir():
                 link(picture, folder / part / name / path.name / picture.name)
 
@@ -74,22 +80,28 @@ def one_seed(args, options, seed):
         else:
             divide(Path(args.data_dir), folder, args.friends, seed)
         run_command(train_py("known", "--seed", seed, *options), folder)
-        model, info = utils.load_model(folder / "m")
+        network, info = model.load_model(folder / "m")
         answers = []
         for part in ("held", "strangers"):
             squares, labels, _ = read_folder(folder / part, info["image_size"])
-            p = utils.predict(model, squares, 32)
-            answers.append((p.max(1) >= info["threshold"], np.array(info["labels"])[p.argmax(1)] == labels))
+            p = model.predict(network, squares, 32)
+            answers.append(
+                (p.max(1) >= info["threshold"], np.array(info["labels"])[p.argmax(1)] == labels)
+            )
         friends = float((answers[0][0] & answers[0][1]).mean())
         return friends, float((~answers[1][0]).mean()), nearest(folder, friends)
 
 
 def main():
     """Train and score with every seed, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir")
     parser.add_argument("--friends", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=5, help="with --by-folder: how many of the classes")
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="with --by-folder: how many of the classes"
+    )
     parser.add_argument("--by-folder", action="store_true")
     args, options = parser.parse_known_args()
     options = absolute(options)

@@ -19,20 +19,24 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
-from common import utils  # first: it finds the folders of the two below
+from common import model, utils  # first: it finds the folders of the two below
 
 # isort: split
 import sample_faces
 
 import webcam
 
-SURE = 15  # finds: every box with so many lay on a head in the films that the settings were chosen on
+SURE = (
+    15  # finds: every box with so many lay on a head in the films that the settings were chosen on
+)
 SECONDS = 20  # of the paced source
 
 
 def parse_arguments():
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("films", nargs="*", type=Path, help="films (default: a drawn one)")
     parser.add_argument("--image-size", type=int, default=224, help="side of the network's input")
     parser.add_argument("--frames", type=int, default=150, help="frames of each film")
@@ -50,11 +54,15 @@ def read_film(path, most):
 def detect_2016(cascade, frame):
     """Search a frame as the tool of 2016 did. Returns [(box, finds)] and the seconds it took."""
     start = time.perf_counter()
-    boxes, counts = cascade.detectMultiScale2(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), 1.1, 3, minSize=(30, 30))
-    return [(tuple(map(int, box)), int(n)) for box, n in zip(boxes, counts)], time.perf_counter() - start
+    boxes, counts = cascade.detectMultiScale2(
+        cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), 1.1, 3, minSize=(30, 30)
+    )
+    return [
+        (tuple(map(int, box)), int(n)) for box, n in zip(boxes, counts)
+    ], time.perf_counter() - start
 
 
-def loop_2016(model, side, cascade, frames):
+def loop_2016(network, side, cascade, frames):
     """As in 2016: detect at full size, one `predict` a face. Returns boxes, seconds, seconds of detection."""
     found, searching, start = [], 0.0, time.perf_counter()
     for frame in frames:
@@ -62,24 +70,35 @@ def loop_2016(model, side, cascade, frames):
         searching += seconds
         for (x, y, w, h), _ in hits:
             face = cv2.resize(frame[y : y + h, x : x + w], (side, side)).astype("float32")
-            model.predict(face[None], verbose=0)
+            network.predict(face[None], verbose=0)
         found.append(hits)
     return found, time.perf_counter() - start, searching
 
 
-def new_state(model, side, kind):
+def new_state(network, side, kind):
     """Return webcam.py's state as its `prepare` makes it, with our network."""
     args = SimpleNamespace(
-        source="0", model=None, whole_picture=False, threshold=None, min_face=None, context=2.0, save_faces=None
+        source="0",
+        model=None,
+        whole_picture=False,
+        threshold=None,
+        min_face=None,
+        context=2.0,
+        save_faces=None,
     )
     state = webcam.prepare(args, kind)
-    state.model, state.side, state.labels, state.threshold = model, side, [f"person {n}" for n in range(5)], 0.0
+    state.model, state.side, state.labels, state.threshold = (
+        network,
+        side,
+        [f"person {n}" for n in range(5)],
+        0.0,
+    )
     return state
 
 
-def our_loop(model, side, frames):
+def our_loop(network, side, frames):
     """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, and the state."""
-    state, found, start = new_state(model, side, "film"), [], time.perf_counter()
+    state, found, start = new_state(network, side, "film"), [], time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         for number, frame in enumerate(frames):
             webcam.handle(state, frame, number, number / 30)
@@ -90,7 +109,9 @@ def our_loop(model, side, frames):
 def kept(truth, found):
     """Return (faces, how many of them have a box that overlaps by 0.5 or more)."""
     hits = [
-        any(webcam.overlap(face, box) >= 0.5 for box in boxes) for faces, boxes in zip(truth, found) for face in faces
+        any(webcam.overlap(face, box) >= 0.5 for box in boxes)
+        for faces, boxes in zip(truth, found)
+        for face in faces
     ]
     return len(hits), sum(hits)
 
@@ -103,7 +124,9 @@ class Paced:
 
     def read(self):
         """Return (True, the newest frame) when it is due, (False, None) after the last one."""
-        self.number = max(self.number + 1, int((time.monotonic() - self.start) * 30))  # one that came too late is lost
+        self.number = max(
+            self.number + 1, int((time.monotonic() - self.start) * 30)
+        )  # one that came too late is lost
         time.sleep(max(0.0, self.start + self.number / 30 - time.monotonic()))
         if self.number >= SECONDS * 30:
             return False, None
@@ -116,9 +139,9 @@ class Paced:
         return True
 
 
-def paced(model, side, frames):
+def paced(network, side, frames):
     """Tag a paced source as a camera is tagged, and print what its user would see."""
-    state = new_state(model, side, "camera")
+    state = new_state(network, side, "camera")
     state.args.no_display, state.write = False, lambda picture: None
     webcam.open_window(state)
     camera = Paced(frames)
@@ -134,13 +157,13 @@ def paced(model, side, frames):
     )
 
 
-def compare(path, frames, model, side):
+def compare(path, frames, network, side):
     """Run both loops over the same frames and print speed, detection time and recall."""
     cascade = webcam.load_cascade()
-    loop_2016(model, side, cascade, frames[:2])  # warm both up
-    our_loop(model, side, frames[:2])
-    old, old_seconds, old_search = loop_2016(model, side, cascade, frames)
-    new, new_seconds, state = our_loop(model, side, frames)
+    loop_2016(network, side, cascade, frames[:2])  # warm both up
+    our_loop(network, side, frames[:2])
+    old, old_seconds, old_search = loop_2016(network, side, cascade, frames)
+    new, new_seconds, state = our_loop(network, side, frames)
     search = sum(state.times["detection"]) / 1000
     old_boxes = [[box for box, _ in hits] for hits in old]
     truth_path = path.with_suffix(".json")
@@ -149,12 +172,24 @@ def compare(path, frames, model, side):
         faces = json.loads(truth_path.read_text(encoding="utf-8"))[: len(frames)]
         truth = [[(f["x"], f["y"], f["w"], f["h"]) for f in frame] for frame in faces]
     large = [[face for face in faces if face[2] >= state.smallest] for faces in truth]
-    theirs = [[f for f in faces if kept([[f]], [boxes])[1]] for faces, boxes in zip(large, old_boxes)]
-    (total, by_old), (_, by_new), (found, still) = kept(large, old_boxes), kept(large, new), kept(theirs, new)
+    theirs = [
+        [f for f in faces if kept([[f]], [boxes])[1]] for faces, boxes in zip(large, old_boxes)
+    ]
+    (total, by_old), (_, by_new), (found, still) = (
+        kept(large, old_boxes),
+        kept(large, new),
+        kept(theirs, new),
+    )
     n = len(frames)
-    utils.say(f"{path.name}: {n} frames of {frames[0].shape[1]}x{frames[0].shape[0]}, network of {side} px")
-    utils.say(f"  2016: {n / old_seconds:6.1f} frames a second, detection {1000 * old_search / n:6.2f} ms a frame")
-    utils.say(f"  ours: {n / new_seconds:6.1f} frames a second, detection {1000 * search / n:6.2f} ms a frame")
+    utils.say(
+        f"{path.name}: {n} frames of {frames[0].shape[1]}x{frames[0].shape[0]}, network of {side} px"
+    )
+    utils.say(
+        f"  2016: {n / old_seconds:6.1f} frames a second, detection {1000 * old_search / n:6.2f} ms a frame"
+    )
+    utils.say(
+        f"  ours: {n / new_seconds:6.1f} frames a second, detection {1000 * search / n:6.2f} ms a frame"
+    )
     utils.say(
         f"  {old_seconds / new_seconds:.1f} times as many frames; detection takes {search / old_search:.1%} of the time"
     )
@@ -167,17 +202,17 @@ def compare(path, frames, model, side):
 def main():
     """Compare the loops on each film."""
     args = parse_arguments()
-    model = utils.compiled(utils.build_network(5, args.image_size))
+    network = model.compiled(model.build_network(5, args.image_size))
     for n in (1, 2):
-        utils.predict(model, np.zeros((n, args.image_size, args.image_size, 3), "uint8"), n)
+        model.predict(network, np.zeros((n, args.image_size, args.image_size, 3), "uint8"), n)
     with tempfile.TemporaryDirectory() as folder:
         if not args.films:
             args.films = [Path(folder, "drawn.mp4")]
             sample_faces.draw_clip(args.films[0])
         for path in args.films:
             frames = read_film(path, args.frames)
-            compare(path, frames, model, args.image_size)
-        paced(model, args.image_size, frames)
+            compare(path, frames, network, args.image_size)
+        paced(network, args.image_size, frames)
 
 
 if __name__ == "__main__":

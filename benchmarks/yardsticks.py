@@ -14,12 +14,22 @@ import re
 import tempfile
 
 import numpy as np
-from common import machine, nearest_neighbour, pooled_features, print_table, ridge_readout, set_up, train
+from common import (
+    machine,
+    nearest_neighbour,
+    pooled_features,
+    print_table,
+    ridge_readout,
+    set_up,
+    train,
+)
 
 
 def main():
     """Score yardsticks and train.py on the split of every seed, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data_dir")
     parser.add_argument("weights")
     parser.add_argument("--seeds", type=int, default=3)
@@ -44,7 +54,9 @@ def main():
     print_table(names, [[s + 1, *(f"{x:.4f}" for x in row)] for s, row in enumerate(rows)])
     mean = np.mean(rows, axis=0)
     print_table(names, [["mean", *(f"{x:.4f}" for x in mean)]])
-    print(f"errors of train.py / errors of the better yardstick: {(1 - mean[3]) / max(1e-9, 1 - max(mean[:3])):.2f}")
+    print(
+        f"errors of train.py / errors of the better yardstick: {(1 - mean[3]) / max(1e-9, 1 - max(mean[:3])):.2f}"
+    )
 
 
 if __name__ == "__main__":

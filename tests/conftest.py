@@ -23,7 +23,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED.name}/ is not beside the project"))
 
 
-TINY = "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 2 --views 2 --batch-size 16".split()
+TINY = (
+    "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 2 --views 2 --batch-size 16".split()
+)
 # A whole training in seconds, which says nothing about the result.
 FAST = "--image-size 75 --unfreeze 0 --head-epochs 1 --views 1 --float32".split()
 
@@ -31,7 +33,9 @@ FAST = "--image-size 75 --unfreeze 0 --head-epochs 1 --views 1 --float32".split(
 def run_process(script, cwd, *arguments, **environment):
     """Run a script as a user does: a process of its own."""
     command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", env=os.environ | environment)
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, encoding="utf-8", env=os.environ | environment
+    )
 
 
 def draw_classes(folder, classes, side=80):
@@ -59,7 +63,9 @@ def rows(text):
 @pytest.fixture
 def run_script(tmp_path):
     """Run one of the scripts in an empty folder."""
-    return lambda script, *arguments, cwd=tmp_path, **env: run_process(ROOT / script, cwd, *arguments, **env)
+    return lambda script, *arguments, cwd=tmp_path, **env: run_process(
+        ROOT / script, cwd, *arguments, **env
+    )
 
 
 @pytest.fixture
@@ -74,11 +80,20 @@ def scratch_run(tmp_path_factory):
 
     Returns (folder, output).
     """
-    folder, home = tmp_path_factory.mktemp("scratch run"), tmp_path_factory.mktemp("no weights here")
+    folder, home = (
+        tmp_path_factory.mktemp("scratch run"),
+        tmp_path_factory.mktemp("no weights here"),
+    )
     draw_classes(folder / "data", {"red": 14, "grün": 14, "unknown": 14})
     (home / "keras").mkdir()  # settings of long ago
-    (home / "keras" / "keras.json").write_text('{"image_data_format": "channels_first", "floatx": "float16"}')
-    offline = {"HOME": str(home), "KERAS_HOME": str(home / "keras"), "https_proxy": "http://127.0.0.1:9"}
+    (home / "keras" / "keras.json").write_text(
+        '{"image_data_format": "channels_first", "floatx": "float16"}'
+    )
+    offline = {
+        "HOME": str(home),
+        "KERAS_HOME": str(home / "keras"),
+        "https_proxy": "http://127.0.0.1:9",
+    }
     done = run_process(ROOT / "train.py", folder, "data", "model", *TINY, **offline)
     assert done.returncode == 0, done.stderr
     return folder, done
@@ -91,7 +106,9 @@ def weights_file(tmp_path_factory):
     from keras.src.legacy.saving import legacy_h5_format
 
     keras.utils.set_random_seed(0)
-    network = keras.applications.InceptionV3(weights=None, include_top=False, input_shape=(75, 75, 3))
+    network = keras.applications.InceptionV3(
+        weights=None, include_top=False, input_shape=(75, 75, 3)
+    )
     path = tmp_path_factory.mktemp("weights") / "random_notop.h5"
     import h5py
 
@@ -108,7 +125,9 @@ def drawn_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn faces")
     sample_faces.draw_set(folder / "people", 5, 40)
     sample_faces.draw_clip(folder / "film.mp4")
-    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
+    recipe = (
+        "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
+    )
     done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder

@@ -18,7 +18,13 @@ from PIL import Image
 
 WAYS = Image.Transpose
 # How an upright picture is stored, by EXIF orientation: viewers turn it back.
-STORED = {2: WAYS.FLIP_LEFT_RIGHT, 3: WAYS.ROTATE_180, 4: WAYS.FLIP_TOP_BOTTOM, 5: WAYS.TRANSPOSE, 6: WAYS.ROTATE_90}
+STORED = {
+    2: WAYS.FLIP_LEFT_RIGHT,
+    3: WAYS.ROTATE_180,
+    4: WAYS.FLIP_TOP_BOTTOM,
+    5: WAYS.TRANSPOSE,
+    6: WAYS.ROTATE_90,
+}
 STORED |= {7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
 
 
@@ -75,7 +81,9 @@ class Library:
         """Insert a row and return its key."""
         db = next(self.open[file] for file, tables in self.schemas.items() if table in tables)
         marks = ", ".join("?" * len(columns))
-        return db.execute(f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", [*columns.values()]).lastrowid
+        return db.execute(
+            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", [*columns.values()]
+        ).lastrowid
 
     def write(self, place, data):
         """Write a file of the library."""
@@ -99,7 +107,12 @@ class Library:
 class Photos10(Library):
     """Photos 10 and 11. `photo` returns the key of the asset, whose uuid `uuid(key)` is."""
 
-    assets, to_photo, to_person, edited = "ZASSET", "ZASSETFORFACE", "ZPERSONFORFACE", "ZADJUSTMENTSSTATE"
+    assets, to_photo, to_person, edited = (
+        "ZASSET",
+        "ZASSETFORFACE",
+        "ZPERSONFORFACE",
+        "ZADJUSTMENTSSTATE",
+    )
 
     def __init__(self, path):
         face = "Z_PK, ZUUID, ZCENTERX, ZCENTERY, ZSIZE, ZSOURCEWIDTH, ZSOURCEHEIGHT, ZHIDDEN, ZISINTRASH, ZTRAININGTYPE"
@@ -110,9 +123,14 @@ class Photos10(Library):
             face += ", ZASSETFORTORSO, ZPERSONFORTORSO"
         asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT, ZTRASHEDSTATE, ZHIDDEN"
         tables = {"ZDETECTEDFACE": face, self.assets: f"{asset}, {self.edited}"}
-        tables["ZPERSON"] = "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT"
+        tables["ZPERSON"] = (
+            "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT"
+        )
         tables["ZFACECROP"] = "Z_PK, ZASSET, ZFACE, ZPERSON, ZUUID, ZRESOURCEDATA"
-        self.schemas = {"Photos.sqlite": tables, "photos.db": {"LiGlobals": "modelId, keyPath, value"}}
+        self.schemas = {
+            "Photos.sqlite": tables,
+            "photos.db": {"LiGlobals": "modelId, keyPath, value"},
+        }
         super().__init__(path)
 
     def uuid(self, key):
@@ -124,32 +142,54 @@ class Photos10(Library):
 
     def photo(self, image=None, data=None, ending="jpeg", **columns):
         """Add an asset; its original is `data`, else `image` as JPEG, else absent."""
-        key = self.insert(self.assets, ZKIND=0, ZSAVEDASSETTYPE=3, ZTRASHEDSTATE=0, ZHIDDEN=0, **{self.edited: 0})
+        key = self.insert(
+            self.assets, ZKIND=0, ZSAVEDASSETTYPE=3, ZTRASHEDSTATE=0, ZHIDDEN=0, **{self.edited: 0}
+        )
         uuid = self.uuid(key)
         row = {"ZUUID": uuid, "ZDIRECTORY": uuid[0], "ZFILENAME": f"{uuid}.{ending}"} | columns
         for column, value in row.items():
-            self.open["Photos.sqlite"].execute(f"UPDATE {self.assets} SET {column} = ? WHERE Z_PK = ?", (value, key))
+            self.open["Photos.sqlite"].execute(
+                f"UPDATE {self.assets} SET {column} = ? WHERE Z_PK = ?", (value, key)
+            )
         if data or image:
             self.write(f"originals/{uuid[0]}/{uuid}.{ending}", data or jpeg(image))
         return key
 
     def edit(self, photo, image=None, end="_1_201_a.jpeg"):
         """Mark a photo as edited, and write the edited picture unless it is not there."""
-        self.open["Photos.sqlite"].execute(f"UPDATE {self.assets} SET {self.edited} = 1 WHERE Z_PK = ?", (photo,))
+        self.open["Photos.sqlite"].execute(
+            f"UPDATE {self.assets} SET {self.edited} = 1 WHERE Z_PK = ?", (photo,)
+        )
         if image:
-            self.write(f"resources/renders/{self.uuid(photo)[0]}/{self.uuid(photo)}{end}", jpeg(image))
+            self.write(
+                f"resources/renders/{self.uuid(photo)[0]}/{self.uuid(photo)}{end}", jpeg(image)
+            )
 
     def smaller_copy(self, photo, image, place="resources/derivatives/{}_1_105_c.jpeg"):
         self.write(place.format(f"{self.uuid(photo)[0]}/{self.uuid(photo)}"), jpeg(image))
 
     def face(self, photo, person, size, box, /, **columns):
         x, y, side = fractions(size, box)
-        row = {"ZCENTERX": x, "ZCENTERY": y, "ZSIZE": side, "ZSOURCEWIDTH": size[0], "ZSOURCEHEIGHT": size[1]}
-        row |= {"ZHIDDEN": 0, "ZISINTRASH": 0, "ZTRAININGTYPE": 0, self.to_photo: photo, self.to_person: person}
+        row = {
+            "ZCENTERX": x,
+            "ZCENTERY": y,
+            "ZSIZE": side,
+            "ZSOURCEWIDTH": size[0],
+            "ZSOURCEHEIGHT": size[1],
+        }
+        row |= {
+            "ZHIDDEN": 0,
+            "ZISINTRASH": 0,
+            "ZTRAININGTYPE": 0,
+            self.to_photo: photo,
+            self.to_person: person,
+        }
         key = self.insert("ZDETECTEDFACE", **row)
         row = {"ZUUID": f"{key:08X}-FACE-4000-8000-000000000000"} | columns
         for column, value in row.items():
-            self.open["Photos.sqlite"].execute(f"UPDATE ZDETECTEDFACE SET {column} = ? WHERE Z_PK = ?", (value, key))
+            self.open["Photos.sqlite"].execute(
+                f"UPDATE ZDETECTEDFACE SET {column} = ? WHERE Z_PK = ?", (value, key)
+            )
         return key
 
 
@@ -169,9 +209,7 @@ class Photos2(Library):
     """Photos 2 to 4. Faces have tiles; uuids differ by case only."""
 
     link = "imageModelId"
-    face_columns = (
-        "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, centerX, centerY, size, "
-    )
+    face_columns = "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, centerX, centerY, size, "
     face_columns += "hidden, manual, adjustmentUuid, trainingType"
     version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
     master = "modelId, uuid, imagePath, fileIsReference, volumeId, isMissing"
@@ -195,12 +233,28 @@ class Photos2(Library):
 
     def photo(self, image=None, data=None, place=None, **columns):
         """Add a version of a photo and its master, at `place` in Masters, and return the version's key."""
-        row = {"adjustmentUuid": "UNADJUSTEDNONRAW", "hasAdjustments": 0, "isInTrash": 0, "isHidden": 0, "type": 2}
+        row = {
+            "adjustmentUuid": "UNADJUSTEDNONRAW",
+            "hasAdjustments": 0,
+            "isInTrash": 0,
+            "isHidden": 0,
+            "type": 2,
+        }
         row = {column: value for column, value in (row | columns).items() if column in self.version}
         key = self.insert("RKVersion", **row)
         place = place or f"2019/07/{key:04}.jpg"
-        self.insert("RKMaster", uuid=f"m{key}", imagePath=place, fileIsReference=columns.get("fileIsReference", 0))
-        self.execute("UPDATE RKVersion SET uuid = ?, masterUuid = ? WHERE modelId = ?", self.uuid(key), f"m{key}", key)
+        self.insert(
+            "RKMaster",
+            uuid=f"m{key}",
+            imagePath=place,
+            fileIsReference=columns.get("fileIsReference", 0),
+        )
+        self.execute(
+            "UPDATE RKVersion SET uuid = ?, masterUuid = ? WHERE modelId = ?",
+            self.uuid(key),
+            f"m{key}",
+            key,
+        )
         if data or image:
             self.write(f"Masters/{place}", data or jpeg(image))
         return key
@@ -213,16 +267,31 @@ class Photos2(Library):
     def edit(self, photo, image=None, folder="00/00"):
         """Mark a photo as edited, and write the edited picture to this folder."""
         tag = f"edit{photo}"
-        self.execute("UPDATE RKVersion SET hasAdjustments = 1, adjustmentUuid = ? WHERE modelId = ?", tag, photo)
+        self.execute(
+            "UPDATE RKVersion SET hasAdjustments = 1, adjustmentUuid = ? WHERE modelId = ?",
+            tag,
+            photo,
+        )
         key = self.insert(
-            "RKModelResource", attachedModelId=photo, attachedModelType=2, resourceType=4, resourceTag=tag
+            "RKModelResource",
+            attachedModelId=photo,
+            attachedModelType=2,
+            resourceType=4,
+            resourceTag=tag,
         )
         if image:
             self.write(f"resources/media/version/{folder}/fullsizeoutput_{key:x}.jpeg", jpeg(image))
 
     def face(self, photo, person, size, box, /, **columns):
         x, y, side = fractions(size, box)
-        row = {"isInTrash": 0, "hidden": 0, "personId": person, "centerX": x, "centerY": y, "size": side}
+        row = {
+            "isInTrash": 0,
+            "hidden": 0,
+            "personId": person,
+            "centerX": x,
+            "centerY": y,
+            "size": side,
+        }
         row |= {"sourceWidth": size[0], "sourceHeight": size[1], self.link: self.link_value(photo)}
         key = self.insert("RKFace", **row | columns)
         self.execute("UPDATE RKFace SET uuid = ? WHERE modelId = ?", self.uuid(key), key)
@@ -252,7 +321,10 @@ class Photos1(Photos2):
         resource = self.resource if self.typed else self.resource.replace("attachedModelType, ", "")
         face = self.face_columns.replace("imageModelId", "imageId").replace(", trainingType", "")
         self.schemas = {
-            "Person.db": {"RKFace": face, "RKPerson": "modelId, name, searchName, representativeFaceId, personType"},
+            "Person.db": {
+                "RKFace": face,
+                "RKPerson": "modelId, name, searchName, representativeFaceId, personType",
+            },
             "ImageProxies.apdb": {"RKModelResource": resource},
             "Library.apdb": {"RKVersion": self.version, "RKMaster": self.master},
         }
@@ -269,25 +341,44 @@ class Photos1(Photos2):
 
     def resource_of(self, key, of_type, image, filename, **columns):
         """Add a picture that hangs on the face (type 5) or the version (type 2) of this key."""
-        row = {"attachedModelId": key, "attachedModelType": of_type, "filename": filename, "resourceType": 6}
+        row = {
+            "attachedModelId": key,
+            "attachedModelType": of_type,
+            "filename": filename,
+            "resourceType": 6,
+        }
         if not self.typed:
             del row["attachedModelType"]
         number = self.insert("RKModelResource", **row | columns)
         uuid = f"é+{number}"
         self.execute("UPDATE RKModelResource SET resourceUuid = ? WHERE modelId = ?", uuid, number)
-        self.write(f"resources/modelresources/{ord(uuid[0])}/{ord(uuid[1])}/{uuid}/{filename}", jpeg(image))
+        self.write(
+            f"resources/modelresources/{ord(uuid[0])}/{ord(uuid[1])}/{uuid}/{filename}", jpeg(image)
+        )
 
     def tile(self, face, image, filename="facetile.jpg"):
         self.resource_of(face, 5, image, filename)
 
     def edit(self, photo, image=None):
-        self.execute("UPDATE RKVersion SET adjustmentUuid = ? WHERE modelId = ?", f"edit{photo}", photo)
+        self.execute(
+            "UPDATE RKVersion SET adjustmentUuid = ? WHERE modelId = ?", f"edit{photo}", photo
+        )
         if image:
-            self.resource_of(photo, 2, image, "fullsize.jpg", resourceType=4, resourceTag=f"edit{photo}")
+            self.resource_of(
+                photo, 2, image, "fullsize.jpg", resourceType=4, resourceTag=f"edit{photo}"
+            )
 
 
 class Photos1Untyped(Photos1):
     typed = False
 
 
-LIBRARIES = {1: Photos1, 2: Photos2, 5: Photos5, 6: Photos6, 9: Photos9, 10: Photos10, "1 untyped": Photos1Untyped}
+LIBRARIES = {
+    1: Photos1,
+    2: Photos2,
+    5: Photos5,
+    6: Photos6,
+    9: Photos9,
+    10: Photos10,
+    "1 untyped": Photos1Untyped,
+}

@@ -32,7 +32,13 @@ BOX = 1.14  # side in head units of the box in which a Haar detector sees the fa
 
 SKINS = {"fair": "#f8dcc6", "rosy": "#f0c09c", "olive": "#dcae7f"}
 SKINS |= {"tan": "#c48c5e", "brown": "#a06a45", "dark": "#7d4f34"}
-HAIRS = {"black": "#2b262e", "brown": "#5c3a26", "chestnut": "#8f4b28", "ginger": "#cf6a2c", "blond": "#e3ba62"}
+HAIRS = {
+    "black": "#2b262e",
+    "brown": "#5c3a26",
+    "chestnut": "#8f4b28",
+    "ginger": "#cf6a2c",
+    "blond": "#e3ba62",
+}
 HAIRS |= {"grey": "#9b9aa1", "white": "#d6d3d0"}
 SHIRTS = "#2f6f8f #c8553d #588157 #e0a030 #6d597a #34495e #d88c9a #8d99ae #3f8f86 #f0e6d6".split()
 WALLS = "#cfd8d3 #e8dcc8 #b9cbd9 #d9c2b4 #9fb3a8 #c9c3d6 #8496a9 #efe9df #a89f91".split()
@@ -108,12 +114,22 @@ def person(index):
     rng, bearded = np.random.default_rng(index), index % 2
     styles = ("short", "quiff", "curls") if bearded else ("long", "bob", "bun", "curls", "fringe")
     name = (*MORE_NAMES, f"Person {index + 1}")[min(index - len(PEOPLE), len(MORE_NAMES))]
-    kinds = (tuple(SKINS), tuple(HAIRS), styles, ("none", *GLASSES), ("none", *BEARDS) if bearded else ("none",))
+    kinds = (
+        tuple(SKINS),
+        tuple(HAIRS),
+        styles,
+        ("none", *GLASSES),
+        ("none", *BEARDS) if bearded else ("none",),
+    )
     others = [tuple(vars(person(i)).values())[1:6] for i in range(index)]
     lots = [[str(rng.choice(kind)) for kind in kinds] for _ in range(100)]
     lots = [lot for lot in lots if brightness(HAIRS[lot[1]]) < brightness(SKINS[lot[0]])]
-    best = max(lots, key=lambda lot: min(sum(a != b for a, b in zip(lot, other)) for other in others))
-    return SimpleNamespace(**dict(zip(TRAITS, (name, *best, *rng.uniform((0.39, 0.75, 0.018), (0.43, 0.95, 0.026))))))
+    best = max(
+        lots, key=lambda lot: min(sum(a != b for a, b in zip(lot, other)) for other in others)
+    )
+    return SimpleNamespace(
+        **dict(zip(TRAITS, (name, *best, *rng.uniform((0.39, 0.75, 0.018), (0.43, 0.95, 0.026)))))
+    )
 
 
 def random_pose(rng, x, y, side):
@@ -122,8 +138,24 @@ def random_pose(rng, x, y, side):
     angle in degrees; turn and nod shift the features on the head, gaze the pupils, lift the brows (head units);
     smile from 0.05 to 1; gape, how far the mouth is open, from 0 to 0.08.
     """
-    low = {"angle": -7, "turn": -0.05, "nod": -0.03, "smile": 0.05, "gape": -0.08, "lift": -0.02, "gaze": -0.02}
-    high = {"angle": 7, "turn": 0.05, "nod": 0.03, "smile": 1, "gape": 0.08, "lift": 0.03, "gaze": 0.02}
+    low = {
+        "angle": -7,
+        "turn": -0.05,
+        "nod": -0.03,
+        "smile": 0.05,
+        "gape": -0.08,
+        "lift": -0.02,
+        "gaze": -0.02,
+    }
+    high = {
+        "angle": 7,
+        "turn": 0.05,
+        "nod": 0.03,
+        "smile": 1,
+        "gape": 0.08,
+        "lift": 0.03,
+        "gaze": 0.02,
+    }
     drawn = {key: rng.uniform(low[key], high[key]) for key in low}
     return SimpleNamespace(x=x, y=y, side=side, **drawn | {"gape": max(0, drawn["gape"])})
 
@@ -141,19 +173,25 @@ def place(points, pose, depth=0):
     """Turn points in head units into pixels; `depth` is 0 for the outline of the head, 1 for what is on the face."""
     x, y = (np.asarray(points, float) + (pose.turn * depth, pose.nod * depth)).T
     angle = np.radians(pose.angle)
-    turned = np.stack([x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1)
+    turned = np.stack(
+        [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1
+    )
     return turned * pose.side / BOX + (pose.x, pose.y)
 
 
 def fill(image, pose, points, colour, depth=0):
     """Fill a polygon given in head units, on an image SMOOTH times larger than the pose says."""
-    ImageDraw.Draw(image).polygon((place(points, pose, depth) * SMOOTH).ravel().tolist(), fill=colour)
+    ImageDraw.Draw(image).polygon(
+        (place(points, pose, depth) * SMOOTH).ravel().tolist(), fill=colour
+    )
 
 
 def glow(image, pose, x, y, width, height, colour, strength):
     """Blend a colour into the face: `strength` (0 to 1) in the middle of an ellipse, nothing at its edge."""
     half = np.array((width, height)) * pose.side / BOX
-    left, top, right, bottom = np.round((place([(x, y)], pose, 1) + ([-half], [half])).ravel() * SMOOTH).astype(int)
+    left, top, right, bottom = np.round(
+        (place([(x, y)], pose, 1) + ([-half], [half])).ravel() * SMOOTH
+    ).astype(int)
     image.paste(colour, (left, top), soft_disc(strength).resize((right - left, bottom - top)))
 
 
@@ -170,7 +208,12 @@ def curve(text, scale=1.0):
     p = np.array([pair.split(",") for pair in text.split()], float) * (scale / 100, 0.01)
     a, b, c, d = (np.roll(p, n, 0) for n in (1, 0, -1, -2))
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
-    spline = b + t * (c - a) / 2 + t**2 * (a - 2.5 * b + 2 * c - d / 2) + t**3 * (1.5 * (b - c) + (d - a) / 2)
+    spline = (
+        b
+        + t * (c - a) / 2
+        + t**2 * (a - 2.5 * b + 2 * c - d / 2)
+        + t**3 * (1.5 * (b - c) + (d - a) / 2)
+    )
     return spline.transpose(1, 0, 2).reshape(-1, 2)
 
 
@@ -264,7 +307,9 @@ def draw_face(shape, who, pose):
     shape(stroke(-0.085, 0.115, 0.085, 0.115, 0.045, 0.018), shade(skin, 0.62), 1.5)
     shape(oval(0, 0.09, 0.055, 0.045), shade(skin, 1.12), 1.6)
     half, sag = 0.14 + 0.03 * pose.smile, 0.05 * pose.smile
-    shape(stroke(-half, 0.285, half, 0.285, sag + pose.gape / 2, 0.018 + pose.gape / 2), "#8a3038", 1)
+    shape(
+        stroke(-half, 0.285, half, 0.285, sag + pose.gape / 2, 0.018 + pose.gape / 2), "#8a3038", 1
+    )
     if pose.gape > 0.02:
         shape(stroke(-half * 0.8, 0.28, half * 0.8, 0.28, sag + 0.008, 0.013), "#fbf6ee", 1)
 
@@ -278,7 +323,18 @@ def draw_eyes(shape, who, pose):
         shape(oval(x + pose.gaze, -0.097, 0.046, 0.05), "#33231f", 1)
         shape(oval(x + pose.gaze - 0.014, -0.115, 0.014, 0.014), "#ffffff", 1)
         shape(stroke(x - 0.1, -0.085, x + 0.1, -0.085, -0.062, 0.013), "#2a2023", 1)
-        shape(stroke(x - side * 0.1, -0.205 - pose.lift, x + side * 0.13, -0.2 - pose.lift, -0.035, who.brow), brow, 1)
+        shape(
+            stroke(
+                x - side * 0.1,
+                -0.205 - pose.lift,
+                x + side * 0.13,
+                -0.2 - pose.lift,
+                -0.035,
+                who.brow,
+            ),
+            brow,
+            1,
+        )
 
 
 def draw_glasses(shape, soft, who):
@@ -331,7 +387,10 @@ def draw_shelf(rng, draw, x, y, w, h):
     left = x
     while left < x + w * 0.85:
         wide, high = rng.uniform(0.07, 0.13) * w, rng.uniform(0.5, 0.9) * h
-        draw.rectangle((left, y + h - high, left + wide, y + h), shade(rng.choice(SHIRTS), rng.uniform(0.75, 1.1)))
+        draw.rectangle(
+            (left, y + h - high, left + wide, y + h),
+            shade(rng.choice(SHIRTS), rng.uniform(0.75, 1.1)),
+        )
         left += wide * 1.05
     draw.rectangle((x - w * 0.1, y + h, x + w * 1.1, y + h * 1.07), "#8a6544")
 
@@ -339,7 +398,9 @@ def draw_shelf(rng, draw, x, y, w, h):
 def light(rng, width, height, strength=1.0):
     """Return factors (height, width, 3) for a picture's pixels: brightness, warmth, one side lit more."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    side_x, side_y, gain, warm = strength * rng.uniform((-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06))
+    side_x, side_y, gain, warm = strength * rng.uniform(
+        (-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06)
+    )
     return (np.exp(gain) * (1 + side_x * x + side_y * y))[..., None] * (1 + warm, 1, 1 - warm)
 
 
@@ -352,7 +413,9 @@ def draw_scene(room, lit, noise, faces):
     image = room.resize((room.width * SMOOTH, room.height * SMOOTH), Image.Resampling.NEAREST)
     for index, pose, shirt in faces:
         draw_figure(image, person(index), pose, shirt)
-    return Image.fromarray(np.clip(np.asarray(image.reduce(SMOOTH)) * lit + noise, 0, 255).astype("uint8"))
+    return Image.fromarray(
+        np.clip(np.asarray(image.reduce(SMOOTH)) * lit + noise, 0, 255).astype("uint8")
+    )
 
 
 def draw_person(index, rng, size=SIDE):
@@ -370,9 +433,15 @@ def draw_set(folder, people=5, pictures=40, seed=SEED):
 
     Raises UserError if the folder holds files that this would not write: they are somebody's, or of a larger set.
     """
-    wanted = {Path(folder, person(i).name, f"{n:03}.jpg"): (i, n) for i in range(people) for n in range(pictures)}
+    wanted = {
+        Path(folder, person(i).name, f"{n:03}.jpg"): (i, n)
+        for i in range(people)
+        for n in range(pictures)
+    }
     if others := set(utils.list_files(folder)) - set(wanted):
-        raise utils.UserError(f"{utils.escape(min(others))}: is not of this set: choose a new folder or remove it")
+        raise utils.UserError(
+            f"{utils.escape(min(others))}: is not of this set: choose a new folder or remove it"
+        )
     for path, (index, number) in utils.progress(wanted.items(), len(wanted), "drawing"):
         path.parent.mkdir(parents=True, exist_ok=True)
         draw_person(index, np.random.default_rng([seed, index, number])).save(path, quality=92)
@@ -386,11 +455,22 @@ def film_poses(rng, frames, left, right):
     keys, times = [], []
     while not times or times[-1] < frames:
         side = rng.uniform(0.66, 1) * largest
-        pose = random_pose(rng, rng.uniform(left + largest * 0.8, right - largest * 0.8), rng.uniform(170, 250), side)
-        keys += [tuple(vars(pose).values()), np.array(tuple(vars(pose).values())) * rng.uniform(0.98, 1.02)]
+        pose = random_pose(
+            rng,
+            rng.uniform(left + largest * 0.8, right - largest * 0.8),
+            rng.uniform(170, 250),
+            side,
+        )
+        keys += [
+            tuple(vars(pose).values()),
+            np.array(tuple(vars(pose).values())) * rng.uniform(0.98, 1.02),
+        ]
         times += [times[-1] + rng.uniform(15, 30) if times else 0]
         times += [times[-1] + rng.uniform(10, 25)]
-    return [SimpleNamespace(**dict(zip(vars(pose), row))) for row in PchipInterpolator(times, keys)(range(frames))]
+    return [
+        SimpleNamespace(**dict(zip(vars(pose), row)))
+        for row in PchipInterpolator(times, keys)(range(frames))
+    ]
 
 
 def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
@@ -401,21 +481,39 @@ def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
     """
     import cv2
 
-    rng, frames, (width, height) = np.random.default_rng([seed, *people]), round(seconds * FPS), FRAME
-    room, lit, shirts = draw_room(rng, width, height), light(rng, width, height, 0.5), rng.permutation(SHIRTS)
+    rng, frames, (width, height) = (
+        np.random.default_rng([seed, *people]),
+        round(seconds * FPS),
+        FRAME,
+    )
+    room, lit, shirts = (
+        draw_room(rng, width, height),
+        light(rng, width, height, 0.5),
+        rng.permutation(SHIRTS),
+    )
     zone = width / len(people)
     poses = [film_poses(rng, frames, zone * n, zone * (n + 1)) for n in range(len(people))]
     truth = []
     with utils.whole_file(path) as part:
-        film = cv2.VideoWriter(str(part), cv2.VideoWriter.fourcc(*CODECS[Path(path).suffix]), FPS, FRAME)
+        film = cv2.VideoWriter(
+            str(part), cv2.VideoWriter.fourcc(*CODECS[Path(path).suffix]), FPS, FRAME
+        )
         if not film.isOpened():
-            raise utils.UserError(f"{utils.escape(path)}: OpenCV cannot write this kind of film: try .avi")
+            raise utils.UserError(
+                f"{utils.escape(path)}: OpenCV cannot write this kind of film: try .avi"
+            )
         for now in zip(*poses):
-            image = draw_scene(room, lit, rng.normal(0, 2, (height, width, 1)), list(zip(people, now, shirts)))
+            image = draw_scene(
+                room, lit, rng.normal(0, 2, (height, width, 1)), list(zip(people, now, shirts))
+            )
             film.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
-            truth.append([{"name": person(i).name} | face_box(pose) for i, pose in zip(people, now)])
+            truth.append(
+                [{"name": person(i).name} | face_box(pose) for i, pose in zip(people, now)]
+            )
         film.release()
-    Path(path).with_suffix(".json").write_text(json.dumps(truth, ensure_ascii=False), encoding="utf-8")
+    Path(path).with_suffix(".json").write_text(
+        json.dumps(truth, ensure_ascii=False), encoding="utf-8"
+    )
     return truth
 
 
@@ -443,13 +541,21 @@ def main():
         epilog="example: python tests/sample_faces.py people --clip people.mp4",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("out_dir", type=Path, help="the folder that gets a folder of pictures for each person")
+    parser.add_argument(
+        "out_dir", type=Path, help="the folder that gets a folder of pictures for each person"
+    )
     parser.add_argument("--people", type=positive, default=5, metavar="N", help="how many people")
-    parser.add_argument("--pictures", type=positive, default=40, metavar="N", help="pictures of each person")
-    parser.add_argument("--clip", type=film_name, metavar="FILE", help="also a film (.mp4 or .avi) of the first two")
+    parser.add_argument(
+        "--pictures", type=positive, default=40, metavar="N", help="pictures of each person"
+    )
+    parser.add_argument(
+        "--clip", type=film_name, metavar="FILE", help="also a film (.mp4 or .avi) of the first two"
+    )
     args = parser.parse_args()
     draw_set(args.out_dir, args.people, args.pictures)
-    utils.say(f"{args.people * args.pictures} pictures of {args.people} people in {utils.escape(args.out_dir)}")
+    utils.say(
+        f"{args.people * args.pictures} pictures of {args.people} people in {utils.escape(args.out_dir)}"
+    )
     if args.clip:
         draw_clip(args.clip, range(min(2, args.people)))
         utils.say(f"film in {utils.escape(args.clip)}, its true face boxes beside it as .json")

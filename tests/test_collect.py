@@ -29,7 +29,9 @@ import utils  # noqa: E402
 
 SCRIPT = ROOT / "collect_apple_photos.py"
 REAL = ROOT.parent / "shared" / "data" / "photos_libraries"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real libraries in ../shared are not at hand")
+needs_real = pytest.mark.skipif(
+    not REAL.is_dir(), reason="the real libraries in ../shared are not at hand"
+)
 pillow_heif.register_heif_opener()
 
 
@@ -44,7 +46,9 @@ def collect(library, out, *options, code=0):
 
 def texture(seed, size=(640, 480)):
     """Return a picture in which every place looks different, so that a crop tells where it was cut."""
-    small = np.random.default_rng(seed).integers(0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+    small = np.random.default_rng(seed).integers(
+        0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8
+    )
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
 
@@ -55,7 +59,10 @@ def expected(picture, box, context=2.2):
     for center, size in zip(box[:2], picture.size):
         start = center - side / 2
         place.append(min(max(start, 0), size - side) if side <= size else start)
-    columns, rows = (np.clip(np.arange(side) + round(start), 0, size - 1) for start, size in zip(place, picture.size))
+    columns, rows = (
+        np.clip(np.arange(side) + round(start), 0, size - 1)
+        for start, size in zip(place, picture.size)
+    )
     return np.asarray(picture.convert("RGB"), dtype=float)[rows][:, columns]
 
 
@@ -104,7 +111,9 @@ def test_every_face_goes_to_its_person_from_the_right_place(tmp_path, generation
     first, second = texture(1), texture(2, (480, 640))
     boxes = {"Ann": (150, 120, 60), "Ben": (400, 300, 100), None: (560, 100, 50)}
     faces = [(name, box) for name, box in boxes.items()]
-    library = make_library(tmp_path / "Test.photoslibrary", generation, [(first, faces), (second, [("Ann", IN_FRAME)])])
+    library = make_library(
+        tmp_path / "Test.photoslibrary", generation, [(first, faces), (second, [("Ann", IN_FRAME)])]
+    )
     before = state_of(library)
     lines, errors = collect(library, tmp_path / "people")
     assert lines == [
@@ -127,10 +136,16 @@ def test_every_face_goes_to_its_person_from_the_right_place(tmp_path, generation
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_names_of_the_files_and_their_format(tmp_path, generation):
-    library = make_library(tmp_path / "Test.photoslibrary", generation, [(texture(1), [("Ann", IN_FRAME)] * 2)])
+    library = make_library(
+        tmp_path / "Test.photoslibrary", generation, [(texture(1), [("Ann", IN_FRAME)] * 2)]
+    )
     collect(library, tmp_path / "people")
     hexes = "[0-9A-F]{8}(-[0-9A-Z]{4}){3}-[0-9A-F]{12}"
-    pattern = rf"Ann/{hexes}-{hexes}\.jpg" if generation in (5, 6, 9, 10) else r"Ann/[\w%+]{22}-[\w%+]{22}-[12]\.jpg"
+    pattern = (
+        rf"Ann/{hexes}-{hexes}\.jpg"
+        if generation in (5, 6, 9, 10)
+        else r"Ann/[\w%+]{22}-[\w%+]{22}-[12]\.jpg"
+    )
     names = files(tmp_path / "people")
     assert len(names) == 2 and all(re.fullmatch(pattern, name) for name in names), names
     assert len({name.lower() for name in names}) == 2  # also where uuids differ by case only
@@ -138,17 +153,23 @@ def test_names_of_the_files_and_their_format(tmp_path, generation):
     assert (image.format, image.mode, dict(image.getexif())) == ("JPEG", "RGB", {})
 
 
-@pytest.mark.parametrize(("orientation", "size"), [(n, (640, 480)) for n in range(9)] + [(6, (480, 640))])
+@pytest.mark.parametrize(
+    ("orientation", "size"), [(n, (640, 480)) for n in range(9)] + [(6, (480, 640))]
+)
 def test_pictures_are_turned_upright_first(tmp_path, orientation, size):
     library = LIBRARIES[10](tmp_path / "Test.photoslibrary")
     box = (200, 150, 70)
-    library.face(library.photo(data=jpeg(texture(3, size), orientation)), library.person("Ann"), size, box)
+    library.face(
+        library.photo(data=jpeg(texture(3, size), orientation)), library.person("Ann"), size, box
+    )
     collect(library.finish(), tmp_path / "people")
     assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(3, size), box)
 
 
 @pytest.mark.parametrize(
-    "box", [(10, 10, 90), (630, 470, 90), (320, 5, 200), (320, 240, 250), (20, 460, 290)], ids=lambda box: str(box)
+    "box",
+    [(10, 10, 90), (630, 470, 90), (320, 5, 200), (320, 240, 250), (20, 460, 290)],
+    ids=lambda box: str(box),
 )
 @pytest.mark.parametrize("context", [1.0, 2.2])
 def test_crops_at_the_edge_are_shifted_or_padded_and_stay_square(tmp_path, box, context):
@@ -179,7 +200,9 @@ ROWS_OF_PHOTOS_2 = {
     "size 0": ({}, {"size": 0}),
     "without a photo": ({}, {"imageModelId": None, "trainingType": 1}),
 }
-ROWS_OF_PHOTOS_1 = {name: row for name, row in ROWS_OF_PHOTOS_2.items() if name != "without a photo"}
+ROWS_OF_PHOTOS_1 = {
+    name: row for name, row in ROWS_OF_PHOTOS_2.items() if name != "without a photo"
+}
 ROWS_OF_PHOTOS_1["without a photo"] = ({}, {"imageId": "nowhere"})
 
 
@@ -187,7 +210,11 @@ ROWS_OF_PHOTOS_1["without a photo"] = ({}, {"imageId": "nowhere"})
     ("generation", "photo", "face"),
     [
         pytest.param(generation, photo, face, id=f"Photos {generation}, {name}")
-        for generation, rows in ((10, ROWS_OF_PHOTOS_10), (2, ROWS_OF_PHOTOS_2), (1, ROWS_OF_PHOTOS_1))
+        for generation, rows in (
+            (10, ROWS_OF_PHOTOS_10),
+            (2, ROWS_OF_PHOTOS_2),
+            (1, ROWS_OF_PHOTOS_1),
+        )
         for name, (photo, face) in rows.items()
     ],
 )
@@ -197,10 +224,16 @@ def test_rows_that_are_no_faces_are_not_counted(tmp_path, generation, photo, fac
     library.face(library.photo(texture(1)), person, (640, 480), IN_FRAME)
     library.face(library.photo(texture(2), **photo), person, (640, 480), IN_FRAME, **face)
     lines, _ = collect(library.finish(), tmp_path / "people")
-    assert lines == ["images  person", "     1  Maria", "1 faces: 1 named (1 persons), 0 unknown, 0 skipped"]
+    assert lines == [
+        "images  person",
+        "     1  Maria",
+        "1 faces: 1 named (1 persons), 0 unknown, 0 skipped",
+    ]
 
 
-@pytest.mark.parametrize(("generation", "photo"), [(10, {"ZHIDDEN": 1}), (2, {"isHidden": 1}), (1, {"isHidden": 1})])
+@pytest.mark.parametrize(
+    ("generation", "photo"), [(10, {"ZHIDDEN": 1}), (2, {"isHidden": 1}), (1, {"isHidden": 1})]
+)
 def test_hidden_photos_are_taken_on_demand(tmp_path, generation, photo):
     library = LIBRARIES[generation](tmp_path / "Test.photoslibrary")
     library.face(library.photo(texture(2), **photo), library.person("Maria"), (640, 480), IN_FRAME)
@@ -260,9 +293,13 @@ def test_persons_of_one_name_share_a_folder_and_others_never_do(tmp_path, genera
         library.face(photo, library.person(name), (640, 480), IN_FRAME)
     library.face(photo, None, (640, 480), IN_FRAME)
     lines, _ = collect(library.finish(), tmp_path / "people")
-    counts = {folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "people").iterdir()}
+    counts = {
+        folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "people").iterdir()
+    }
     assert counts == {name: 1 for name in counts} | {"Katie": 3, "José": 2}
-    assert len({name.casefold() for name in counts}) == len(counts) == len(names) - 3 + 1  # Katie, José
+    assert (
+        len({name.casefold() for name in counts}) == len(counts) == len(names) - 3 + 1
+    )  # Katie, José
     assert {
         "Katie",
         "katie (2)",
@@ -287,7 +324,11 @@ def test_persons_of_one_name_share_a_folder_and_others_never_do(tmp_path, genera
 @pytest.mark.parametrize("end", ["_1_201_a.jpeg", "_1_201_a.heic"])
 def test_edited_photos_are_cut_from_the_edited_picture(tmp_path, end):
     library = LIBRARIES[10](tmp_path / "Test.photoslibrary")
-    photo, edited, box = library.photo(texture(7, (800, 600))), texture(8, (400, 500)), (200, 250, 100)
+    photo, edited, box = (
+        library.photo(texture(7, (800, 600))),
+        texture(8, (400, 500)),
+        (200, 250, 100),
+    )
     library.edit(photo, edited, end)
     library.face(photo, library.person("Maria"), edited.size, box)
     collect(library.finish(), tmp_path / "people")
@@ -297,7 +338,11 @@ def test_edited_photos_are_cut_from_the_edited_picture(tmp_path, end):
 @pytest.mark.parametrize("generation", [1, 2])
 def test_edited_photos_of_older_libraries(tmp_path, generation):
     library = LIBRARIES[generation](tmp_path / "Test.photoslibrary")
-    photo, edited, box = library.photo(texture(7, (800, 600))), texture(8, (400, 500)), (200, 250, 100)
+    photo, edited, box = (
+        library.photo(texture(7, (800, 600))),
+        texture(8, (400, 500)),
+        (200, 250, 100),
+    )
     library.edit(photo, edited)
     library.face(photo, library.person("Maria"), edited.size, box)
     collect(library.finish(), tmp_path / "people")
@@ -306,7 +351,11 @@ def test_edited_photos_of_older_libraries(tmp_path, generation):
 
 def test_an_edited_picture_in_another_folder_than_its_number_says_is_found(tmp_path):
     library = LIBRARIES[2](tmp_path / "Test.photoslibrary")
-    photo, edited, box = library.photo(texture(7, (800, 600))), texture(8, (400, 500)), (200, 250, 100)
+    photo, edited, box = (
+        library.photo(texture(7, (800, 600))),
+        texture(8, (400, 500)),
+        (200, 250, 100),
+    )
     library.edit(photo, edited, folder="00/02")
     library.face(photo, library.person("Maria"), edited.size, box)
     collect(library.finish(), tmp_path / "people")
@@ -338,12 +387,18 @@ def test_smaller_copies_stand_in_the_largest_first(tmp_path, original, edited):
     photo = library.photo(data=original)
     if edited:
         library.edit(photo)
-    library.smaller_copy(photo, texture(10, (320, 240)), "resources/derivatives/masters/{}_4_5005_c.jpeg")
+    library.smaller_copy(
+        photo, texture(10, (320, 240)), "resources/derivatives/masters/{}_4_5005_c.jpeg"
+    )
     library.smaller_copy(photo, texture(11, (448, 336)))
     library.face(photo, library.person("Ann"), (640, 480), IN_FRAME)
     lines, errors = collect(library.finish(), tmp_path / "people")
     assert lines[-1] == "1 faces: 1 named (1 persons), 0 unknown, 0 skipped"
-    assert [line for line in errors if line.startswith("warning: ") and "1 faces come from smaller copies" in line]
+    assert [
+        line
+        for line in errors
+        if line.startswith("warning: ") and "1 faces come from smaller copies" in line
+    ]
     box = [part * 0.7 for part in IN_FRAME]
     assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(11, (448, 336)), box)
 
@@ -356,16 +411,23 @@ def test_raw_files_give_way_to_copies_or_are_counted(tmp_path):
     for photo in (with_copy, without):
         library.face(photo, library.person("Ann"), (640, 480), IN_FRAME)
     lines, _ = collect(library.finish(), tmp_path / "people")
-    assert lines[-2] == "1 skipped: the picture cannot be read (RAW, damaged or of an unknown format)"
+    assert (
+        lines[-2] == "1 skipped: the picture cannot be read (RAW, damaged or of an unknown format)"
+    )
     assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(10), IN_FRAME)
 
 
-@pytest.mark.parametrize(("generation", "film"), [(10, {"ZKIND": 1}), (2, {"type": 8}), (1, {"type": 8})])
+@pytest.mark.parametrize(
+    ("generation", "film"), [(10, {"ZKIND": 1}), (2, {"type": 8}), (1, {"type": 8})]
+)
 def test_faces_on_films_are_counted(tmp_path, generation, film):
     library = LIBRARIES[generation](tmp_path / "Test.photoslibrary")
     library.face(library.photo(texture(1), **film), library.person("Ann"), (640, 480), IN_FRAME)
     lines, _ = collect(library.finish(), tmp_path / "people")
-    assert lines[-2:] == ["1 skipped: on a film", "1 faces: 0 named (0 persons), 0 unknown, 1 skipped"]
+    assert lines[-2:] == [
+        "1 skipped: on a film",
+        "1 faces: 0 named (0 persons), 0 unknown, 1 skipped",
+    ]
 
 
 @pytest.mark.parametrize("generation", [1, 2])
@@ -391,7 +453,9 @@ def test_tiles_without_a_type_are_told_by_their_names(tmp_path):
     library.resource_of(face, None, texture(32, (240, 240)), "FaceTile.PNG")
     library.resource_of(face, None, texture(33, (240, 240)), "IMG_0002.jpg")
     collect(library.finish(), tmp_path / "people")
-    assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(32, (240, 240)), (120, 120, 240), 1)
+    assert_same_crop(
+        next((tmp_path / "people" / "Ann").iterdir()), texture(32, (240, 240)), (120, 120, 240), 1
+    )
 
 
 def test_tiles_that_nothing_tells_apart_are_used_only_if_single_and_warned_about(tmp_path):
@@ -408,7 +472,10 @@ def test_tiles_that_nothing_tells_apart_are_used_only_if_single_and_warned_about
 
 def test_photos_1_without_its_library_database_still_has_tiles(tmp_path):
     library = LIBRARIES[1](tmp_path / "Test.photoslibrary")
-    library.tile(library.face(library.photo(), library.person("Ann"), (640, 480), IN_FRAME), texture(1, (200, 200)))
+    library.tile(
+        library.face(library.photo(), library.person("Ann"), (640, 480), IN_FRAME),
+        texture(1, (200, 200)),
+    )
     path = library.finish()
     (path / "database").rename(path / "Database")
     for file in (path / "Database").glob("Library.apdb*"):
@@ -425,23 +492,35 @@ def test_pictures_that_icloud_keeps_of_faces_are_the_last_resort(tmp_path):
         library.face(photo, person, (640, 480), IN_FRAME)
     synchronised = library.face(None, merged, (256, 256), (128, 128, 128), ZTRAININGTYPE=1)
     library.insert(
-        "ZFACECROP", ZASSET=photo, ZFACE=synchronised, ZPERSON=merged, ZRESOURCEDATA=jpeg(texture(12, (256, 256)))
+        "ZFACECROP",
+        ZASSET=photo,
+        ZFACE=synchronised,
+        ZPERSON=merged,
+        ZRESOURCEDATA=jpeg(texture(12, (256, 256))),
     )
     lines, _ = collect(library.finish(), tmp_path / "people")
     assert lines[-1] == "3 faces: 1 named (1 persons), 0 unknown, 2 skipped"
-    assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(12, (256, 256)), (128, 128, 256), 1)
+    assert_same_crop(
+        next((tmp_path / "people" / "Ann").iterdir()), texture(12, (256, 256)), (128, 128, 256), 1
+    )
 
 
 def test_heic_originals(tmp_path):
     library, heic = LIBRARIES[10](tmp_path / "Test.photoslibrary"), io.BytesIO()
     texture(13).save(heic, "HEIF", quality=95)
-    library.face(library.photo(data=heic.getvalue(), ending="heic"), library.person("Ann"), (640, 480), IN_FRAME)
+    library.face(
+        library.photo(data=heic.getvalue(), ending="heic"),
+        library.person("Ann"),
+        (640, 480),
+        IN_FRAME,
+    )
     collect(library.finish(), tmp_path / "people")
     assert_same_crop(next((tmp_path / "people" / "Ann").iterdir()), texture(13), IN_FRAME)
 
 
 @pytest.mark.parametrize(
-    "place", ["resources/cloudsharing/data", "scopes/cloudsharing/data", "scopes/syndication/originals"]
+    "place",
+    ["resources/cloudsharing/data", "scopes/cloudsharing/data", "scopes/syndication/originals"],
 )
 def test_shared_pictures(tmp_path, place):
     library = LIBRARIES[9](tmp_path / "Test.photoslibrary")
@@ -457,7 +536,11 @@ def test_only_referenced_pictures_may_lie_outside(tmp_path, kind):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a{b}.jpg").write_bytes(jpeg(texture(15)))
     library = LIBRARIES[10](tmp_path / "Test.photoslibrary")
-    columns = {"ZSAVEDASSETTYPE": kind, "ZDIRECTORY": str(tmp_path / "elsewhere"), "ZFILENAME": "a{b}.jpg"}
+    columns = {
+        "ZSAVEDASSETTYPE": kind,
+        "ZDIRECTORY": str(tmp_path / "elsewhere"),
+        "ZFILENAME": "a{b}.jpg",
+    }
     library.face(library.photo(**columns), library.person("Ann"), (640, 480), IN_FRAME)
     lines, _ = collect(library.finish(), tmp_path / "people")
     assert lines[-1].startswith(f"1 faces: {int(kind == 10)} named")
@@ -496,7 +579,9 @@ def test_paths_that_leave_the_library_are_not_read(tmp_path, photo):
     (tmp_path / "Test.photoslibrary" / "originals").mkdir(parents=True)
     (tmp_path / "Test.photoslibrary" / "originals" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "Test.photoslibrary" / "originals" / "loop").symlink_to("loop")
-    library.face(library.photo(**{"ZFILENAME": "a.jpg"} | photo), library.person("Ann"), (640, 480), IN_FRAME)
+    library.face(
+        library.photo(**{"ZFILENAME": "a.jpg"} | photo), library.person("Ann"), (640, 480), IN_FRAME
+    )
     lines, _ = collect(library.finish(), tmp_path / "people")
     assert lines[-1] == "1 faces: 0 named (0 persons), 0 unknown, 1 skipped"
 
@@ -522,7 +607,9 @@ def test_boxes_that_make_no_sense_are_counted(tmp_path, face):
     assert lines[-2] == "1 skipped: the face's box makes no sense"
 
 
-@pytest.mark.parametrize("size", [(0, 0), (None, None), ("a", "b"), (float("inf"), 1), (10**18, 10**18)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(0, 0), (None, None), ("a", "b"), (float("inf"), 1), (10**18, 10**18)], ids=str
+)
 def test_odd_sizes_of_the_picture_harm_nothing(tmp_path, size):
     library = LIBRARIES[10](tmp_path / "Test.photoslibrary")
     columns = dict(zip(("ZSOURCEWIDTH", "ZSOURCEHEIGHT"), size))
@@ -539,7 +626,10 @@ def test_uuids_do_not_lead_out_of_the_dataset_nor_overwrite_each_other(tmp_path)
     expected, _ = collect(path, tmp_path / "people", "--dry-run")
     lines, _ = collect(path, tmp_path / "people")
     assert lines == expected
-    assert lines[-2:] == ["1 skipped: twice in the database", "4 faces: 3 named (1 persons), 0 unknown, 1 skipped"]
+    assert lines[-2:] == [
+        "1 skipped: twice in the database",
+        "4 faces: 3 named (1 persons), 0 unknown, 1 skipped",
+    ]
     assert len(files(tmp_path / "people")) == 3
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
 
@@ -566,10 +656,30 @@ def family(tmp_path):
 
 SMALL = "1 skipped: smaller than 48 pixels (--min-size)"
 TABLES = [
-    ([], ["2 Ann", "1 Ben", "1 unknown"], [SMALL], "5 faces: 3 named (2 persons), 1 unknown, 1 skipped"),
-    (["--min-size", 40], ["3 Ann", "1 Ben", "1 unknown"], [], "5 faces: 4 named (2 persons), 1 unknown, 0 skipped"),
-    (["--min-images", 2], ["2 Ann", "2 unknown"], [SMALL], "5 faces: 2 named (1 persons), 2 unknown, 1 skipped"),
-    (["--min-images", 3], ["4 unknown"], [SMALL], "5 faces: 0 named (0 persons), 4 unknown, 1 skipped"),
+    (
+        [],
+        ["2 Ann", "1 Ben", "1 unknown"],
+        [SMALL],
+        "5 faces: 3 named (2 persons), 1 unknown, 1 skipped",
+    ),
+    (
+        ["--min-size", 40],
+        ["3 Ann", "1 Ben", "1 unknown"],
+        [],
+        "5 faces: 4 named (2 persons), 1 unknown, 0 skipped",
+    ),
+    (
+        ["--min-images", 2],
+        ["2 Ann", "2 unknown"],
+        [SMALL],
+        "5 faces: 2 named (1 persons), 2 unknown, 1 skipped",
+    ),
+    (
+        ["--min-images", 3],
+        ["4 unknown"],
+        [SMALL],
+        "5 faces: 0 named (0 persons), 4 unknown, 1 skipped",
+    ),
     (
         ["--no-unknown"],
         ["2 Ann", "1 Ben"],
@@ -579,21 +689,36 @@ TABLES = [
     (
         ["--no-unknown", "--min-images", 2],
         ["2 Ann"],
-        ["1 skipped: of a person with fewer than 2 (--min-images)", SMALL, "1 skipped: without a name (--no-unknown)"],
+        [
+            "1 skipped: of a person with fewer than 2 (--min-images)",
+            SMALL,
+            "1 skipped: without a name (--no-unknown)",
+        ],
         "5 faces: 2 named (1 persons), 0 unknown, 3 skipped",
     ),
 ]
 
 
-@pytest.mark.parametrize(("options", "rows", "reasons", "total"), TABLES, ids=lambda value: str(value)[:40])
-def test_options_move_faces_and_every_face_is_accounted_for(tmp_path, family, options, rows, reasons, total):
-    wanted = ["images  person", *(f"{row.split()[0]:>6}  {row.split()[1]}" for row in rows), *reasons, total]
+@pytest.mark.parametrize(
+    ("options", "rows", "reasons", "total"), TABLES, ids=lambda value: str(value)[:40]
+)
+def test_options_move_faces_and_every_face_is_accounted_for(
+    tmp_path, family, options, rows, reasons, total
+):
+    wanted = [
+        "images  person",
+        *(f"{row.split()[0]:>6}  {row.split()[1]}" for row in rows),
+        *reasons,
+        total,
+    ]
     lines, _ = collect(family, tmp_path / "dry", *options, "--dry-run")
     assert lines == wanted
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary"]
     lines, _ = collect(family, tmp_path / "people", *options)
     assert lines == wanted
-    folders = {folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "people").iterdir()}
+    folders = {
+        folder.name: len(list(folder.iterdir())) for folder in (tmp_path / "people").iterdir()
+    }
     assert folders == {row.split()[1]: int(row.split()[0]) for row in rows}
 
 
@@ -621,13 +746,21 @@ def test_wrong_usage_ends_with_2(tmp_path, family, options):
 
 def test_help_names_every_option_and_loads_nothing_heavy(tmp_path):
     code = "import sys, collect_apple_photos as c; sys.argv[1:] = ['--help']\n"
-    code += (
-        "try: c.main()\nfinally: print(sorted({'tensorflow', 'keras', 'cv2', 'scipy', 'matplotlib'} & {*sys.modules}))"
-    )
+    code += "try: c.main()\nfinally: print(sorted({'tensorflow', 'keras', 'cv2', 'scipy', 'matplotlib'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    for option in ("--context F", "--min-size PX", "--min-images N", "--no-unknown", "--include-hidden", "--dry-run"):
+    for option in (
+        "--context F",
+        "--min-size PX",
+        "--min-images N",
+        "--no-unknown",
+        "--include-hidden",
+        "--dry-run",
+    ):
         assert option in done.stdout
-    assert len(re.findall(r"\(default:\s", done.stdout)) == 6 and "python collect_apple_photos.py" in done.stdout
+    assert (
+        len(re.findall(r"\(default:\s", done.stdout)) == 6
+        and "python collect_apple_photos.py" in done.stdout
+    )
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -687,11 +820,18 @@ def test_other_folders_and_broken_databases_give_one_line(tmp_path, make, words)
     make(path)
     lines, errors = collect(path, tmp_path / "people", code=1)
     assert lines == [] and len(errors) == 1
-    assert errors[0].startswith("error: ") and words in errors[0] and "\\x1b" in errors[0] and "\x1b" not in errors[0]
+    assert (
+        errors[0].startswith("error: ")
+        and words in errors[0]
+        and "\\x1b" in errors[0]
+        and "\x1b" not in errors[0]
+    )
     assert not (tmp_path / "people").exists() and leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("out", ["Test.photoslibrary/people", "Test.photoslibrary", "link/people", "full", "file"])
+@pytest.mark.parametrize(
+    "out", ["Test.photoslibrary/people", "Test.photoslibrary", "link/people", "full", "file"]
+)
 def test_folders_that_are_refused(tmp_path, family, out):
     (tmp_path / "link").symlink_to(family)
     (tmp_path / "full").mkdir()
@@ -714,7 +854,8 @@ def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path, family
 @pytest.mark.parametrize("generation", LIBRARIES)
 def test_a_library_without_faces_is_no_failure(tmp_path, generation):
     lines, _ = collect(
-        make_library(tmp_path / "Test.photoslibrary", generation, [(texture(1), [])]), tmp_path / "people"
+        make_library(tmp_path / "Test.photoslibrary", generation, [(texture(1), [])]),
+        tmp_path / "people",
     )
     assert "no faces" in lines[0]
     assert lines[-1] == "0 faces: 0 named (0 persons), 0 unknown, 0 skipped"
@@ -731,7 +872,9 @@ def test_a_missing_permission_names_the_setting(tmp_path, family, monkeypatch, c
     assert leftovers(tmp_path) == []
 
 
-def test_a_database_that_photos_changed_while_it_was_copied_is_copied_again(tmp_path, family, monkeypatch, capsys):
+def test_a_database_that_photos_changed_while_it_was_copied_is_copied_again(
+    tmp_path, family, monkeypatch, capsys
+):
     copy, times = shutil.copyfile, []
 
     def torn(source, target):
@@ -751,7 +894,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, family):
     code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
     code += f"sys.argv[1:] = [{str(family)!r}, {str(tmp_path / 'people')!r}]\nutils.run(c.main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary"]
 
 
@@ -772,7 +917,9 @@ def large(tmp_path_factory):
 
 
 def start(library, out):
-    return subprocess.Popen([sys.executable, SCRIPT, library, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, SCRIPT, library, out], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def kill_at_random(library, folder, kills, seed):
@@ -816,7 +963,9 @@ def test_what_is_unfinished_is_private_and_in_one_folder(tmp_path, large):
     wait_for(lambda: list(folder.glob("**/*.jpg")) and list(folder.glob("**/photos.sqlite")))
     assert os.listdir(tmp_path) == [".people-unfinished"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    _, errors = collect(large, tmp_path / "people", code=1)  # a second run does not disturb the first
+    _, errors = collect(
+        large, tmp_path / "people", code=1
+    )  # a second run does not disturb the first
     assert "another run is at work here" in errors[0]
     other, _ = collect(large, tmp_path / "others")
     out, _ = process.communicate()
@@ -870,7 +1019,9 @@ def test_what_a_killed_run_left_is_removed(tmp_path, family, left):
 
 @pytest.mark.slow
 @needs_real
-@pytest.mark.parametrize("name", [path.name[: -len(".tar.xz")] for path in sorted(REAL.glob("*.tar.xz"))])
+@pytest.mark.parametrize(
+    "name", [path.name[: -len(".tar.xz")] for path in sorted(REAL.glob("*.tar.xz"))]
+)
 def test_every_face_of_a_real_library(tmp_path, name):
     with tarfile.open(REAL / f"{name}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -878,7 +1029,8 @@ def test_every_face_of_a_real_library(tmp_path, name):
     lines, errors = collect(library, tmp_path / "people")
     truth = json.loads((REAL / "truth.json").read_text())["libraries"][name]
     assert (
-        lines[-1] == f"{truth['eligible_faces']} faces: {truth['named_faces']} named (3 persons), 1 unknown, 0 skipped"
+        lines[-1]
+        == f"{truth['eligible_faces']} faces: {truth['named_faces']} named (3 persons), 1 unknown, 0 skipped"
     )
     assert errors == [] and state_of(library) == before
     for face in truth["faces"]:
@@ -888,5 +1040,7 @@ def test_every_face_of_a_real_library(tmp_path, name):
         assert picture.size == tuple(face["upright_size"])
         left, top, right, bottom = face["box_upright_px_topleft_origin"]
         box = ((left + right) / 2, (top + bottom) / 2, right - left)
-        assert_same_crop(tmp_path / "people" / (face["name"] or "unknown") / f"{stem}.jpg", picture, box)
+        assert_same_crop(
+            tmp_path / "people" / (face["name"] or "unknown") / f"{stem}.jpg", picture, box
+        )
     assert len(files(tmp_path / "people")) == len(truth["faces"])

@@ -30,7 +30,9 @@ SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="sets limits that only Linux has")
 on_unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix system")
-needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs `pip install jax`")
+needs_jax = pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None, reason="needs `pip install jax`"
+)
 
 # train.py itself, with other constants.
 CHANGED = """
@@ -108,7 +110,9 @@ def face(tmp_path):
 @pytest.fixture
 def library(tmp_path):
     """Draw a Photos library of two people whose names a terminal may not be able to show."""
-    photos = [(Image.new("RGB", (200, 200), "tan"), [(name, (100, 100, 80))]) for name in ("王", "Zoë")]
+    photos = [
+        (Image.new("RGB", (200, 200), "tan"), [(name, (100, 100, 80))]) for name in ("王", "Zoë")
+    ]
     return make_library(tmp_path / "Photos Library.photoslibrary", 10, photos)
 
 
@@ -130,7 +134,9 @@ COLLECT = ("webcam.py", "--save-faces", "faces", "--source", "data/a/000.png", "
     ("cv2", NO_LIBRARY, COLLECT, "apt-get install libgl1"),
     ("cv2", NO_LIBRARY, TRAIN, "apt-get install libgl1"),
 ])  # fmt: skip
-def test_a_package_or_a_library_that_is_missing(make_classes, tmp_path, module, problem, command, remedy):
+def test_a_package_or_a_library_that_is_missing(
+    make_classes, tmp_path, module, problem, command, remedy
+):
     make_classes(a=4, b=4)
     broken = instead_of(tmp_path / "broken", module, f'raise ImportError("{problem}")')
     script, *arguments = command
@@ -145,11 +151,17 @@ def test_a_python_that_is_too_old_or_too_new(tmp_path, name):
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     found = [*versions.glob(f"{name}.*/bin/python"), shutil.which(f"python{name}")]
     ask = "import sys; print('%d.%d' % sys.version_info[:2])"
-    found = [p for p in found if p and subprocess.run([p, "-c", ask], capture_output=True).stdout.decode()[:-1] == name]
+    found = [
+        p
+        for p in found
+        if p and subprocess.run([p, "-c", ask], capture_output=True).stdout.decode()[:-1] == name
+    ]
     if not found:
         pytest.skip(f"there is no Python {name} here")
     for script in SCRIPTS:
-        done = subprocess.run([found[0], ROOT / script, "--help"], cwd=tmp_path, capture_output=True, encoding="utf-8")
+        done = subprocess.run(
+            [found[0], ROOT / script, "--help"], cwd=tmp_path, capture_output=True, encoding="utf-8"
+        )
         assert told(done).startswith(f"error: this is Python {name}: install Python 3.11")
         assert done.stdout == "" and len(done.stderr.splitlines()) == 1
 
@@ -160,21 +172,25 @@ def test_the_collectors_work_where_there_is_no_tensorflow(tmp_path, library, fac
     absent = {"tensorflow", "keras", "jax", "h5py"}
     assert not absent & set(command.split())
     for module in absent:
-        environment = instead_of(tmp_path / "absent", module, f"raise ImportError('No module named {module}')")
+        environment = instead_of(
+            tmp_path / "absent", module, f"raise ImportError('No module named {module}')"
+        )
     done = run_process(ROOT / "collect_apple_photos.py", tmp_path, library, "people", **environment)
     assert done.returncode == 0 and "2 faces: 2 named" in done.stdout, done.stderr
     done = run_process(ROOT / "webcam.py", tmp_path, "--save-faces", "people/Ann", "--source", face, "--no-display",
                        **environment)  # fmt: skip
-    assert done.returncode == 0 and len(list((tmp_path / "people" / "Ann").iterdir())) == 1, done.stderr
+    assert done.returncode == 0 and len(list((tmp_path / "people" / "Ann").iterdir())) == 1, (
+        done.stderr
+    )
 
 
 def test_opencv_without_windows_is_a_warning(tmp_path, face):
     """As with opencv-python-headless."""
-    change = (
-        "def namedWindow(*_):\n    raise cv2.error('not implemented: rebuild with GTK')\ncv2.namedWindow = namedWindow"
-    )
+    change = "def namedWindow(*_):\n    raise cv2.error('not implemented: rebuild with GTK')\ncv2.namedWindow = namedWindow"
     headless = instead_of(tmp_path / "headless", "cv2", CHANGED_CV2.format(change=change))
-    done = run_process(ROOT / "webcam.py", tmp_path, "--save-faces", "faces", "--source", face, **headless)
+    done = run_process(
+        ROOT / "webcam.py", tmp_path, "--save-faces", "faces", "--source", face, **headless
+    )
     assert done.returncode == 0 and len(list((tmp_path / "faces").iterdir())) == 1, done.stderr
     assert done.stderr.startswith("warning: no window can be opened")
 
@@ -184,7 +200,9 @@ def test_cameras_that_do_open_are_named_where_the_wanted_one_does_not(tmp_path):
     film = str(tmp_path / "film.mp4")
     change = f"real = cv2.VideoCapture\ncv2.VideoCapture = lambda n, *_: real({film!r} if n in (1, 3) else '')"
     cameras = instead_of(tmp_path / "cameras", "cv2", CHANGED_CV2.format(change=change))
-    done = run_process(ROOT / "webcam.py", tmp_path, "--save-faces", "faces", "--no-display", **cameras)
+    done = run_process(
+        ROOT / "webcam.py", tmp_path, "--save-faces", "faces", "--no-display", **cameras
+    )
     line = told(done)
     assert line.startswith("error: camera 0: ")
     assert re.search(r"\b1\b.*\b3\b", line.removeprefix("error: camera 0: ")), line
@@ -210,7 +228,9 @@ def test_a_folder_that_may_not_be_written(tmp_path, make_classes, library, face,
         tmp_path.chmod(0o755)
     assert "Permission denied: check the permissions or choose another folder" in line
     assert not re.search(r"/tmp\w{8}: ", line), "names a file that nobody knows"
-    assert [path for path in sorted(tmp_path.rglob("*")) if path.parent.name != "elsewhere"] == before
+    assert [
+        path for path in sorted(tmp_path.rglob("*")) if path.parent.name != "elsewhere"
+    ] == before
 
 
 @pytest.mark.slow
@@ -221,7 +241,9 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     for path in [*data.rglob("*"), data]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     limits = [on_one_core, without_privileges]
-    done = limited(folder, limits, "train.py", "mes données", "mon modèle", *FAST, "--weights", weights_file)
+    done = limited(
+        folder, limits, "train.py", "mes données", "mon modèle", *FAST, "--weights", weights_file
+    )
     assert done.returncode == 0 and "best: round 0" in done.stdout, done.stderr
     (command,) = re.findall(r"^ +python (webcam\.py .*)", done.stderr, re.M)
     assert command == "webcam.py 'mon modèle'"
@@ -231,7 +253,9 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     done = limited(folder, limits, "webcam.py", "mon modèle", "--source", "mes données", "--whole-picture",
                    *closed.split(), "--no-display", "--output", "tagués")  # fmt: skip
     labels = [line.split("\t")[-2] for line in done.stdout.splitlines()[1:]]
-    assert done.returncode == 0 and len(labels) == 16 and set(labels) <= {"王", "l'été"}, done.stderr
+    assert done.returncode == 0 and len(labels) == 16 and set(labels) <= {"王", "l'été"}, (
+        done.stderr
+    )
     assert Image.open(folder / "tagués" / "王" / "000.png").size == (80, 80)
 
 
@@ -240,16 +264,27 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
 def test_faces_are_collected_and_folders_read_in_one_gigabyte(tmp_path):
     coarse = Image.fromarray(np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype("uint8"))
     photo = coarse.resize((4000, 3000), Image.Resampling.BICUBIC)
-    library = make_library(tmp_path / "L.photoslibrary", 10, [(photo, [("Ann", (2000, 1500, 300))])] * 4)
+    library = make_library(
+        tmp_path / "L.photoslibrary", 10, [(photo, [("Ann", (2000, 1500, 300))])] * 4
+    )
     done = limited(tmp_path, [in_one_gigabyte], "collect_apple_photos.py", library, "people")
     assert done.returncode == 0 and "4 faces: 4 named" in done.stdout, done.stderr
     for n in range(8):  # PNG is decoded in full
         (tmp_path / "data" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
         photo.rotate(45 * n).save(tmp_path / "data" / "ab"[n % 2] / f"{n}.png", compress_level=1)
     done = limited(tmp_path, [in_one_gigabyte], "train.py", "data", "model", "--dry-run")
-    assert done.returncode == 0 and done.stdout.startswith("images: 6 train, 2 validation"), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith("images: 6 train, 2 validation"), (
+        done.stderr
+    )
     done = limited(
-        tmp_path, [in_one_gigabyte], "webcam.py", "--save-faces", "faces", "--source", "data", "--no-display"
+        tmp_path,
+        [in_one_gigabyte],
+        "webcam.py",
+        "--save-faces",
+        "faces",
+        "--source",
+        "data",
+        "--no-display",
     )
     assert done.returncode == 0, done.stderr
 
@@ -259,7 +294,9 @@ def test_faces_are_collected_and_folders_read_in_one_gigabyte(tmp_path):
     "__import__('tensorflow').errors.ResourceExhaustedError(None, None, 'OOM when allocating a tensor')",
 ])  # fmt: skip
 def test_too_little_memory_for_the_network_is_one_line(tmp_path, error):
-    script = changed_train(tmp_path / "short.py", f"def train_now(args):\n    raise {error}\ntrain.train = train_now")
+    script = changed_train(
+        tmp_path / "short.py", f"def train_now(args):\n    raise {error}\ntrain.train = train_now"
+    )
     (tmp_path / "data").mkdir()
     line = told(run_process(script, tmp_path, "data", "model"))
     assert line.startswith("error: out of memory")
@@ -295,7 +332,12 @@ class Downloads(http.server.BaseHTTPRequestHandler):
 def server():
     """Start a server of downloads; its `data` are a megabyte that is no weights."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Downloads)
-    server.data, server.asked, server.ended, server.daemon_threads = bytes(10**6), [], threading.Event(), True
+    server.data, server.asked, server.ended, server.daemon_threads = (
+        bytes(10**6),
+        [],
+        threading.Event(),
+        True,
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.ended.set()
@@ -307,7 +349,16 @@ def download(folder, address, md5, *options, data="data"):
     """Train with weights from elsewhere, waiting for two seconds at most, and a folder for Keras that is new."""
     change = f"train.IMAGENET, train.IMAGENET_MD5, train.DOWNLOAD_SECONDS = {address!r}, {md5!r}, 2"
     script = changed_train(folder / "elsewhere.py", change)
-    return run_process(script, folder, data, "model", *FAST, *options, KERAS_HOME=str(folder / "keras"), no_proxy="*")
+    return run_process(
+        script,
+        folder,
+        data,
+        "model",
+        *FAST,
+        *options,
+        KERAS_HOME=str(folder / "keras"),
+        no_proxy="*",
+    )
 
 
 ONE_BY_ONE = """
@@ -329,7 +380,10 @@ UNAVAILABLE = {"cut": "retrieval incomplete", "wrong": "hash does not match", "s
 def test_weights_that_cannot_be_downloaded(make_classes, tmp_path, server):
     make_classes(a=4, b=4)
     ports = {"refused": 9}
-    addresses = [f"http://127.0.0.1:{ports.get(kind, server.server_port)}/{kind}/{kind}.h5" for kind in UNAVAILABLE]
+    addresses = [
+        f"http://127.0.0.1:{ports.get(kind, server.server_port)}/{kind}/{kind}.h5"
+        for kind in UNAVAILABLE
+    ]
     script = tmp_path / "one_by_one.py"
     script.write_text(ONE_BY_ONE.format(root=str(ROOT), addresses=addresses), encoding="utf-8")
     done = run_process(script, tmp_path, "data", "model", *FAST, "--weights", "imagenet",
@@ -337,7 +391,11 @@ def test_weights_that_cannot_be_downloaded(make_classes, tmp_path, server):
     ends = re.findall(r"^(.*)\nended with (.*)$", done.stderr, re.M)
     assert len(ends) == len(UNAVAILABLE) and "Traceback" not in done.stderr, done.stderr
     for (line, code), address, reason in zip(ends, addresses, UNAVAILABLE.values()):
-        assert code == "1" and line.startswith("error: --weights imagenet: cannot be downloaded (") and reason in line
+        assert (
+            code == "1"
+            and line.startswith("error: --weights imagenet: cannot be downloaded (")
+            and reason in line
+        )
         assert line.endswith(f"get the file by hand: {address}")
     assert not list(tmp_path.glob("model*"))
 
@@ -346,7 +404,9 @@ def test_weights_from_a_server_with_a_certificate_of_its_own(make_classes, tmp_p
     make_classes(a=4, b=4)
     present_a_certificate_of_its_own(server, tmp_path)
     address = f"https://localhost:{server.server_port}/certificate/notop.h5"
-    assert "certificate verify failed" in told(download(tmp_path, address, "0" * 32, "--weights", "imagenet"))
+    assert "certificate verify failed" in told(
+        download(tmp_path, address, "0" * 32, "--weights", "imagenet")
+    )
 
 
 def present_a_certificate_of_its_own(server, folder):
@@ -361,7 +421,9 @@ def present_a_certificate_of_its_own(server, folder):
 
 
 @pytest.mark.slow
-def test_a_good_download_mends_half_a_file_and_later_no_network_is_needed(make_classes, tmp_path, server, weights_file):
+def test_a_good_download_mends_half_a_file_and_later_no_network_is_needed(
+    make_classes, tmp_path, server, weights_file
+):
     make_classes(a=4, b=4)
     server.data = weights_file.read_bytes()
     md5 = hashlib.md5(server.data).hexdigest()
@@ -386,7 +448,9 @@ def on_terminal(command, cwd, **environment):
     import pty
 
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, stdout=theirs, stderr=theirs)
+    process = subprocess.Popen(
+        command, cwd=cwd, env=os.environ | environment, stdout=theirs, stderr=theirs
+    )
     os.close(theirs)
     text = b""
     with contextlib.suppress(OSError):  # what Linux answers when the other end is closed
@@ -400,19 +464,29 @@ WINDOWS = {"PYTHONIOENCODING": "cp1252"}
 
 
 def test_what_leaves_the_process_is_utf_8_whatever_the_locale(tmp_path, library):
-    done = run_process(ROOT / "collect_apple_photos.py", tmp_path, library, "people", **WINDOWS)  # read as UTF-8
+    done = run_process(
+        ROOT / "collect_apple_photos.py", tmp_path, library, "people", **WINDOWS
+    )  # read as UTF-8
     assert done.returncode == 0 and "     1  王\n" in done.stdout and "     1  Zoë\n" in done.stdout
     draw_classes(tmp_path / "data", {"王": 4, "Zoë": 4})
     done = run_process(ROOT / "train.py", tmp_path, "data", "model", "--dry-run", **WINDOWS)
-    assert done.returncode == 0 and "warning: 王: only 4 pictures" in done.stderr and "Zoë: only" in done.stderr
+    assert (
+        done.returncode == 0
+        and "warning: 王: only 4 pictures" in done.stderr
+        and "Zoë: only" in done.stderr
+    )
 
 
 @on_unix
 def test_a_closed_output_is_no_mistake(tmp_path):
     draw_classes(tmp_path / "data", {"a": 4, "b": 4})
-    command = f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} data m --dry-run"
+    command = (
+        f"{shlex.quote(sys.executable)} {shlex.quote(str(ROOT / 'train.py'))} data m --dry-run"
+    )
     for closed in (">&-", ">&- 2>&-"):
-        done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            f"{command} {closed}", shell=True, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
@@ -424,10 +498,16 @@ def test_a_terminal_that_lacks_a_character_gets_an_escape(tmp_path, library, enc
     code, text = on_terminal(command, tmp_path, **environment)
     assert code == 0 and b"     1  \\u738b\r\n" in text and b"     1  " + shown in text
     draw_classes(tmp_path / "data", {"王": 4, "Zoë": 4})
-    code, text = on_terminal([sys.executable, ROOT / "train.py", "data", "model", "--dry-run"], tmp_path, **environment)
-    assert code == 0 and b"warning: \\u738b: only 4 pictures" in text and b"warning: " + shown in text
+    code, text = on_terminal(
+        [sys.executable, ROOT / "train.py", "data", "model", "--dry-run"], tmp_path, **environment
+    )
+    assert (
+        code == 0 and b"warning: \\u738b: only 4 pictures" in text and b"warning: " + shown in text
+    )
     for script in SCRIPTS:
-        assert on_terminal([sys.executable, ROOT / script, "--help"], tmp_path, **environment)[0] == 0
+        assert (
+            on_terminal([sys.executable, ROOT / script, "--help"], tmp_path, **environment)[0] == 0
+        )
 
 
 # ---------------------------------------------------------------- the README's commands
@@ -445,14 +525,20 @@ def fenced_blocks():
     return found
 
 
-COMMANDS = [text for language, text in fenced_blocks() if not language and re.search("^python ", text, re.M)]
+COMMANDS = [
+    text for language, text in fenced_blocks() if not language and re.search("^python ", text, re.M)
+]
 SHELL = [text for language, text in fenced_blocks() if language == "sh"]
 
 
 def test_no_block_with_a_command_is_left_out():
     """What is run below: all blocks with a line that begins with `python`, and those marked as `sh`."""
     assert len(COMMANDS) >= 5 and len(SHELL) >= 2
-    others = [text for language, text in fenced_blocks() if language != "python" and text not in COMMANDS + SHELL]
+    others = [
+        text
+        for language, text in fenced_blocks()
+        if language != "python" and text not in COMMANDS + SHELL
+    ]
     words = r"^\s*(\$|\.venv|python|pip|export|set|apt|apt-get|brew|source|cd|mkdir|mv|cp|rm|rmdir|\.)\s"
     assert [line for text in others for line in text.splitlines() if re.match(words, line)] == []
 
@@ -465,7 +551,10 @@ def test_the_lines_that_set_up_the_environment(tmp_path):
         if program == "python3":
             command, cwd = [sys.executable, *words, "--without-pip"], tmp_path
         elif program == ".venv/bin/pip":
-            command, cwd = [sys.executable, "-m", "pip", *words, "--dry-run", "--no-index"], tmp_path
+            command, cwd = (
+                [sys.executable, "-m", "pip", *words, "--dry-run", "--no-index"],
+                tmp_path,
+            )
         elif words[:2] == ["-m", "pytest"]:
             command, cwd = [sys.executable, *words, "--collect-only"], ROOT
         else:  # run by test_the_first_command_on_a_drawn_set
@@ -513,7 +602,9 @@ def clone(tmp_path, weights_file):
     shutil.copy(weights_file, kept / "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5")
     sample_faces.draw_clip(folder / "played.mp4", seconds=2)
     change = PLAYED.format(film=str(folder / "played.mp4"))
-    environment = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")
+    }
     environment |= instead_of(folder / "played", "cv2", CHANGED_CV2.format(change=change))
     environment |= {"HOME": str(folder), "KERAS_HOME": str(kept.parent)}
     environment |= {"https_proxy": "http://127.0.0.1:9", "no_proxy": "127.0.0.1"}
@@ -538,7 +629,9 @@ def bring_what_is_needed(block, folder, request):
         shutil.copy(folder / "played.mp4", folder / name)
     for name in re.findall(r"--source (photos\w*)", block):
         sample_faces.draw_set(folder / name, 2, 2)
-    if re.search(r"webcam\.py model|--evaluate", block) and not re.search(r"train\.py \w+ model$", block, re.M):
+    if re.search(r"webcam\.py model|--evaluate", block) and not re.search(
+        r"train\.py \w+ model$", block, re.M
+    ):
         for path in request.getfixturevalue("scratch_run")[0].glob("model*"):
             shutil.copy(path, folder)
 
@@ -546,11 +639,15 @@ def bring_what_is_needed(block, folder, request):
 def named(block):
     """Return a block as a parameter, named by its first line; those that train, or load a model often, are long."""
     slow = re.search(r"train\.py \w+ \w+$|(py model[^`]*){2}", block, re.M)
-    return pytest.param(block, id=block.split("\n")[0][:60], marks=[pytest.mark.long] if slow else [])
+    return pytest.param(
+        block, id=block.split("\n")[0][:60], marks=[pytest.mark.long] if slow else []
+    )
 
 
 # A line break inside backquotes is a space, as Markdown has it.
-INLINE = [re.sub(r"\s+", " ", command) for command in re.findall(r"(?<!`)`(python\s[^`]*)`(?!`)", README)]
+INLINE = [
+    re.sub(r"\s+", " ", command) for command in re.findall(r"(?<!`)`(python\s[^`]*)`(?!`)", README)
+]
 
 
 @pytest.mark.slow
@@ -591,7 +688,9 @@ def test_the_commands_for_several_machines(clone, request):
 @pytest.mark.slow
 @on_unix
 def test_the_lines_for_small_classes(tmp_path):
-    people = draw_classes(tmp_path / "people", {"Ann": 10, "Ben": 10, "small_class": 4, "unknown": 6})
+    people = draw_classes(
+        tmp_path / "people", {"Ann": 10, "Ben": 10, "small_class": 4, "unknown": 6}
+    )
     lines = re.findall(r"`((?:mv|rmdir) [^`]*)`", README)
     assert [line.split()[0] for line in lines] == ["mv", "rmdir"]
     (people / "unknown" / "000.png").rename(people / "unknown" / "stranger.png")

@@ -18,10 +18,14 @@ import pytest
 from conftest import ROOT, run_process
 from PIL import Image
 
+import model
 import train
 import utils
 
-KERNEL = (1024 + 1280 + 3 * 15 * 15, 3)  # of the last layer: hidden units, middle, layout of 75 pixels; classes
+KERNEL = (
+    1024 + 1280 + 3 * 15 * 15,
+    3,
+)  # of the last layer: hidden units, middle, layout of 75 pixels; classes
 LABELS = ["Ann", "Ben", "Cleo"]
 
 
@@ -33,7 +37,7 @@ def good_trio(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good")
     keras.utils.clear_session()
     info = {"labels": LABELS, "image_size": 75, "threshold": 0.5, "round": 0}
-    utils.save_model(utils.build_network(3, 75), info, folder / "m")
+    model.save_model(model.build_network(3, 75), info, folder / "m")
     (folder / "data" / "Ann").mkdir(parents=True)
     Image.new("RGB", (80, 80)).save(folder / "data" / "Ann" / "1.png")
     return folder
@@ -84,7 +88,9 @@ def add_layer(config, layer, argument=None):
 
 def lambda_layer(canary):
     """A Lambda layer whose marshalled code makes a file when it is loaded or called."""
-    code = marshal.dumps(compile(f"lambda x: (open({str(canary)!r}, 'w').close(), x)[1]", "x", "eval").co_consts[0])
+    code = marshal.dumps(
+        compile(f"lambda x: (open({str(canary)!r}, 'w').close(), x)[1]", "x", "eval").co_consts[0]
+    )
     function = {"class_name": "__lambda__", "config": {
         "code": base64.b64encode(code).decode(), "defaults": None, "closure": None}}  # fmt: skip
     return {"module": "keras.layers", "class_name": "Lambda", "registered_name": None, "config": {
@@ -140,7 +146,9 @@ def external(weights):
     """Keep the last kernel's numbers in another file."""
     del weights["probabilities/probabilities/kernel"]
     group = weights["probabilities/probabilities"]
-    group.create_dataset("kernel", KERNEL, "float32", external=[("/etc/hostname", 0, 4 * np.prod(KERNEL))])
+    group.create_dataset(
+        "kernel", KERNEL, "float32", external=[("/etc/hostname", 0, 4 * np.prod(KERNEL))]
+    )
 
 
 def virtual(weights):
@@ -212,7 +220,9 @@ def bush(weights):
 
 def deep_bomb(weights):
     """Hide a bomb where no real file has anything."""
-    weights.create_group("/".join("abcdefgh")).create_dataset("x", (2**29,), "float32", chunks=(2**20,))
+    weights.create_group("/".join("abcdefgh")).create_dataset(
+        "x", (2**29,), "float32", chunks=(2**20,)
+    )
 
 
 def wide_chunk(weights):
@@ -230,15 +240,23 @@ def one_text(folder):
         file["model_weights"].attrs.create("layer_names", names, dtype=h5py.string_dtype())
     data = bytearray((folder / "m.h5").read_bytes())
     start = data.index(struct.pack("<I", 20_000_000))
-    while data[start + 16 : start + 20] != struct.pack("<I", 7):  # elsewhere these bytes mean something else
+    while data[start + 16 : start + 20] != struct.pack(
+        "<I", 7
+    ):  # elsewhere these bytes mean something else
         start = data.index(struct.pack("<I", 20_000_000), start + 1)
-    data[start : start + 450 * 16] = data[start : start + 16] * 450  # references: size, place, number
+    data[start : start + 450 * 16] = (
+        data[start : start + 16] * 450
+    )  # references: size, place, number
     (folder / "m.h5").write_bytes(data)
 
 
 TRIOS = {
-    "lambda in json": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "json")(f),
-    "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(f),
+    "lambda in json": lambda f: edit_json(
+        lambda c: add_layer(c, lambda_layer(f / "canary")), "json"
+    )(f),
+    "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(
+        f
+    ),
     "lambda in both": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")))(f),
     "saved model layer": lambda f: edit_json(lambda c: saved_model_layer(c, f / "canary"))(f),
     "units 1e10": edit_json(set_units(10**10)),
@@ -262,8 +280,12 @@ TRIOS = {
     "cut h5": lambda f: os.truncate(f / "m.h5", 5_000_000),
     "junk h5": text("m.h5", b"junk" * 1000),
     "empty h5": text("m.h5", b""),
-    "2 GiB bomb": rewrite(replace("bomb", shape=(2**29,), dtype="float32", chunks=(2**20,), compression="gzip")),
-    "32 GiB bomb": rewrite(replace("bomb", shape=(2**33,), dtype="float32", chunks=(2**20,), compression="gzip")),
+    "2 GiB bomb": rewrite(
+        replace("bomb", shape=(2**29,), dtype="float32", chunks=(2**20,), compression="gzip")
+    ),
+    "32 GiB bomb": rewrite(
+        replace("bomb", shape=(2**33,), dtype="float32", chunks=(2**20,), compression="gzip")
+    ),
     "bomb beside": rewrite(lambda w: w.create_dataset("x", (2**29,), "float32", chunks=(2**20,))),
     "other shape": rewrite(replace("turned", data=np.zeros(KERNEL[::-1], "float32"))),
     "integers": rewrite(replace("ints", data=np.zeros(KERNEL, "int64"))),
@@ -296,7 +318,9 @@ TRIOS = {
         lambda w: w["hidden"].attrs.__setitem__("weight_names", [b"hidden/kernel"] * 2)
     ),
     "one text for all names": one_text,
-    "more names than data": rewrite(lambda w: w.attrs.__setitem__("layer_names0", [b"hidden"] * 900)),
+    "more names than data": rewrite(
+        lambda w: w.attrs.__setitem__("layer_names0", [b"hidden"] * 900)
+    ),
 }
 
 
@@ -308,7 +332,9 @@ def measured(command, folder):
         "usage = resource.getrusage(resource.RUSAGE_CHILDREN); "
         "print(done.returncode, time.monotonic() - start, usage.ru_maxrss / 1024); print(done.stderr, end='')"
     )
-    done = subprocess.run([sys.executable, "-c", program, *command], cwd=folder, capture_output=True, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command], cwd=folder, capture_output=True, encoding="utf-8"
+    )
     code, seconds, megabytes = done.stdout.splitlines()[0].split()
     return int(code), done.stdout.partition("\n")[2], float(seconds), float(megabytes)
 
@@ -316,18 +342,34 @@ def measured(command, folder):
 @pytest.mark.parametrize("name", TRIOS)
 def test_a_bad_trio_is_refused_and_nothing_in_it_runs(trio, name):
     TRIOS[name](trio)
-    code, stderr, _, megabytes = measured([sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], trio)
+    code, stderr, _, megabytes = measured(
+        [sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], trio
+    )
     assert code == 1, stderr
     assert len(stderr.splitlines()) == 1 and stderr.startswith("error: m") and "\x1b" not in stderr
     assert not (trio / "canary").exists()
     assert megabytes < 1500
 
 
-@pytest.mark.parametrize("name", ["lambda in both", "saved model layer", "swapped labels", "nan", "2 GiB bomb"])
+@pytest.mark.parametrize(
+    "name", ["lambda in both", "saved model layer", "swapped labels", "nan", "2 GiB bomb"]
+)
 def test_the_tagger_refuses_them_too(trio, name):
     TRIOS[name](trio)
-    done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--no-display", "--whole-picture")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: m")
+    done = run_process(
+        ROOT / "webcam.py",
+        trio,
+        "m",
+        "--source",
+        "data/Ann/1.png",
+        "--no-display",
+        "--whole-picture",
+    )
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and done.stderr.startswith("error: m")
+    )
     assert not (trio / "canary").exists()
 
 
@@ -336,7 +378,9 @@ def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
     for name in ("cv2", "numpy", "PIL", "keras", "matplotlib"):
         (trio / f"{name}.py").write_text("open('canary', 'w').close()")
     monkeypatch.delenv("DISPLAY", raising=False)
-    done = run_process(ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--whole-picture")
+    done = run_process(
+        ROOT / "webcam.py", trio, "m", "--source", "data/Ann/1.png", "--whole-picture"
+    )
     assert done.returncode == 0 and "no window can be opened" in done.stderr, done.stderr
     assert not (trio / "canary").exists()
 
@@ -350,10 +394,18 @@ def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
     database.close()
     magic, name = bytes.fromhex("d9d505f920a163d7"), str(tmp_path / "precious").encode()
     head = (magic + struct.pack(">5I", 0, 1234, 2, 512, 4096)).ljust(512, b"\0")
-    tail = struct.pack(">I", 2**30 // 4096 + 1) + name + struct.pack(">II", len(name), sum(name)) + magic
+    tail = (
+        struct.pack(">I", 2**30 // 4096 + 1)
+        + name
+        + struct.pack(">II", len(name), sum(name))
+        + magic
+    )
     (tmp_path / "lock-journal").write_bytes(head + tail)
     shutil.copytree(tmp_path, tmp_path / "copy")
-    with pytest.raises(utils.UserError, match="not a lock of this kit"), utils.only_run(tmp_path / "lock"):
+    with (
+        pytest.raises(utils.UserError, match="not a lock of this kit"),
+        utils.only_run(tmp_path / "lock"),
+    ):
         pass
     assert (tmp_path / "precious").exists()
     database = sqlite3.connect(tmp_path / "lock", isolation_level=None)
@@ -366,19 +418,25 @@ def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weig
     shutil.copy(weights_file, tmp_path / "w.keras")
     (tmp_path / "data").mkdir()
     done = run_script("train.py", "data", "m", "--weights", "w.keras")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --weights w.keras: give a file")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: --weights w.keras: give a file"
+    )
 
 
 def test_the_settings_of_a_stranger_do_not_change_the_pictures(tmp_path):
     (tmp_path / "matplotlibrc").write_text("foo\x1b]0;x\x07: 1\ntext.usetex: True\nfigure.dpi: 1\n")
-    code = "import utils; utils.draw_report('r.png', 'title', ['a', 'b'], utils.np.array([0, 1]), utils.np.eye(2))"
+    code = "import numpy as np, report; report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True)
-    assert (done.returncode, done.stderr) == (0, b"") and Image.open(tmp_path / "r.png").width == 990
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and Image.open(
+        tmp_path / "r.png"
+    ).width == 990
 
 
 def test_the_good_trio_is_not_refused(trio):
-    assert utils.load_model(trio / "m")[1]["labels"] == ["Ann", "Ben", "Cleo"]
+    assert model.load_model(trio / "m")[1]["labels"] == ["Ann", "Ben", "Cleo"]
 
 
 PLAIN = """
@@ -408,7 +466,9 @@ def test_the_attacks_do_work_in_plain_keras(good_trio, tmp_path):
     for name in names:
         shutil.copytree(good_trio, tmp_path / name)
         TRIOS[name](tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", PLAIN], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN], cwd=tmp_path, capture_output=True, text=True
+    )
     for name in names[1:]:
         assert (tmp_path / name / "canary").exists(), done.stdout + done.stderr
     assert str(tmp_path / names[0] / "canary") in done.stdout
@@ -424,8 +484,12 @@ def test_bombs_do_open_in_plain_h5py(trio):
 WEIGHTS = {
     "nan": lambda file, group: group[0].__setitem__(0, np.nan),
     "bomb": lambda file, group: file.create_dataset("x", (2**29,), "float32", chunks=(2**20,)),
-    "external link": lambda file, group: file.__setitem__("x", h5py.ExternalLink("/etc/hostname", "/x")),
-    "virtual": lambda file, group: file.create_virtual_dataset("x", h5py.VirtualLayout((2,), "float32")),
+    "external link": lambda file, group: file.__setitem__(
+        "x", h5py.ExternalLink("/etc/hostname", "/x")
+    ),
+    "virtual": lambda file, group: file.create_virtual_dataset(
+        "x", h5py.VirtualLayout((2,), "float32")
+    ),
 }
 
 
@@ -435,10 +499,12 @@ def test_weights_from_strangers(tmp_path, weights_file, name):
     shutil.copy(weights_file, path)
     with h5py.File(path, "a") as file:
         arrays = []
-        file.visititems(lambda _, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None)
+        file.visititems(
+            lambda _, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None
+        )
         WEIGHTS[name](file, [a for a in arrays if a.ndim == 1])
     with pytest.raises(utils.UserError, match=r"w\.h5: "):
-        train.load_base(utils.build_network(2, 75), path)
+        train.load_base(model.build_network(2, 75), path)
 
 
 def test_memory_and_time_of_the_worst_ones(trio):

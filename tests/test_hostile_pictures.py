@@ -32,7 +32,11 @@ def originals():
             buffer = io.BytesIO()
             one.save(buffer, kind, **options)
             found.append(buffer.getvalue())
-    for kind, options in (("JPEG", {"progressive": True}), ("PNG", {"bits": 4}), ("TIFF", {"compression": "tiff_lzw"})):
+    for kind, options in (
+        ("JPEG", {"progressive": True}),
+        ("PNG", {"bits": 4}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+    ):
         buffer = io.BytesIO()
         (image.quantize(16) if kind == "PNG" else image).save(buffer, kind, **options)
         found.append(buffer.getvalue())
@@ -58,7 +62,9 @@ def mutate(data, others, rng):
             data[rng.randrange(min(len(data), 64))] = rng.choice((0, 255, 127, 128))
     elif way == 3:
         start = rng.randrange(min(len(data) - 4, 200))
-        data[start : start + 4] = rng.choice((b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", bytes(4)))
+        data[start : start + 4] = rng.choice(
+            (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", bytes(4))
+        )
     elif way == 4:
         other = rng.choice(others)
         data[rng.randrange(len(data)) :] = other[rng.randrange(len(other)) :]
@@ -123,10 +129,20 @@ print(utils.square(utils.open_picture(data), 224).shape)
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("L", "JPEG"), ("RGB", "JPEG"), ("I;16", "PNG"), ("F", "TIFF")],
+    [
+        ("RGB", "PNG"),
+        ("RGBA", "PNG"),
+        ("P", "PNG"),
+        ("L", "JPEG"),
+        ("RGB", "JPEG"),
+        ("I;16", "PNG"),
+        ("F", "TIFF"),
+    ],
 )
 def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
-    program = LARGEST.replace("print", "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, end=' '); print")
+    program = LARGEST.replace(
+        "print", "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, end=' '); print"
+    )
     done = subprocess.run([sys.executable, "-c", program, mode, "16000", "11100", kind], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     assert "(224, 224, 3)" in done.stdout, done.stderr
@@ -135,7 +151,11 @@ def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
 
 def tiff(side, *more, data=b""):
     """Return a grey TIFF: entries (tag, type, count, value); longer values as bytes, None for the place of the data."""
-    entries = [(256, 4, 1, side), (257, 4, 1, side), *[(tag, 3, 1, n) for tag, n in ((258, 8), (259, 1), (262, 1))]]
+    entries = [
+        (256, 4, 1, side),
+        (257, 4, 1, side),
+        *[(tag, 3, 1, n) for tag, n in ((258, 8), (259, 1), (262, 1))],
+    ]
     entries += [(277, 3, 1, 1), *more]
     start = 8 + 2 + 12 * len(entries) + 4
     long = b"".join(value for *_, value in entries if isinstance(value, bytes))
@@ -153,7 +173,14 @@ def tiles(side, tile, offsets, sizes, data=b""):
     """Return a TIFF in tiles."""
     n = len(sizes) if isinstance(sizes, bytes) else 1
     kind = 1 if n > 1 else 4
-    return tiff(side, (322, 4, 1, tile), (323, 4, 1, tile), (324, kind, n, offsets), (325, kind, n, sizes), data=data)
+    return tiff(
+        side,
+        (322, 4, 1, tile),
+        (323, 4, 1, tile),
+        (324, kind, n, offsets),
+        (325, kind, n, sizes),
+        data=data,
+    )
 
 
 N = 90_000  # tiles of one pixel: Pillow counts those of the first entry
@@ -164,46 +191,85 @@ OTHERS = [(40_000 + n, 3, 1, 0) for n in range(1_001)]
 def progressive(side, scans, frame=0xC2):
     """Return a progressive JPEG of so many scans that say nothing, or one of another kind of frame."""
     segment = lambda mark, data: bytes([255, mark]) + struct.pack(">H", len(data) + 2) + data  # noqa: E731
-    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(frame, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0")
+    tables = segment(0xDB, b"\0" + b"\1" * 64) + segment(
+        frame, struct.pack(">BHHB", 8, side, side, 1) + b"\1\x11\0"
+    )
     tables += segment(0xC4, b"\x10" + bytes([1] + [0] * 15) + b"\xe0")
-    scan = segment(0xDA, b"\1\1\0" + bytes([1, 63, 0])) + bytes(side * side // 64 * 15 // 16384 // 8 + 2)
+    scan = segment(0xDA, b"\1\1\0" + bytes([1, 63, 0])) + bytes(
+        side * side // 64 * 15 // 16384 // 8 + 2
+    )
     return b"\xff\xd8" + tables + scan * scans + b"\xff\xd9"
 
 
 def rle_bmp(side):
     """Return a BMP whose rows are all empty, in a few bytes each."""
     rows = b"\x01\0\0\0" * side + b"\0\1"
-    head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0) + bytes(1024)
-    return b"BM" + struct.pack("<IHHI", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows
+    head = struct.pack("<IiiHHIIiiII", 40, side, side, 1, 8, 1, len(rows), 0, 0, 256, 0) + bytes(
+        1024
+    )
+    return (
+        b"BM" + struct.pack("<IHHI", 14 + len(head) + len(rows), 0, 0, 14 + len(head)) + head + rows
+    )
 
 
 def animated_webp(side):
     """Return a WebP whose two frames are 2 x 2 pixels on a large canvas."""
     buffer = io.BytesIO()
     Image.new("RGBA", (2, 2), (9, 9, 9, 100)).save(buffer, "WEBP", lossless=True)
-    frame, three = buffer.getvalue()[buffer.getvalue().find(b"VP8L") :], lambda n: struct.pack("<I", n)[:3]
+    frame, three = (
+        buffer.getvalue()[buffer.getvalue().find(b"VP8L") :],
+        lambda n: struct.pack("<I", n)[:3],
+    )
     chunk = lambda name, data: name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)  # noqa: E731
-    body = b"WEBP" + chunk(b"VP8X", bytes([0x12, 0, 0, 0]) + three(side - 1) * 2) + chunk(b"ANIM", bytes(6))
+    body = (
+        b"WEBP"
+        + chunk(b"VP8X", bytes([0x12, 0, 0, 0]) + three(side - 1) * 2)
+        + chunk(b"ANIM", bytes(6))
+    )
     body += chunk(b"ANMF", three(0) * 2 + three(1) * 2 + three(100) + b"\0" + frame) * 2
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 TRAPS = {  # each with a harmless picture of the same kind
     "comments": (b"P2 9 9 255\n" + b"#\n" * 250_000 + b"0 " * 81, b"P2 9 9 255\n#\n" + b"0 " * 81),
-    "numbers in letters": (b"P2 9000 9000 255\n" + b"0 " * 1000, b"P2 900 900 255\n" + b"0 " * 810_000),
-    "an odd maximum": (b"P5 9000 9000 254\n" + bytes(81_000_000), b"P5 900 900 254\n" + bytes(810_000)),
+    "numbers in letters": (
+        b"P2 9000 9000 255\n" + b"0 " * 1000,
+        b"P2 900 900 255\n" + b"0 " * 810_000,
+    ),
+    "an odd maximum": (
+        b"P5 9000 9000 254\n" + bytes(81_000_000),
+        b"P5 900 900 254\n" + bytes(810_000),
+    ),
     "scans": (progressive(8192, 400), progressive(512, 5)),
     "scans of a baseline": (progressive(8192, 400, 0xC0), progressive(512, 5)),
-    "tiny tiles behind others": (tiff(300, *OTHERS, *TINY_TILES), tiles(64, 64, None, 4096, bytes(4096))),
-    "tiny tiles before few": (tiff(300, *TINY_TILES, (324, 4, 1, 8)), tiles(64, 64, None, 4096, bytes(4096))),
+    "tiny tiles behind others": (
+        tiff(300, *OTHERS, *TINY_TILES),
+        tiles(64, 64, None, 4096, bytes(4096)),
+    ),
+    "tiny tiles before few": (
+        tiff(300, *TINY_TILES, (324, 4, 1, 8)),
+        tiles(64, 64, None, 4096, bytes(4096)),
+    ),
     "text for a number": (
-        tiff(64, (322, 2, 3, int.from_bytes(b"xyz", "little")), (323, 4, 1, 2**31 - 1), (324, 4, 1, 8), (325, 4, 1, 1)),
+        tiff(
+            64,
+            (322, 2, 3, int.from_bytes(b"xyz", "little")),
+            (323, 4, 1, 2**31 - 1),
+            (324, 4, 1, 8),
+            (325, 4, 1, 1),
+        ),
         tiles(64, 64, None, 4096, bytes(4096)),
     ),
     "empty rows": (rle_bmp(13_000), rle_bmp(900)),
     "a canvas": (animated_webp(12_000), animated_webp(900)),
-    "tiny tiles": (tiles(900, 1, bytes(810_000), b"\1" * 810_000), tiles(64, 64, None, 4096, bytes(4096))),
-    "a large tile": (tiles(64, 16384, None, 9, bytes(9)), tiles(64, 128, None, 128**2, bytes(128**2))),
+    "tiny tiles": (
+        tiles(900, 1, bytes(810_000), b"\1" * 810_000),
+        tiles(64, 64, None, 4096, bytes(4096)),
+    ),
+    "a large tile": (
+        tiles(64, 16384, None, 9, bytes(9)),
+        tiles(64, 128, None, 128**2, bytes(128**2)),
+    ),
 }
 
 
@@ -211,7 +277,11 @@ TRAPS = {  # each with a harmless picture of the same kind
 def test_a_picture_that_would_take_minutes_or_gigabytes_is_refused(name):
     bad, good = TRAPS[name]
     start = time.process_time()
-    reason = "cannot be decoded" if name == "text for a number" else "minutes or gigabytes|too many strips"
+    reason = (
+        "cannot be decoded"
+        if name == "text for a number"
+        else "minutes or gigabytes|too many strips"
+    )
     with pytest.raises(utils.PictureError, match=reason):
         utils.square(utils.open_picture(bad), 75)
     assert time.process_time() - start < 2
@@ -226,9 +296,13 @@ def test_pixels_that_look_like_comments_are_none():
 def test_grey_with_premultiplied_transparency_is_read():
     buffer = io.BytesIO()
     Image.new("LA", (80, 80), (100, 128)).save(buffer, "TIFF")
-    data = buffer.getvalue().replace(struct.pack("<HHIH", 338, 3, 1, 2), struct.pack("<HHIH", 338, 3, 1, 1))
+    data = buffer.getvalue().replace(
+        struct.pack("<HHIH", 338, 3, 1, 2), struct.pack("<HHIH", 338, 3, 1, 1)
+    )
     image = utils.open_picture(data)
-    assert image.mode == "La" and utils.square(image, 75).min() > 200  # half of the white behind, and the grey
+    assert (
+        image.mode == "La" and utils.square(image, 75).min() > 200
+    )  # half of the white behind, and the grey
 
 
 def test_a_file_far_larger_than_its_picture_is_not_read(tmp_path):
@@ -246,7 +320,9 @@ def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
     numbers = np.random.default_rng(0).integers(0, 255, (90, 70, 4)).astype("uint8")
     image = Image.fromarray(numbers, "RGBA").convert("LA" if mode == "LA" else "RGBA")
     if mode in ("I;16", "F"):
-        image = Image.fromarray(numbers[..., 0].astype({"I;16": "uint16", "F": "float32"}[mode]) * 200)
+        image = Image.fromarray(
+            numbers[..., 0].astype({"I;16": "uint16", "F": "float32"}[mode]) * 200
+        )
     whole = np.asarray(utils.upright(image))
     monkeypatch.setattr(utils, "STRIPE", 1000)
     assert np.array_equal(np.asarray(utils.upright(image)), whole) and whole.std() > 10
@@ -289,7 +365,9 @@ def test_a_training_run_over_a_set_of_which_a_third_is_broken(tmp_path, weights_
     data = draw_classes(tmp_path / "data", {"a": 20, "b": 20})
     rng, sources = random.Random(3), originals()
     for n in range(20):
-        (data / "ab"[n % 2] / f"broken{n}.jpg").write_bytes(sources[n % len(sources)][: rng.randrange(1, 60)])
+        (data / "ab"[n % 2] / f"broken{n}.jpg").write_bytes(
+            sources[n % len(sources)][: rng.randrange(1, 60)]
+        )
     done = run_process(ROOT / "train.py", tmp_path, "data", "m", *FAST, "--weights", weights_file)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("images: 32 train, 8 validation, 2 classes, 20 skipped")

@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT, draw_classes, run_process
 
 pytestmark = pytest.mark.slow
-needs_jax = pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs `pip install jax`")
+needs_jax = pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None, reason="needs `pip install jax`"
+)
 RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 60 --round-epochs 1 --views 2 --no-heavy-augmentation".split()
 
 # The command itself, which in addition tells what its process ended with.
@@ -38,8 +40,14 @@ if __name__ == "__main__":
 
 def settings(count, number, port):
     """Return the environment of one of `count` processes."""
-    names = {"JOB_ADDRESSES": f"127.0.0.1:{port}", "NUM_PROCESSES": str(count), "PROCESS_ID": str(number)}
-    return {"KERAS_BACKEND": "jax"} | {f"KERAS_DISTRIBUTION_{name}": value for name, value in names.items()}
+    names = {
+        "JOB_ADDRESSES": f"127.0.0.1:{port}",
+        "NUM_PROCESSES": str(count),
+        "PROCESS_ID": str(number),
+    }
+    return {"KERAS_BACKEND": "jax"} | {
+        f"KERAS_DISTRIBUTION_{name}": value for name, value in names.items()
+    }
 
 
 def start(count, script, cwd, *arguments):
@@ -50,7 +58,8 @@ def start(count, script, cwd, *arguments):
     command = [sys.executable, str(script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return [
-        subprocess.Popen(command, cwd=cwd, env=os.environ | settings(count, n, port), **pipes) for n in range(count)
+        subprocess.Popen(command, cwd=cwd, env=os.environ | settings(count, n, port), **pipes)
+        for n in range(count)
     ]
 
 
@@ -74,13 +83,19 @@ def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights
     (data / "red" / "broken.png").write_bytes(b"no picture")
     done = together(tmp_path, count, *recipe)
     assert [code for code, _, _ in done] == [0] * count, done
-    told = [re.search(r"^weights (\S+) (\d+) (\d+)$", errors, re.M).groups() for _, _, errors in done]
+    told = [
+        re.search(r"^weights (\S+) (\d+) (\d+)$", errors, re.M).groups() for _, _, errors in done
+    ]
     assert len({weights for weights, _, _ in told}) == 1
-    assert all(int(slots) < 2 * 3 * 60 / count for _, slots, _ in told), "each keeps its share of the views only"
+    assert all(int(slots) < 2 * 3 * 60 / count for _, slots, _ in told), (
+        "each keeps its share of the views only"
+    )
     assert all(int(devices) == count for _, _, devices in told)
     assert "images: 57 train, 15 validation, 3 classes, 1 skipped" in done[0][1]
     assert not any(output for _, output, _ in done[1:])
-    assert not any(word in text for _, *texts in done for text in texts for word in ("Gloo", "Traceback"))
+    assert not any(
+        word in text for _, *texts in done for text in texts for word in ("Gloo", "Traceback")
+    )
     assert accuracy(done[0][1]) >= 0.9
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py") == sorted(
         "000.png 001.png data model.h5 model.json model-labels.json model-history.csv model-mistakes.csv "
@@ -93,7 +108,9 @@ def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights
 @needs_jax
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(tmp_path, weights_file, victim):
+def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(
+    tmp_path, weights_file, victim
+):
     draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
     recipe = [*RECIPE, "--rounds", 50, "--patience", 0, "--weights", weights_file]
     processes = start(2, ROOT / "train.py", tmp_path, "data", "model", *recipe)
@@ -118,7 +135,10 @@ def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(tmp_
         process.kill()
     for process in processes:
         process.communicate()
-    assert np.loadtxt(tmp_path / "model-history.csv", delimiter=",", skiprows=1, usecols=0)[-1] > before
+    assert (
+        np.loadtxt(tmp_path / "model-history.csv", delimiter=",", skiprows=1, usecols=0)[-1]
+        > before
+    )
 
 
 @needs_jax
@@ -129,7 +149,9 @@ def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
     (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
     done = run_process(tmp_path / "telling.py", tmp_path, "data", "model", *recipe, **devices)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^weights \S+ \d+ 2$", done.stderr, re.M), "both have the weights that are trained"
+    assert re.search(r"^weights \S+ \d+ 2$", done.stderr, re.M), (
+        "both have the weights that are trained"
+    )
     assert accuracy(done.stdout) >= 0.9
 
 

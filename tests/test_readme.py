@@ -45,7 +45,11 @@ def test_every_file_that_the_table_names_is_made(scratch_run):
 
 
 def test_files_and_pictures_that_the_readme_points_to_are_in_the_repository():
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + ["LICENSE", "requirements.txt", "benchmarks/README.md"]:
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + [
+        "LICENSE",
+        "requirements.txt",
+        "benchmarks/README.md",
+    ]:
         assert (ROOT / name).is_file(), name
     pictures = [ROOT / name for name in re.findall(r"!\[[^\]]*\]\(([\w./-]+)\)", README)]
     assert pictures and sum(path.stat().st_size for path in pictures) < 400_000
@@ -89,9 +93,13 @@ def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path):
     program = "import functools, keras, pillow_heif; pillow_heif.register_heif_opener()\n"
     program += "keras.models.load_model = functools.cache(keras.models.load_model)\n"  # five pictures, one model
     for name in expected:
-        program += code.replace("photo.jpg", f"set/{name}").replace("print(model.predict(", "print('P', model.predict(")
+        program += code.replace("photo.jpg", f"set/{name}").replace(
+            "print(model.predict(", "print('P', model.predict("
+        )
         program = re.sub(r"(print\('P', model.predict\(.*\))\)$", r"\1.max())", program, flags=re.M)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
     found = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("P")]
     assert found == pytest.approx(list(expected.values()), abs=0.001), done.stderr
 

@@ -17,11 +17,14 @@ import pytest
 from conftest import ROOT, TINY, draw_classes, run_process
 from PIL import Image
 
+import model
 import train
 import utils
 
 pytestmark = pytest.mark.slow
-SHORT = "--image-size 75 --head-epochs 2 --rounds 2 --round-epochs 1 --batch-size 8 --float32".split()
+SHORT = (
+    "--image-size 75 --head-epochs 2 --rounds 2 --round-epochs 1 --batch-size 8 --float32".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,9 @@ def numbers(prefix):
     found = []
     with h5py.File(f"{prefix}.h5") as file:
         file["model_weights"].visititems(
-            lambda name, item: found.append((name, item[()].tobytes())) if isinstance(item, h5py.Dataset) else None
+            lambda name, item: (
+                found.append((name, item[()].tobytes())) if isinstance(item, h5py.Dataset) else None
+            )
         )
         return found, json.loads(file.attrs["kit"])["labels"]
 
@@ -58,12 +63,18 @@ def numbers(prefix):
 def same_result(one, other, prefix="m"):
     """Compare all that two runs left, save dates and seconds."""
     assert numbers(one / prefix) == numbers(other / prefix)
-    names = [sorted(p.name for p in folder.iterdir() if p.name != "data") for folder in (one, other)]
+    names = [
+        sorted(p.name for p in folder.iterdir() if p.name != "data") for folder in (one, other)
+    ]
     assert names[0] == names[1]
     for name in names[0]:
-        if name.startswith("0") or name in [f"{prefix}{end}" for end in (".json", "-labels.json", "-mistakes.csv")]:
+        if name.startswith("0") or name in [
+            f"{prefix}{end}" for end in (".json", "-labels.json", "-mistakes.csv")
+        ]:
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    tables = [(folder / f"{prefix}-history.csv").read_text().splitlines() for folder in (one, other)]
+    tables = [
+        (folder / f"{prefix}-history.csv").read_text().splitlines() for folder in (one, other)
+    ]
     rows = [[line.rpartition(",")[0] for line in table] for table in tables]
     assert rows[0] == rows[1]
 
@@ -119,14 +130,18 @@ def interrupted(command, tmp_path_factory):
     return folder, process.returncode, errors
 
 
-def test_ctrl_c_keeps_the_best_round_and_says_how_to_go_on(interrupted, command, undisturbed, tmp_path):
+def test_ctrl_c_keeps_the_best_round_and_says_how_to_go_on(
+    interrupted, command, undisturbed, tmp_path
+):
     folder, code, errors = interrupted
     assert code == 130, errors
     assert "--resume" in errors and "Traceback" not in errors
-    assert utils.load_model(folder / "m")[1]["labels"] == ["a", "b", "c"]
+    assert model.load_model(folder / "m")[1]["labels"] == ["a", "b", "c"]
     copy = shutil.copytree(folder, tmp_path / "copy")
     done = run_process(ROOT / "train.py", copy, "data", *command[1:], "--resume")
-    assert done.returncode == 0 and not re.search("^(nothing to resume|round 0)", done.stdout, re.M), done
+    assert done.returncode == 0 and not re.search(
+        "^(nothing to resume|round 0)", done.stdout, re.M
+    ), done
     same_result(undisturbed, copy)
 
 
@@ -162,14 +177,30 @@ def test_another_run_is_not_gone_on_with(stopped, command, tmp_path, change, opt
     if change:
         change(tmp_path / "copy")
     before = numbers(tmp_path / "copy" / "m")
-    done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume", *options)
-    assert done.returncode == 1 and re.search(rf"^error: --resume: .*{reason}", done.stderr, re.M), done.stderr
+    done = run_process(
+        ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume", *options
+    )
+    assert done.returncode == 1 and re.search(
+        rf"^error: --resume: .*{reason}", done.stderr, re.M
+    ), done.stderr
     assert numbers(tmp_path / "copy" / "m") == before
 
 
 def test_a_state_is_removed_without_models_of_like_names(tmp_path):
-    others = ["m-resume.h5", "m-resumed.h5", "m-resume-files-labels.json", "m-resume.1-resume.0.npy", "n-resume.json"]
-    for name in [*others, "m-resume.json", "m-resume-files.txt", "m-resume.0.npy", "m-resume.1.npy"]:
+    others = [
+        "m-resume.h5",
+        "m-resumed.h5",
+        "m-resume-files-labels.json",
+        "m-resume.1-resume.0.npy",
+        "n-resume.json",
+    ]
+    for name in [
+        *others,
+        "m-resume.json",
+        "m-resume-files.txt",
+        "m-resume.0.npy",
+        "m-resume.1.npy",
+    ]:
         (tmp_path / name).touch()
     train.remove_state(tmp_path / "m")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
@@ -182,7 +213,11 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
         ".n-unfinished-1.h5",
         ".m-unfinished-1.jpg",
     ]
-    ours = [".m-unfinished-12345678.h5", ".m-report-unfinished-x.png", ".m-resume.1-unfinished-x.npy"]
+    ours = [
+        ".m-unfinished-12345678.h5",
+        ".m-report-unfinished-x.png",
+        ".m-resume.1-unfinished-x.npy",
+    ]
     for name in [*others, *ours]:
         (tmp_path / name).touch()
     train.remove_unfinished(tmp_path / "m")
@@ -191,7 +226,10 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
 
 def spoil_state(folder, kind):
     facts = folder / "m-resume.json"
-    array = folder / f"m-resume.{json.loads(facts.read_text())['round'] % 2 if facts.exists() else 1}.npy"
+    array = (
+        folder
+        / f"m-resume.{json.loads(facts.read_text())['round'] % 2 if facts.exists() else 1}.npy"
+    )
     if kind == "facts":
         facts.write_text("[1, 2")
     elif kind == "types":
@@ -215,21 +253,27 @@ def spoil_state(folder, kind):
 SPOILT = ("pickle", "zip", "bomb", "missing")
 
 
-@pytest.mark.parametrize("kind", ["facts", "types", "cut", *(pytest.param(k, marks=pytest.mark.long) for k in SPOILT)])
+@pytest.mark.parametrize(
+    "kind", ["facts", "types", "cut", *(pytest.param(k, marks=pytest.mark.long) for k in SPOILT)]
+)
 def test_a_damaged_state_is_one_line(stopped, command, tmp_path, kind):
     shutil.copytree(stopped, tmp_path / "copy")
     spoil_state(tmp_path / "copy", kind)
     done = run_process(ROOT / "train.py", tmp_path / "copy", "data", *command[1:], "--resume")
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: m-resume"), done.stderr
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: m-resume"), (
+        done.stderr
+    )
 
 
 def small_run(folder):
     """Save a state of a model of three numbers. Returns what `restore_weights` needs: (run, state)."""
-    keras = utils.import_keras()
+    keras = model.import_keras()
     top = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     top.compile(optimizer=keras.optimizers.AdamW(), loss="mse")
     top.optimizer.build(top.trainable_variables)
-    nets = SimpleNamespace(fast=SimpleNamespace(top=top), full=SimpleNamespace(trunk=top), devices=[None])
+    nets = SimpleNamespace(
+        fast=SimpleNamespace(top=top), full=SimpleNamespace(trunk=top), devices=[None]
+    )
     run = SimpleNamespace(args=SimpleNamespace(model=str(folder / "m"), processes=1), nets=nets,
                           recipe={"batch_size": 1}, data=SimpleNamespace(most=1))  # fmt: skip
     flat = np.concatenate([np.asarray(v, "float32").ravel() for v in train.training_variables(run)])
@@ -246,7 +290,9 @@ def test_damaged_numbers_are_refused(tmp_path, kind):
         train.restore_weights(run, state)
 
 
-ROW = dict.fromkeys(["round", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy"], 1)
+ROW = dict.fromkeys(
+    ["round", "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy"], 1
+)
 STATE = {"round": 1, "stale": 0, "best": {"round": 1, "right": 3, "loss": 0.5}, "history": [ROW], "settings": {},
          "number_format": "float32", "weights": "none", "numbers": 1}  # fmt: skip
 
@@ -270,14 +316,14 @@ def old_model(folder, labels=("x", "y", "z")):
 
     keras.utils.clear_session()
     info = {"labels": list(labels), "image_size": 75, "threshold": 0.5, "round": 0}
-    utils.save_model(utils.build_network(3, 75), info, folder / "m")
+    model.save_model(model.build_network(3, 75), info, folder / "m")
     return numbers(folder / "m")
 
 
 def check_whole(folder, allowed):
     """The three files are one of the allowed models, or the reader says that they do not belong together."""
     try:
-        _, info = utils.load_model(folder / "m")
+        _, info = model.load_model(folder / "m")
     except utils.UserError as error:
         assert "does not belong" in str(error)
         return False
@@ -344,16 +390,16 @@ SAVER = """
 import ctypes, json, os, sys
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 import h5py, keras, numpy as np
-import utils
+import model, utils
 lib = ctypes.CDLL(None)
 folder, labels, value = sys.argv[1], json.loads(sys.argv[2]), float(sys.argv[3])
 inputs = keras.Input((4,), name="pixels")
 hidden = keras.layers.Dense(300, name="hidden")(inputs)
-model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="probabilities")(hidden))
-model.set_weights([np.full(w.shape, value, "float32") for w in model.get_weights()])
+network = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="probabilities")(hidden))
+network.set_weights([np.full(w.shape, value, "float32") for w in network.get_weights()])
 info = {"labels": labels, "image_size": 75, "threshold": 0.5}
 def save():
-    utils.save_model(model, info, os.path.join(folder, "m"))
+    model.save_model(network, info, os.path.join(folder, "m"))
 save()  # whatever is imported or opened once only
 for k in map(int, sys.argv[4:]):
     child = os.fork()
@@ -369,15 +415,27 @@ for k in map(int, sys.argv[4:]):
 """
 
 
-@pytest.mark.skipif(not shutil.which("gcc") or not sys.platform.startswith("linux"), reason="needs gcc on Linux")
+@pytest.mark.skipif(
+    not shutil.which("gcc") or not sys.platform.startswith("linux"), reason="needs gcc on Linux"
+)
 def test_ending_at_every_write_of_a_save_leaves_the_old_or_the_new_model(tmp_path):
     (tmp_path / "count.c").write_text(COUNTER)
     library = tmp_path / "count.so"
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c", "-ldl"], check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-O1", "-o", library, tmp_path / "count.c", "-ldl"], check=True
+    )
     environment = os.environ | {"LD_PRELOAD": str(library), "PYTHONPATH": str(ROOT)}
 
     def save(folder, labels, value, *steps):
-        command = [sys.executable, "-c", SAVER, str(folder), json.dumps(labels), str(value), *map(str, steps)]
+        command = [
+            sys.executable,
+            "-c",
+            SAVER,
+            str(folder),
+            json.dumps(labels),
+            str(value),
+            *map(str, steps),
+        ]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
@@ -434,7 +492,9 @@ def test_a_full_disk_is_one_line_and_the_last_model_stays(command, tmp_path, siz
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
 
 
-def test_two_runs_at_once_and_a_kept_cache_that_is_deleted_while_running(command, undisturbed, tmp_path):
+def test_two_runs_at_once_and_a_kept_cache_that_is_deleted_while_running(
+    command, undisturbed, tmp_path
+):
     first = start(command, tmp_path, "--cache-dir", str(tmp_path / "kept"))
     wait_for(first, "images:")
     second = run_process(ROOT / "train.py", tmp_path, *command)

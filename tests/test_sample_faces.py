@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def digests(folder):
     """Return {path below the folder: SHA-256} of all files."""
-    return {p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest() for p in utils.list_files(folder)}
+    return {
+        p.relative_to(folder): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in utils.list_files(folder)
+    }
 
 
 def overlap(a, b):
@@ -39,7 +42,9 @@ def detector():
 def run(*arguments):
     """Run the command in a process of its own."""
     return subprocess.run(
-        [sys.executable, ROOT / "tests" / "sample_faces.py", *map(str, arguments)], capture_output=True, text=True
+        [sys.executable, ROOT / "tests" / "sample_faces.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
     )
 
 
@@ -48,11 +53,16 @@ def test_command_draws_set_and_film(tmp_path):
     assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "people").iterdir())
     assert [f.name for f in folders] == ["Ann", "Ben", "Cleo"]
-    assert all(sorted(p.name for p in f.iterdir()) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"] for f in folders)
+    assert all(
+        sorted(p.name for p in f.iterdir()) == ["000.jpg", "001.jpg", "002.jpg", "003.jpg"]
+        for f in folders
+    )
     assert Image.open(folders[0] / "000.jpg").size == (sample_faces.SIDE, sample_faces.SIDE)
     truth = json.loads((tmp_path / "film.json").read_text("utf-8"))
     assert len(truth) == sample_faces.SECONDS * sample_faces.FPS
-    assert [[face["name"] for face in faces] for faces in (truth[0], truth[-1])] == [["Ann", "Ben"]] * 2
+    assert [[face["name"] for face in faces] for faces in (truth[0], truth[-1])] == [
+        ["Ann", "Ben"]
+    ] * 2
 
 
 def test_same_seed_same_bytes(tmp_path):
@@ -81,7 +91,9 @@ def test_another_set_in_the_folder_is_refused(tmp_path):
     assert len(utils.list_files(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--people", "0"], ["x", "--pictures", "no"], ["x", "--clip", "a.txt"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["x", "--people", "0"], ["x", "--pictures", "no"], ["x", "--clip", "a.txt"]]
+)
 def test_wrong_usage(tmp_path, arguments):
     assert run(*arguments).returncode == 2
 
@@ -91,13 +103,21 @@ def test_detector_finds_faces_where_the_truth_says(tmp_path, people):
     import cv2
 
     truth = sample_faces.draw_clip(tmp_path / "film.avi", people, seconds=2)
-    film, detect, good, boxes, checked = cv2.VideoCapture(str(tmp_path / "film.avi")), detector(), 0, 0, 0
+    film, detect, good, boxes, checked = (
+        cv2.VideoCapture(str(tmp_path / "film.avi")),
+        detector(),
+        0,
+        0,
+        0,
+    )
     for number, faces in enumerate(truth):
         frame = film.read()[1]
         if number % 5:
             continue
         found = detect(cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY))
-        good += sum(any(overlap(tuple(face.values())[1:], box) >= 0.5 for box in found) for face in faces)
+        good += sum(
+            any(overlap(tuple(face.values())[1:], box) >= 0.5 for box in found) for face in faces
+        )
         boxes, checked = boxes + len(found), checked + len(faces)
     assert not film.read()[0], "the film has as many frames as the truth"
     assert good >= 0.9 * checked
@@ -122,7 +142,11 @@ def test_training_pictures_are_framed_as_the_tagger_frames(tmp_path):
 
 def test_people_differ():
     looks = [tuple(vars(sample_faces.person(index)).values())[1:6] for index in range(12)]
-    shared = [sum(a == b for a, b in zip(one, other)) for i, one in enumerate(looks) for other in looks[:i]]
+    shared = [
+        sum(a == b for a, b in zip(one, other))
+        for i, one in enumerate(looks)
+        for other in looks[:i]
+    ]
     assert max(shared) <= 3, "any two of the first dozen differ in two traits at least"
     names = [sample_faces.person(index).name for index in range(200)]
     assert len(set(names)) == 200 and {"Mihály", "Ελένη", "王", "Lars Olav"} < set(names)

@@ -31,7 +31,9 @@ def check_crop(path):
 
 
 def test_no_network_is_loaded_without_a_model(tmp_path, film):
-    done = tag(tmp_path, "--save-faces", "people/Ann", "--source", film, PYTHONPROFILEIMPORTTIME="1")
+    done = tag(
+        tmp_path, "--save-faces", "people/Ann", "--source", film, PYTHONPROFILEIMPORTTIME="1"
+    )
     assert done.returncode == 0 and re.search(r"\| +cv2$", done.stderr, re.M), done.stderr
     assert not re.search(r"\| +(tensorflow|keras|jax)$", done.stderr, re.M)
 
@@ -50,22 +52,35 @@ def test_crops_of_a_film(tmp_path, film):
         frame, track, _ = path.stem.split("-")
         x, y, w, h = (int(lines[str(int(frame)), track][key]) for key in "xywh")
         side = round(2.0 * w)
-        top, left = (min(max(round(c - side / 2), 0), most - side) for c, most in ((y + h / 2, 480), (x + w / 2, 640)))
+        top, left = (
+            min(max(round(c - side / 2), 0), most - side)
+            for c, most in ((y + h / 2, 480), (x + w / 2, 640))
+        )
         expected = frames[int(frame)][top : top + side, left : left + side, ::-1].astype(int)
         assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).mean() < 4
     last = done.stderr.splitlines()
-    assert re.match(rf"{len(kept)} saved in people/Ann; \d+ too blurred, \d+ too similar, \d+ too small", last[-2])
+    assert re.match(
+        rf"{len(kept)} saved in people/Ann; \d+ too blurred, \d+ too similar, \d+ too small",
+        last[-2],
+    )
     assert last[-1] == "next: python webcam.py --save-faces people/ANOTHER_NAME"
     before = {path: path.read_bytes() for path in kept}
-    assert tag(tmp_path, "--save-faces", "people/Ann", "--source", film, "--context", 1.5).returncode == 0
-    assert all(path.read_bytes() == data for path, data in before.items())  # another run overwrites nothing
+    assert (
+        tag(tmp_path, "--save-faces", "people/Ann", "--source", film, "--context", 1.5).returncode
+        == 0
+    )
+    assert all(
+        path.read_bytes() == data for path, data in before.items()
+    )  # another run overwrites nothing
     assert len(crops(folder)) > len(kept)
 
 
 def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):
     frame = read_film(film)[0]
     for name, picture in (("still", frame), ("blurred", cv2.GaussianBlur(frame, (0, 0), 5))):
-        writer = cv2.VideoWriter(str(tmp_path / f"{name}.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480))
+        writer = cv2.VideoWriter(
+            str(tmp_path / f"{name}.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480)
+        )
         for _ in range(30):
             writer.write(picture)
         writer.release()
@@ -102,7 +117,10 @@ def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, photos):
         check_crop(path)
     pixels = [np.asarray(Image.open(path).resize((64, 64))).astype(int) for path in kept]
     assert np.abs(pixels[0] - pixels[1]).mean() < 12  # the phone's picture was turned upright
-    assert "1 pictures with several faces" in done.stderr and "1 pictures without a face" in done.stderr
+    assert (
+        "1 pictures with several faces" in done.stderr
+        and "1 pictures without a face" in done.stderr
+    )
     assert "broken.jpg: skipped" in done.stderr
 
 
@@ -116,13 +134,31 @@ def test_with_a_model_the_label_decides(tmp_path, drawn_model, tagged):
     assert {"Ann", "Ben"} <= names
     for folder in (tmp_path / "sorted").iterdir():
         assert folder.name in names
-        assert all(re.fullmatch(rf"film-[0-9a-f]{{8}}-{folder.name}", run.name) for run in folder.iterdir())
-    assert done.stderr.splitlines()[-1] == f"next: python train.py sorted {shlex.quote(str(drawn_model / 'model'))}"
-    done = tag(tmp_path, drawn_model / "model", "--save-faces", "strict", "--source", source, "--threshold", 1)
+        assert all(
+            re.fullmatch(rf"film-[0-9a-f]{{8}}-{folder.name}", run.name) for run in folder.iterdir()
+        )
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"next: python train.py sorted {shlex.quote(str(drawn_model / 'model'))}"
+    )
+    done = tag(
+        tmp_path,
+        drawn_model / "model",
+        "--save-faces",
+        "strict",
+        "--source",
+        source,
+        "--threshold",
+        1,
+    )
     assert os.listdir(tmp_path / "strict") == ["unknown"]
     assert {row["label"] for row in rows(done.stdout)} == {"unknown"}
-    assert all(0.2 <= float(row["probability"]) <= 1 for row in rows(done.stdout))  # of the best of five classes
-    for run in (tmp_path / "sorted" / "Ann").iterdir():  # folders move between classes without a collision
+    assert all(
+        0.2 <= float(row["probability"]) <= 1 for row in rows(done.stdout)
+    )  # of the best of five classes
+    for run in (
+        tmp_path / "sorted" / "Ann"
+    ).iterdir():  # folders move between classes without a collision
         assert not (tmp_path / "sorted" / "Ben" / run.name).exists()
 
 
@@ -141,12 +177,23 @@ def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, draw
     for n, path in enumerate(sorted((drawn_model / "people").glob("*/*.jpg"))[::10]):
         shutil.copy(path, source / f"{n}.jpg")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    done = tag(tmp_path, drawn_model / "model", "--save-faces", "sorted", "--source", "mixed", "--whole-picture")
+    done = tag(
+        tmp_path,
+        drawn_model / "model",
+        "--save-faces",
+        "sorted",
+        "--source",
+        "mixed",
+        "--whole-picture",
+    )
     labels = {row["file"].removesuffix(".jpg"): row["label"] for row in rows(done.stdout)}
     copies = {path.name.partition("-")[0]: path for path in crops(tmp_path / "sorted")}
     assert len(copies) == len(before) == 20
     for name, path in copies.items():
-        assert path.read_bytes() == before[f"{name}.jpg"] and path.parent == tmp_path / "sorted" / labels[name]
+        assert (
+            path.read_bytes() == before[f"{name}.jpg"]
+            and path.parent == tmp_path / "sorted" / labels[name]
+        )
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
@@ -155,7 +202,9 @@ def test_frames_of_a_film_are_kept_whole(tmp_path, film):
     kept = crops(tmp_path / "hands" / "rock")
     assert 1 <= len(kept) <= 11, done.stderr
     assert {Image.open(path).size for path in kept} == {(640, 480)}
-    assert done.stderr.endswith("next: python webcam.py --save-faces hands/ANOTHER_NAME --whole-picture\n")
+    assert done.stderr.endswith(
+        "next: python webcam.py --save-faces hands/ANOTHER_NAME --whole-picture\n"
+    )
 
 
 @pytest.mark.slow
@@ -167,7 +216,9 @@ def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, drawn_model):
     model = drawn_model / "model"
     done = tag(tmp_path, model, "--save-faces", "kept", "--source", "photos", "--threshold", 0)
     seen = {(row["file"][:-4], row["track"]): row for row in rows(done.stdout)}
-    again = rows(tag(tmp_path, model, "--source", "kept", "--whole-picture", "--threshold", 0).stdout)
+    again = rows(
+        tag(tmp_path, model, "--source", "kept", "--whole-picture", "--threshold", 0).stdout
+    )
     assert len(again) >= 25
     same = 0
     for row in again:
@@ -182,11 +233,17 @@ def test_a_stranger_is_learned_from_the_crops_that_were_unknown(tmp_path, drawn_
     people = tmp_path / "people"
     shutil.copytree(drawn_model / "people", people, ignore=shutil.ignore_patterns("Ben"))
     (people / "Eva").rename(people / "unknown")
-    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
+    recipe = (
+        "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
+    )
     assert run_process(ROOT / "train.py", tmp_path, "people", "model", *recipe).returncode == 0
     for seed in (1, 2, 3):
-        sample_faces.draw_clip(tmp_path / f"{seed}.mp4", (1,), seed=seed)  # Ben, who is no class yet
-        tag(tmp_path, "model", "--save-faces", "new", "--source", f"{seed}.mp4", "--threshold", 0.99)
+        sample_faces.draw_clip(
+            tmp_path / f"{seed}.mp4", (1,), seed=seed
+        )  # Ben, who is no class yet
+        tag(
+            tmp_path, "model", "--save-faces", "new", "--source", f"{seed}.mp4", "--threshold", 0.99
+        )
     (people / "Ben").mkdir()
     for run in (tmp_path / "new" / "unknown").iterdir():
         run.rename(people / "Ben" / run.name)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import model
 import train
 import utils
 
@@ -29,7 +30,13 @@ def test_help_shows_every_option_with_its_default_and_an_example(run_script):
     text = " ".join(done.stdout.split())
     for option in re.findall(r"--[a-z0-9-]+", done.stdout.partition("options:")[2]):
         assert option in text
-    for shown in ("default: 0.2", "default: 1337", "default: auto", "default: 20.0", "default: 224; 96 from scratch"):
+    for shown in (
+        "default: 0.2",
+        "default: 1337",
+        "default: auto",
+        "default: 20.0",
+        "default: 224; 96 from scratch",
+    ):
         assert shown in text
 
 
@@ -73,7 +80,9 @@ def test_dry_run_summarises_and_writes_nothing(run_script, make_classes, tmp_pat
         ({"a": 1, "b": 1}, "no class can be divided"),
     ],
 )
-def test_data_that_cannot_be_trained_on_is_one_line(run_script, make_classes, tmp_path, classes, message):
+def test_data_that_cannot_be_trained_on_is_one_line(
+    run_script, make_classes, tmp_path, classes, message
+):
     (tmp_path / "data").mkdir(exist_ok=True)
     done = dry_run(run_script, make_classes(**classes))
     assert done.returncode == 1
@@ -81,8 +90,13 @@ def test_data_that_cannot_be_trained_on_is_one_line(run_script, make_classes, tm
 
 
 def test_a_missing_folder_and_an_unwritable_one_are_one_line(run_script, make_classes, tmp_path):
-    for done in (dry_run(run_script, tmp_path / "nowhere"), run_script("train.py", tmp_path / "nowhere", "model")):
-        assert done.returncode == 1 and re.fullmatch("error: .*nowhere: no such folder.*\n", done.stderr)
+    for done in (
+        dry_run(run_script, tmp_path / "nowhere"),
+        run_script("train.py", tmp_path / "nowhere", "model"),
+    ):
+        assert done.returncode == 1 and re.fullmatch(
+            "error: .*nowhere: no such folder.*\n", done.stderr
+        )
     data = make_classes(a=4, b=4)
     done = run_script("train.py", data, tmp_path / "missing" / "model")
     assert done.returncode == 1 and "missing: no such folder" in done.stderr
@@ -111,7 +125,13 @@ def test_control_characters_in_class_names_never_reach_the_terminal(run_script, 
 def pictures_of(spec):
     """Make a list of Pictures from [(class, folder, content)]."""
     return [
-        train.Picture(Path("data", label, folder, f"{n}.png"), label, hashlib.sha256(content.encode()).digest(), b"", n)
+        train.Picture(
+            Path("data", label, folder, f"{n}.png"),
+            label,
+            hashlib.sha256(content.encode()).digest(),
+            b"",
+            n,
+        )
         for n, (label, folder, content) in enumerate(spec)
     ]
 
@@ -122,7 +142,8 @@ def divide(pictures, by_folder=False, fraction=0.2, seed=1):
 
 
 @pytest.mark.parametrize(
-    ("n", "fraction", "expected"), [(10, 0.2, 2), (40, 0.25, 10), (3, 0.1, 1), (2, 0.9, 1), (5, 0.5, 2)]
+    ("n", "fraction", "expected"),
+    [(10, 0.2, 2), (40, 0.25, 10), (3, 0.1, 1), (2, 0.9, 1), (5, 0.5, 2)],
 )
 def test_each_class_gives_its_share(n, fraction, expected):
     pictures = pictures_of([(label, "", f"{label}{i}") for label in "ab" for i in range(n)])
@@ -151,11 +172,16 @@ def test_equal_bytes_stay_together_across_classes_and_are_warned_about(capsys):
         _, validation = divide(pictures_of(spec), seed=seed)
         assert len({20, 21, 22} & set(validation)) in (0, 3)
     message = capsys.readouterr().err
-    assert os.path.join("data", "b", "21.png") in message and os.path.join("data", "a", "20.png") in message
+    assert (
+        os.path.join("data", "b", "21.png") in message
+        and os.path.join("data", "a", "20.png") in message
+    )
 
 
 def test_folders_stay_together_and_loose_files_are_groups_of_one():
-    spec = [("a", f"clip{i % 4}", f"a{i}") for i in range(40)] + [("b", "", f"b{i}") for i in range(40)]
+    spec = [("a", f"clip{i % 4}", f"a{i}") for i in range(40)] + [
+        ("b", "", f"b{i}") for i in range(40)
+    ]
     pictures = pictures_of(spec)
     _, validation = divide(pictures, by_folder=True)
     by_clip = Counter(spec[i][1] for i in validation if spec[i][0] == "a")
@@ -181,7 +207,9 @@ def test_no_class_ever_loses_its_last_group_to_twins_in_another():
 
 def test_the_warnings_of_a_careful_colleague(run_script, make_classes, tmp_path):
     data = make_classes(few=5, many=120, twins=25)
-    picture = np.kron(np.random.default_rng(0).integers(0, 255, (10, 10, 3)), np.ones((16, 16, 1))).astype("uint8")
+    picture = np.kron(
+        np.random.default_rng(0).integers(0, 255, (10, 10, 3)), np.ones((16, 16, 1))
+    ).astype("uint8")
     for n in range(30):  # the same scene again and again, other bytes
         Image.fromarray(picture).save(data / "twins" / f"copy{n}.jpg", quality=50 + n)
     (data / "many" / "stolen.png").write_bytes((data / "few" / "000.png").read_bytes())
@@ -211,7 +239,9 @@ def test_views_depend_on_seed_picture_and_view_alone(args):
     one, other, third, plain = (train.augment(picture, row) for row in changes)
     assert one.shape == (75, 75, 3) and one.dtype == np.uint8
     assert np.array_equal(changes[:1], train.draw_changes(args, 75, keys[:1]))
-    assert not np.array_equal(changes[:3], train.draw_changes(type("", (args,), {"seed": 6}), 75, keys[:3]))
+    assert not np.array_equal(
+        changes[:3], train.draw_changes(type("", (args,), {"seed": 6}), 75, keys[:3])
+    )
     assert not np.array_equal(one, other) and not np.array_equal(one, third)
     assert np.array_equal(plain, picture)
 
@@ -228,11 +258,15 @@ def test_light_views_are_not_turned_and_heavy_ones_are():
 
 def test_a_device_changes_pictures_as_the_cores_do():
     y, x = np.mgrid[:96, :96]
-    picture = np.stack([x * 2, y * 2, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).astype("uint8")
-    changes = train.draw_changes(Heavy, 96, [(b"a" * 32, view) for view in (*range(11), train.PLAIN)])
+    picture = np.stack([x * 2, y * 2, 128 + 100 * np.sin(x / 9) * np.cos(y / 7)], axis=2).astype(
+        "uint8"
+    )
+    changes = train.draw_changes(
+        Heavy, 96, [(b"a" * 32, view) for view in (*range(11), train.PLAIN)]
+    )
     cores = np.stack([train.augment(picture, row) for row in changes])
-    model = train.build_augmentation(96)
-    device = np.asarray(utils.predict_batch(model, [np.stack([picture] * 12), changes]))
+    network = train.build_augmentation(96)
+    device = np.asarray(model.predict_batch(network, [np.stack([picture] * 12), changes]))
     assert device.dtype == np.uint8 and np.array_equal(device[-1], picture)
     assert np.abs(cores.astype(int) - device).mean() < 1
     assert np.abs(cores[:-1].astype(int) - picture).mean() > 20
@@ -262,13 +296,19 @@ def test_a_kept_ring_is_found_again_and_a_damaged_slot_is_not(tmp_path):
     rows = np.array([[1, 2], [3, 4]], "float32")
     slots = [ring.slots[key] for key in keys if train.claim_slots(ring, [key]) == [0]]
     train.write_rows(ring.features, slots, rows)
-    train.write_rows(ring.keys, slots, [np.frombuffer(k + train.checksum(r), "uint8") for k, r in zip(keys, rows)])
+    train.write_rows(
+        ring.keys,
+        slots,
+        [np.frombuffer(k + train.checksum(r), "uint8") for k, r in zip(keys, rows)],
+    )
     again = train.open_ring(Args, "x", 4, (2,), "float32")
     assert {key: again.features.rows[slot].tolist() for key, slot in again.slots.items()} == {
         keys[0]: [1, 2], keys[1]: [3, 4]}  # fmt: skip
     train.write_rows(ring.features, slots[:1], rows[1:] + 1)
     assert list(train.open_ring(Args, "x", 4, (2,), "float32").slots) == keys[1:]
-    assert not train.open_ring(Args, "x", 1, (2,), "float32").slots  # a shorter run leaves the rest as it is,
+    assert not train.open_ring(
+        Args, "x", 1, (2,), "float32"
+    ).slots  # a shorter run leaves the rest as it is,
     assert list(train.open_ring(Args, "x", 4, (2,), "float32").slots) == keys[1:]
     Args.cache_gb = 1e-8  # unless there is no room for it
     train.open_ring(Args, "x", 1, (2,), "float32")
@@ -277,7 +317,9 @@ def test_a_kept_ring_is_found_again_and_a_damaged_slot_is_not(tmp_path):
 
 def test_every_epoch_takes_every_picture_once_with_a_random_view():
     window = [(i, v) for v in range(4) for i in range(50)]
-    orders = [train.epoch_order(1, window, [100 * v + i for i, v in window], 1, epoch) for epoch in (1, 2)]
+    orders = [
+        train.epoch_order(1, window, [100 * v + i for i, v in window], 1, epoch) for epoch in (1, 2)
+    ]
     for order in orders:
         assert sorted(order[:, 1]) == list(range(50))
         assert len(set(order[:, 0] // 100)) == 4
@@ -309,7 +351,9 @@ def test_the_last_layer_is_a_ridge_regression_of_the_classes():
     x[:, :3] += y
     both = np.column_stack([x, np.ones(90), y])
     kernel, bias = train.ridge_regression((both[:, :6] * w[:, None]).T @ both, 0.3)
-    centred = [np.sqrt(w / w.sum())[:, None] * (a - np.average(a, axis=0, weights=w)) for a in (x, y)]
+    centred = [
+        np.sqrt(w / w.sum())[:, None] * (a - np.average(a, axis=0, weights=w)) for a in (x, y)
+    ]
     ridge = np.sqrt(0.3 * (centred[0] ** 2).sum() / 5)
     stacked = [np.concatenate(pair) for pair in zip(centred, (ridge * np.eye(5), np.zeros((5, 3))))]
     assert np.allclose(kernel, train.LOGITS * np.linalg.lstsq(*stacked)[0])
@@ -324,7 +368,9 @@ def test_a_part_of_the_last_layer_is_left_out_where_it_hurts(monkeypatch):
     run = SimpleNamespace(data=data, nets=nets, rings=SimpleNamespace(plain=None, shaken=None))
     good, fits = np.eye(2)[targets], [(10 * np.eye(2), np.zeros(2))] * 3
     bad = 10 * (1 - good)
-    for middle, layout, shares in zip((good, good, bad), (good, bad, bad), train.BLENDS, strict=True):
+    for middle, layout, shares in zip(
+        (good, good, bad), (good, bad, bad), train.BLENDS, strict=True
+    ):
         monkeypatch.setattr(train, "last_units", lambda *_, parts=(good, middle, layout): parts)
         (kernel, _), plain, _ = train.choose_last_layer(run, fits)
         assert np.allclose(kernel, np.concatenate([share * 10 * np.eye(2) for share in shares]))
@@ -354,9 +400,14 @@ def test_temperature_mends_what_is_too_sure():
 
 
 def test_few_pictures_leave_the_temperature_near_one():
-    for right, temperature in (([1] * 9 + [0] * 3, 1.9), ([1] * 9000 + [0] * 3000, 6.2)):  # 0.999 sure, 3 of 4 right
+    for right, temperature in (
+        ([1] * 9 + [0] * 3, 1.9),
+        ([1] * 9000 + [0] * 3000, 6.2),
+    ):  # 0.999 sure, 3 of 4 right
         sure = np.tile([[0.999, 0.001]], (len(right), 1))
-        assert train.fit_temperature(sure, 1 - np.array(right)) == pytest.approx(temperature, abs=0.1)
+        assert train.fit_temperature(sure, 1 - np.array(right)) == pytest.approx(
+            temperature, abs=0.1
+        )
 
 
 def test_the_threshold_is_reached_by_92_of_100_new_pictures():
@@ -368,18 +419,23 @@ def test_the_threshold_is_reached_by_92_of_100_new_pictures():
         reached.append(sure[-1] >= train.choose_threshold(both[:-1], np.zeros(30, int)))
     assert np.mean(reached) == pytest.approx(0.92, abs=0.03)
     for alike, limit in ((0.995, 0.94), (0.93, 0.90)):
-        assert train.choose_threshold(np.tile([[alike, 1 - alike]], (50, 1)), np.zeros(50, int)) == pytest.approx(limit)
+        assert train.choose_threshold(
+            np.tile([[alike, 1 - alike]], (50, 1)), np.zeros(50, int)
+        ) == pytest.approx(limit)
     assert train.choose_threshold(both, np.ones(31, int)) == 0.5
 
 
 @pytest.mark.parametrize(
-    ("right", "total", "low", "high"), [(88, 89, 0.9390, 0.9997), (0, 10, 0, 0.3085), (10, 10, 0.6915, 1)]
+    ("right", "total", "low", "high"),
+    [(88, 89, 0.9390, 0.9997), (0, 10, 0, 0.3085), (10, 10, 0.6915, 1)],
 )
 def test_the_interval_is_exact(right, total, low, high):
     assert train.interval(right, total) == pytest.approx([low, high], abs=1e-4)
 
 
-def test_a_link_that_sorts_first_does_not_take_the_pictures_of_a_class(run_script, make_classes, tmp_path):
+def test_a_link_that_sorts_first_does_not_take_the_pictures_of_a_class(
+    run_script, make_classes, tmp_path
+):
     data = make_classes(red=3, green=3)
     (data / "aaa").symlink_to(data / "red", target_is_directory=True)
     done = dry_run(run_script, data)
@@ -402,7 +458,9 @@ def test_a_class_name_that_no_model_can_have_is_told_before_the_training(run_scr
     data = make_classes(red=3, green=3)
     (data / "red").rename(data / os.fsdecode(b"\xc4" * 60))  # six characters each, when shown
     done = dry_run(run_script, data)
-    assert done.returncode == 1 and "too long for a class name: rename" in done.stderr.splitlines()[-1]
+    assert (
+        done.returncode == 1 and "too long for a class name: rename" in done.stderr.splitlines()[-1]
+    )
 
 
 def test_a_model_from_elsewhere_is_not_replaced(run_script, make_classes, tmp_path):

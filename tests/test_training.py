@@ -13,6 +13,8 @@ import pytest
 from conftest import ROOT, TINY, draw_classes, run_process
 from PIL import Image
 
+import model
+import report
 import train
 import utils
 
@@ -38,7 +40,9 @@ def test_the_lines_that_programs_read(scratch_run):
     lines = done.stdout.splitlines()
     assert lines[0] == "images: 33 train, 9 validation, 3 classes, 0 skipped"
     number = r"\d+\.\d+"
-    assert any(re.fullmatch(r"round 0: validation accuracy \d\.\d{4} \(\d+/9\)", line) for line in lines)
+    assert any(
+        re.fullmatch(r"round 0: validation accuracy \d\.\d{4} \(\d+/9\)", line) for line in lines
+    )
     epoch = rf"round 1 epoch 1: loss {number}, accuracy {number}, val_loss {number}, val_accuracy {number}, \d+ s"
     assert any(re.fullmatch(epoch, line) for line in lines)
     best = r"best: round \d, validation accuracy (\d\.\d{4}) \(\d/9\), 95% interval \d\.\d{4} to \d\.\d{4}"
@@ -62,11 +66,20 @@ def test_the_files(scratch_run):
             assert image.info["Software"] == f"{utils.KIT}: model" and max(image.size) <= 4096
     with open(folder / "model-history.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["round"], row["epoch"]) for row in rows] == [("0", "1"), ("0", "2"), ("1", "1"), ("2", "1")]
+    assert [(row["round"], row["epoch"]) for row in rows] == [
+        ("0", "1"),
+        ("0", "2"),
+        ("1", "1"),
+        ("2", "1"),
+    ]
     assert [bool(row["plain_accuracy"]) for row in rows] == [False, True, True, True]
     with h5py.File(folder / "model.h5") as file:
-        info = json.loads(file.attrs[utils.ATTRIBUTE])
-    assert info["labels"] == ["grün", "red", "unknown"] and info["image_size"] == 75 and info["seed"] == 1337
+        info = json.loads(file.attrs[model.ATTRIBUTE])
+    assert (
+        info["labels"] == ["grün", "red", "unknown"]
+        and info["image_size"] == 75
+        and info["seed"] == 1337
+    )
     assert 0 <= info["threshold"] <= 1 and info["weights"] == "none" and len(info["interval"]) == 2
 
 
@@ -89,12 +102,20 @@ def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
 def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run):
     folder, _ = scratch_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = run_process(ROOT / "train.py", folder, "data", "model", "--evaluate", "--min-accuracy", "0.999999")
+    done = run_process(
+        ROOT / "train.py", folder, "data", "model", "--evaluate", "--min-accuracy", "0.999999"
+    )
     right, total = accuracy_counts(done.stdout, "evaluate")[0]
     assert total == 42 and done.returncode == (0 if right == 42 else 3)
     new = {path for path in folder.rglob("*") if path not in before}
-    assert {path.name for path in new} == {"evaluate.png", "model-evaluate.csv", "model-evaluate-report.png"}
-    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if not path.is_dir())
+    assert {path.name for path in new} == {
+        "evaluate.png",
+        "model-evaluate.csv",
+        "model-evaluate-report.png",
+    }
+    assert all(
+        path.stat().st_mtime_ns == time for path, time in before.items() if not path.is_dir()
+    )
     with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 42 and sum(row["actual"] == row["predicted"] for row in rows) == right
@@ -109,7 +130,9 @@ def test_classes_that_the_model_does_not_know(scratch_run, tmp_path):
     folder, _ = scratch_run
     data = draw_classes(tmp_path / "other", {"red": 3, "stranger": 3})
     done = run_process(ROOT / "train.py", tmp_path, data, folder / "model", "--evaluate")
-    assert done.returncode == 0 and "(" in done.stdout  # they count as `unknown`, a class of this model
+    assert (
+        done.returncode == 0 and "(" in done.stdout
+    )  # they count as `unknown`, a class of this model
     with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
         assert {row["actual"] for row in csv.DictReader(file)} == {"red", "unknown"}
     (folder / "model-evaluate.csv").unlink(), (folder / "model-evaluate-report.png").unlink()
@@ -118,7 +141,9 @@ def test_classes_that_the_model_does_not_know(scratch_run, tmp_path):
 def test_a_strangers_picture_of_the_name_is_not_overwritten(run_script, make_classes, tmp_path):
     Image.new("RGB", (10, 10)).save(tmp_path / "001.png")
     done = run_script("train.py", make_classes(a=6, b=6), "model", *TINY)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: 001.png: not a picture of this")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
+        "error: 001.png: not a picture of this"
+    )
     assert list(tmp_path.glob("model*")) == []
 
 
@@ -133,7 +158,9 @@ def run_here(monkeypatch, folder, *words):
     return train.main()
 
 
-PRETRAINED = "--image-size 75 --head-epochs 2 --rounds 1 --round-epochs 1 --views 1 --batch-size 16".split()
+PRETRAINED = (
+    "--image-size 75 --head-epochs 2 --rounds 1 --round-epochs 1 --views 1 --batch-size 16".split()
+)
 
 
 @pytest.fixture
@@ -142,14 +169,16 @@ def small(tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypatch, tmp_path, small, weights_file):
+def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(
+    monkeypatch, tmp_path, small, weights_file
+):
     run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--float32")
-    model, info = utils.load_model(tmp_path / "m")
-    fresh = utils.build_network(2, 75)
+    network, info = model.load_model(tmp_path / "m")
+    fresh = model.build_network(2, 75)
     train.load_base(fresh, weights_file)
     below = True
     changed = {True: 0, False: 0}
-    for old, new in zip(fresh.layers, model.layers):
+    for old, new in zip(fresh.layers, network.layers):
         same = all(np.array_equal(x, y) for x, y in zip(old.get_weights(), new.get_weights()))
         changed[below] += not same
         if "moving" in str([w.path for w in new.weights]):
@@ -158,8 +187,13 @@ def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(monkeypat
     assert changed[True] == 0
     assert changed[False] > 5 or info["round"] == 0
     assert info["number_format"] == "float32" and weights_file.name in info["weights"]
-    ours = [f"m{end}" for end in (".h5", ".json", "-history.csv", "-labels.json", "-mistakes.csv", "-report.png")]
-    left = sorted(path.name for path in tmp_path.iterdir())  # without --cache-dir nothing of the cache
+    ours = [
+        f"m{end}"
+        for end in (".h5", ".json", "-history.csv", "-labels.json", "-mistakes.csv", "-report.png")
+    ]
+    left = sorted(
+        path.name for path in tmp_path.iterdir()
+    )  # without --cache-dir nothing of the cache
     assert left == sorted(["000.png", "001.png", "data", *ours])
 
 
@@ -168,7 +202,9 @@ LONGER = [pytest.param(n, marks=pytest.mark.long) for n in (0, 3)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("unfreeze", [2, *LONGER])
-def test_what_was_scored_is_what_the_saved_network_answers(monkeypatch, tmp_path, small, weights_file, unfreeze):
+def test_what_was_scored_is_what_the_saved_network_answers(
+    monkeypatch, tmp_path, small, weights_file, unfreeze
+):
     seen, choose = [], train.choose_last_layer
 
     def noted(run, fits):
@@ -176,38 +212,57 @@ def test_what_was_scored_is_what_the_saved_network_answers(monkeypatch, tmp_path
         return seen[-1][1]
 
     monkeypatch.setattr(train, "choose_last_layer", noted)
-    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", unfreeze)
-    model, info = utils.load_model(tmp_path / "m")
+    run_here(
+        monkeypatch,
+        tmp_path,
+        small,
+        "m",
+        *PRETRAINED,
+        "--weights",
+        weights_file,
+        "--unfreeze",
+        unfreeze,
+    )
+    network, info = model.load_model(tmp_path / "m")
     run, (_, plain, _) = seen[info["round"]]
     pixels = run.data.store.rows[[run.data.pictures[i].row for i in run.data.validation]]
-    saved = utils.predict(model, pixels, 16)
-    assert np.allclose(saved, train.soften(plain, info["temperature"]), atol=1e-3) and saved.std() > 0.01
+    saved = model.predict(network, pixels, 16)
+    assert (
+        np.allclose(saved, train.soften(plain, info["temperature"]), atol=1e-3)
+        and saved.std() > 0.01
+    )
 
 
 def test_folding_the_normalisation_changes_nothing():
-    keras, rng = utils.import_keras(), np.random.default_rng(0)
-    network = utils.build_network(2, 75)
+    keras, rng = model.import_keras(), np.random.default_rng(0)
+    network = model.build_network(2, 75)
     parts = train.cut_network(network, argparse.Namespace(unfreeze=2), False)
     for layer in parts.trunk.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            beta, mean, variance = (rng.uniform(*ends, layer.beta.shape) for ends in ((0, 1), (-1, 1), (0.5, 2)))
+            beta, mean, variance = (
+                rng.uniform(*ends, layer.beta.shape) for ends in ((0, 1), (-1, 1), (0.5, 2))
+            )
             layer.set_weights([beta, mean, variance])
     folded = train.fold_trunk(parts).trunk
     assert not any(isinstance(layer, keras.layers.BatchNormalization) for layer in folded.layers)
     pixels = rng.integers(0, 255, (4, 75, 75, 3)).astype("uint8")
-    one, two = (utils.predict(utils.compiled(m), pixels, 4) for m in (parts.trunk, folded))
+    one, two = (model.predict(model.compiled(m), pixels, 4) for m in (parts.trunk, folded))
     assert one.std() > 0.1 and np.allclose(one, two, atol=1e-4 * np.abs(one).max())
 
 
 @pytest.mark.long
 def test_a_whole_network_can_be_fine_tuned(monkeypatch, tmp_path, small, weights_file, capsys):
-    run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", 10)
+    run_here(
+        monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--unfreeze", 10
+    )
     assert len(accuracy_counts(capsys.readouterr().out, "round")) == 2
 
 
 @pytest.mark.slow
-def test_two_runs_begun_in_one_folder_do_not_take_each_others_pictures(monkeypatch, tmp_path, small, weights_file):
-    draw = utils.draw_mosaic
+def test_two_runs_begun_in_one_folder_do_not_take_each_others_pictures(
+    monkeypatch, tmp_path, small, weights_file
+):
+    draw = report.draw_mosaic
 
     def draw_and_be_late(path, prefix, *rest):
         draw(path, prefix, *rest)
@@ -265,7 +320,11 @@ def test_features_too_large_for_the_cache_are_told(monkeypatch, tmp_path, small,
     large.write_bytes(weights_file.read_bytes())
     with h5py.File(large, "a") as file:
         betas = []
-        file.visititems(lambda name, item: betas.append(item) if "beta" in name and hasattr(item, "shape") else None)
+        file.visititems(
+            lambda name, item: (
+                betas.append(item) if "beta" in name and hasattr(item, "shape") else None
+            )
+        )
         for beta in betas:
             beta[...] = 1e6
     with pytest.raises(utils.UserError, match="too large for 16-bit numbers: use --float32"):
@@ -274,8 +333,20 @@ def test_features_too_large_for_the_cache_are_told(monkeypatch, tmp_path, small,
 
 @pytest.mark.slow
 def test_a_cache_that_is_too_small_is_one_line(monkeypatch, tmp_path, small, weights_file):
-    with pytest.raises(utils.UserError, match=r"--cache-gb 1e-06.*needs at least .* GB.*--cache-dir"):
-        run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file, "--cache-gb", "0.000001")
+    with pytest.raises(
+        utils.UserError, match=r"--cache-gb 1e-06.*needs at least .* GB.*--cache-dir"
+    ):
+        run_here(
+            monkeypatch,
+            tmp_path,
+            small,
+            "m",
+            *PRETRAINED,
+            "--weights",
+            weights_file,
+            "--cache-gb",
+            "0.000001",
+        )
 
 
 @pytest.mark.slow
@@ -283,7 +354,17 @@ def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, 
     data = draw_classes(tmp_path / "many", {"a": 60, "b": 60})
     row, fixed = 1280 * 2 + 2048 * 4, 120 * 75 * 75 * 3 + 24 * (1280 * 6 + 2048 * 4)
     room = (fixed + 70 * row) / 1e9  # 70 slots for 96 pictures
-    command = [data, "m", *PRETRAINED, "--rounds", "2", "--weights", weights_file, "--cache-gb", room]
+    command = [
+        data,
+        "m",
+        *PRETRAINED,
+        "--rounds",
+        "2",
+        "--weights",
+        weights_file,
+        "--cache-gb",
+        room,
+    ]
     assert run_here(monkeypatch, tmp_path, *command) == 0
     told = capsys.readouterr()
     assert len(accuracy_counts(told.out, "round")) == 3
@@ -293,7 +374,7 @@ def test_more_pictures_than_the_ring_holds(monkeypatch, tmp_path, weights_file, 
 @pytest.fixture(scope="module")
 def loaded(weights_file):
     """Return the weights that the file of the fixture gives, those of the top left out."""
-    network = utils.build_network(2, 75)
+    network = model.build_network(2, 75)
     train.load_base(network, weights_file)
     return network.get_weights()[:-4]
 
@@ -305,12 +386,14 @@ def test_weights_of_every_layout(tmp_path, weights_file, loaded, kind):
 
     path = weights_file
     if kind.startswith("weights"):
-        network = keras.applications.InceptionV3(weights=weights_file, include_top=False, input_shape=(75, 75, 3))
+        network = keras.applications.InceptionV3(
+            weights=weights_file, include_top=False, input_shape=(75, 75, 3)
+        )
         path = tmp_path / "x.weights.h5"
         network.save_weights(path)
     if kind.endswith("16"):
         path = halved(path, tmp_path)
-    network = utils.build_network(2, 75)
+    network = model.build_network(2, 75)
     train.load_base(network, path)
     for one, other in zip(network.get_weights()[:-4], loaded, strict=True):
         assert np.allclose(one, other, atol=1e-3)
@@ -325,7 +408,9 @@ def halved(path, folder):
 
         def copy(name, item):
             if isinstance(item, h5py.Dataset):
-                file.create_dataset(name, data=item[()].astype("float16"), compression="gzip" if item.size else None)
+                file.create_dataset(
+                    name, data=item[()].astype("float16"), compression="gzip" if item.size else None
+                )
             else:
                 file.require_group(name)
             for key, value in item.attrs.items():
@@ -361,7 +446,9 @@ def test_class_weights_and_light_views(monkeypatch, tmp_path, weights_file, caps
     losses = []
     for options in ([], ["--class-weight"], ["--no-heavy-augmentation"]):
         run_here(monkeypatch, tmp_path, *base, *options)
-        assert len(accuracy_counts(capsys.readouterr().out, "round")) == 1  # --unfreeze 0: the dense layers only
+        assert (
+            len(accuracy_counts(capsys.readouterr().out, "round")) == 1
+        )  # --unfreeze 0: the dense layers only
         with open(tmp_path / "m-history.csv", encoding="utf-8") as file:
             losses.append([row["loss"] for row in csv.DictReader(file)])
     assert losses[0] not in losses[1:]
@@ -376,6 +463,6 @@ def test_a_batch_on_a_device_is_smaller_for_large_pictures(monkeypatch):
 def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
     args = type("Args", (), {"float32": False})
     assert train.fastest_format(args) in ("float32", "mixed_bfloat16")
-    monkeypatch.setattr(utils, "compiled", lambda model: 1 / 0)
+    monkeypatch.setattr(model, "compiled", lambda network: 1 / 0)
     assert train.fastest_format(args) == "float32"
     assert train.fastest_format(type("Args", (), {"float32": True})) == "float32"

@@ -31,7 +31,9 @@ def decoded(data, side=40):
     return utils.square(utils.open_picture(data), side)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF"])
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF"]
+)
 def test_every_format_gives_its_colours(kind):
     pixels = decoded(encoded(two_halves(), kind))
     assert pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8
@@ -110,9 +112,13 @@ def test_a_picture_that_is_too_large_is_refused_and_no_film(side):
 
 def png_of_size(width, height):
     """A tiny PNG file that claims to be large."""
-    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(100)))]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(bytes(100))),
+    ]
     body = b"".join(
-        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in [*chunks, (b"IEND", b"")]
+        struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
+        for k, d in [*chunks, (b"IEND", b"")]
     )
     return b"\x89PNG\r\n\x1a\n" + body
 
@@ -130,7 +136,9 @@ def test_what_is_no_picture_gives_a_reason(data):
 
 
 def test_broken_exif_does_not_lose_the_picture():
-    data = encoded(two_halves(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + bytes(range(40)))
+    data = encoded(
+        two_halves(), "JPEG", exif=b"Exif\x00\x00MM\x00*\xff\xff\xff\xff" + bytes(range(40))
+    )
     assert decoded(data).shape == (40, 40, 3)
 
 
@@ -176,7 +184,8 @@ def test_escape(text, shown):
 
 
 @pytest.mark.parametrize(
-    ("text", "cell"), [("=cmd()", "'=cmd()"), ("+1", "'+1"), ("-x", "'-x"), ("@a", "'@a"), ("ok", "ok")]
+    ("text", "cell"),
+    [("=cmd()", "'=cmd()"), ("+1", "'+1"), ("-x", "'-x"), ("@a", "'@a"), ("ok", "ok")],
 )
 def test_csv_cells_are_no_formulas(text, cell):
     assert utils.csv_cell(text) == cell
@@ -184,7 +193,14 @@ def test_csv_cells_are_no_formulas(text, cell):
 
 def test_listing_leaves_out_what_nobody_means(tmp_path):
     root = tmp_path / "root"
-    for name in ["a/1.jpg", "a/b/c/2.jpg", "a/.hidden.jpg", ".git/3.jpg", "a/Thumbs.db", "__MACOSX/4.jpg"]:
+    for name in [
+        "a/1.jpg",
+        "a/b/c/2.jpg",
+        "a/.hidden.jpg",
+        ".git/3.jpg",
+        "a/Thumbs.db",
+        "__MACOSX/4.jpg",
+    ]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(b"")
     (tmp_path / "outside").mkdir()
@@ -236,4 +252,6 @@ def test_a_picture_is_squared_as_plain_pillow_does_it():
         image = Image.open(file)
         image.draft(None, (150, 150))
         plain = ImageOps.fit(image.convert("RGB"), (75, 75), Image.Resampling.BILINEAR)
-        assert np.array_equal(utils.square(utils.open_picture(file.getvalue()), 75), np.asarray(plain)), mode
+        assert np.array_equal(
+            utils.square(utils.open_picture(file.getvalue()), 75), np.asarray(plain)
+        ), mode

@@ -24,6 +24,7 @@ import sample_faces
 from conftest import ROOT, rows, run_process, tag
 from PIL import Image
 
+import report
 import webcam
 
 HEADER = "frame time track x y w h label probability".split()
@@ -31,7 +32,15 @@ HEADER = "frame time track x y w h label probability".split()
 
 def new_state(kind="film", **fields):
     """Make webcam.py's state without detector and model."""
-    args = dict(model=None, source="0", output=None, min_face=None, context=2.0, whole_picture=False, save_faces=None)
+    args = dict(
+        model=None,
+        source="0",
+        output=None,
+        min_face=None,
+        context=2.0,
+        whole_picture=False,
+        save_faces=None,
+    )
     return webcam.State(SimpleNamespace(**args), kind, **fields)
 
 
@@ -60,10 +69,14 @@ def test_drawn_people_are_found_and_named(drawn_model, tagged):
         right += best["name"] == row["label"]
     for number, faces in enumerate(truth):
         boxes = [box(row) for row in lines if int(row["frame"]) == number]
-        found += all(any(webcam.overlap([f[k] for k in "xywh"], b) >= 0.5 for b in boxes) for f in faces)
+        found += all(
+            any(webcam.overlap([f[k] for k in "xywh"], b) >= 0.5 for b in boxes) for f in faces
+        )
     assert found >= 0.9 * len(truth)
     assert right >= 0.95 * len(lines)
-    assert all(re.fullmatch(r"\d+\.\d{6}", row[key]) for row in lines for key in ("time", "probability"))
+    assert all(
+        re.fullmatch(r"\d+\.\d{6}", row[key]) for row in lines for key in ("time", "probability")
+    )
     assert float(lines[-1]["time"]) == pytest.approx((len(truth) - 1) / sample_faces.FPS, abs=0.01)
 
 
@@ -71,7 +84,10 @@ def test_the_written_film_is_whole_and_shows_the_tags(drawn_model, tagged):
     before, after = read_film(drawn_model / "film.mp4"), read_film(drawn_model / "tagged.mp4")
     assert len(after) == len(before) and after[0].shape == before[0].shape
     x, y, w, _ = box(rows(tagged.stdout)[0])
-    assert np.abs(after[0][y : y + 4, x + w // 2].astype(int) - before[0][y : y + 4, x + w // 2]).max() > 40
+    assert (
+        np.abs(after[0][y : y + 4, x + w // 2].astype(int) - before[0][y : y + 4, x + w // 2]).max()
+        > 40
+    )
     assert [p.name for p in drawn_model.glob(".tagged*")] == []
 
 
@@ -94,7 +110,9 @@ def test_a_film_that_changes_its_size(tmp_path, film):
 
 
 def test_frames_of_8k(tmp_path, film):
-    writer = cv2.VideoWriter(str(tmp_path / "8k.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (7680, 4320))
+    writer = cv2.VideoWriter(
+        str(tmp_path / "8k.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (7680, 4320)
+    )
     for frame in read_film(film)[:2]:
         writer.write(cv2.resize(frame, (7680, 4320)))
     writer.release()
@@ -109,7 +127,9 @@ def test_a_pause_stops_the_clock_of_a_film(monkeypatch, film):
 
     def present(state, frame, moment, seconds):
         left.append(seconds)
-        now[0] += 60 if len(left) == 20 else max(0.0, seconds)  # the user pauses at the twentieth frame
+        now[0] += (
+            60 if len(left) == 20 else max(0.0, seconds)
+        )  # the user pauses at the twentieth frame
 
     monkeypatch.setattr(webcam, "handle", lambda state, *_: state.counts.update(["frames"]))
     monkeypatch.setattr(webcam, "present", present)
@@ -118,7 +138,9 @@ def test_a_pause_stops_the_clock_of_a_film(monkeypatch, film):
     state.args.source = str(film)
     webcam.tag_film(state)
     assert len(left) == 2 * sample_faces.FPS
-    assert left[1:20] + left[21:] == pytest.approx([1 / sample_faces.FPS] * (len(left) - 2), abs=0.002)
+    assert left[1:20] + left[21:] == pytest.approx(
+        [1 / sample_faces.FPS] * (len(left) - 2), abs=0.002
+    )
 
 
 def test_a_film_of_an_odd_rate_and_without_times_can_be_written(monkeypatch, tmp_path, film):
@@ -131,7 +153,10 @@ def test_a_film_of_an_odd_rate_and_without_times_can_be_written(monkeypatch, tmp
 
         def get(what):
             told = capture.get(what)
-            return {cv2.CAP_PROP_FPS: 116.98324, cv2.CAP_PROP_POS_MSEC: told if told < 500 else 0.0}.get(what, told)
+            return {
+                cv2.CAP_PROP_FPS: 116.98324,
+                cv2.CAP_PROP_POS_MSEC: told if told < 500 else 0.0,
+            }.get(what, told)
 
         return SimpleNamespace(read=capture.read, get=get, isOpened=capture.isOpened)
 
@@ -151,14 +176,24 @@ def test_a_film_of_an_odd_rate_and_without_times_can_be_written(monkeypatch, tmp
 def test_a_film_whose_name_is_not_utf8_is_one_line(tmp_path, film):
     shutil.copy(film, os.fsencode(tmp_path) + b"/x\xff.mp4")
     done = tag(tmp_path, "--save-faces", "faces", "--source", os.fsdecode(b"x\xff.mp4"))
-    assert done.returncode == 1 and re.search(r"^error: .*OpenCV cannot open such a name", done.stderr, re.M)
+    assert done.returncode == 1 and re.search(
+        r"^error: .*OpenCV cannot open such a name", done.stderr, re.M
+    )
 
 
 def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
     termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
     terminal, end = os.openpty()
     termios.tcsetwinsize(end, (24, 80))
-    command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--source", str(film), "--no-display"]
+    command = [
+        sys.executable,
+        str(ROOT / "webcam.py"),
+        "--save-faces",
+        "faces",
+        "--source",
+        str(film),
+        "--no-display",
+    ]
     process, told = subprocess.Popen(command, cwd=tmp_path, stdout=end, stderr=end), b""
     os.close(end)
     with contextlib.suppress(OSError):  # how a terminal says that nobody writes to it any more
@@ -167,14 +202,18 @@ def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
     os.close(terminal)
     assert process.wait() == 0 and re.search(rb"frames: +\d+%\|.*\d/50 ", told), told
     shown = [line.rpartition("\r")[2] for line in told.decode().replace("\r\n", "\n").split("\n")]
-    assert len([line for line in shown if re.fullmatch(r"\d+\t[\d.]+(\t\d+){5}\t\t", line)]) == 100, shown[:5]
+    assert (
+        len([line for line in shown if re.fullmatch(r"\d+\t[\d.]+(\t\d+){5}\t\t", line)]) == 100
+    ), shown[:5]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems count otherwise")
 def test_pictures_of_long_names_that_begin_alike_are_all_written(tmp_path, film):
     (tmp_path / "photos").mkdir()
     for end in ("1.jpg", "2.jpg", "1.webp", "2.webp"):
-        name = "Screenshot of the family meeting in the garden of " + "x" * (250 - 50 - len(end)) + end
+        name = (
+            "Screenshot of the family meeting in the garden of " + "x" * (250 - 50 - len(end)) + end
+        )
         Image.fromarray(read_film(film)[0][..., ::-1]).save(tmp_path / "photos" / name)
     done = tag(tmp_path, "--save-faces", "faces", "--source", "photos", "--output", "shown")
     assert done.returncode == 0 and len(list((tmp_path / "shown").iterdir())) == 4, done.stderr
@@ -188,12 +227,20 @@ def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_p
     assert rows(done.stdout) == []
     (tmp_path / "mixed").mkdir()
     shutil.copy(tmp_path / "far.png", tmp_path / "mixed")
-    Image.new("RGB", (60, 60)).save(tmp_path / "mixed" / "last.png")  # in which smaller faces are looked for
+    Image.new("RGB", (60, 60)).save(
+        tmp_path / "mixed" / "last.png"
+    )  # in which smaller faces are looked for
     mixed = tag(tmp_path, "--save-faces", "faces", "--source", "mixed")
     assert "no face of 120 px or larger was found; the smallest there has" in mixed.stderr
-    option = re.search(r"nothing was tagged.*the smallest there has \d+ px: --min-face (\d+) would", done.stderr)
+    option = re.search(
+        r"nothing was tagged.*the smallest there has \d+ px: --min-face (\d+) would", done.stderr
+    )
     assert option, done.stderr
-    assert rows(tag(tmp_path, "--save-faces", "faces", "--source", "far.png", "--min-face", option[1]).stdout)
+    assert rows(
+        tag(
+            tmp_path, "--save-faces", "faces", "--source", "far.png", "--min-face", option[1]
+        ).stdout
+    )
 
 
 @pytest.mark.slow
@@ -207,7 +254,9 @@ def test_ctrl_c_keeps_a_film_that_plays(tmp_path, film):
     writer.release()
     command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--source", "long.avi",
                "--output", "out.mp4", "--no-display"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(50):
         process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -225,7 +274,9 @@ def test_training_crops_get_the_probabilities_that_evaluation_gives(drawn_model)
     done = run_process(ROOT / "train.py", drawn_model, "people", "model", "--evaluate")
     assert done.returncode == 0, done.stderr
     with open(drawn_model / "model-evaluate.csv", encoding="utf-8", newline="") as file:
-        expected = {row["file"]: (row["predicted"], row["probability"]) for row in csv.DictReader(file)}
+        expected = {
+            row["file"]: (row["predicted"], row["probability"]) for row in csv.DictReader(file)
+        }
     done = tag(drawn_model, "model", "--source", "people", "--whole-picture", "--threshold", 0)
     got = {row["file"]: (row["label"], row["probability"]) for row in rows(done.stdout)}
     assert got == expected and len(got) == 200
@@ -247,27 +298,51 @@ def test_a_folder_with_broken_files_and_names_of_all_kinds(tmp_path, film):
     assert done.returncode == 0, done.stderr
     lines = rows(done.stdout)
     assert list(lines[0]) == ["file", *HEADER]
-    assert sorted(row["file"] for row in lines) == sorted(2 * ["phone.heic", "turned.jpg", "été/王 & co.webp"])
+    assert sorted(row["file"] for row in lines) == sorted(
+        2 * ["phone.heic", "turned.jpg", "été/王 & co.webp"]
+    )
     assert len(re.findall("^warning: .*(cut.jpg|empty.png): skipped: ", done.stderr, re.M)) == 2
-    written = sorted(p.relative_to(tmp_path / "shown").as_posix() for p in (tmp_path / "shown").rglob("*.*"))
+    written = sorted(
+        p.relative_to(tmp_path / "shown").as_posix() for p in (tmp_path / "shown").rglob("*.*")
+    )
     assert written == ["phone.heic.jpg", "turned.jpg", "été/王 & co.webp.jpg"]
     assert Image.open(tmp_path / "shown" / "turned.jpg").size == frame.size
 
 
 @pytest.mark.slow
 def test_a_picture_with_sixty_faces(drawn_model, tmp_path):
-    tiles = [Image.open(path) for path in sorted((drawn_model / "people").glob("*/*.jpg"))[::3][:60]]
+    tiles = [
+        Image.open(path) for path in sorted((drawn_model / "people").glob("*/*.jpg"))[::3][:60]
+    ]
     crowd = Image.new("RGB", (1600, 960))
     for n, tile in enumerate(tiles):
         crowd.paste(tile, (n % 10 * 160, n // 10 * 160))
     crowd.save(tmp_path / "crowd.png")
-    done = tag(tmp_path, drawn_model / "model", "--source", "crowd.png", "--min-face", 60, "--output", "tagged.png")
+    done = tag(
+        tmp_path,
+        drawn_model / "model",
+        "--source",
+        "crowd.png",
+        "--min-face",
+        60,
+        "--output",
+        "tagged.png",
+    )
     lines = rows(done.stdout)
     assert 50 <= len(lines) <= 70, done.stderr
     names = [row["label"] for row in lines if row["label"] != "unknown"]
     assert len(names) == len(set(names)) > 0, "the same name twice"
     everybody = rows(
-        tag(tmp_path, drawn_model / "model", "--source", "crowd.png", "--min-face", 60, "--threshold", 0).stdout
+        tag(
+            tmp_path,
+            drawn_model / "model",
+            "--source",
+            "crowd.png",
+            "--min-face",
+            60,
+            "--threshold",
+            0,
+        ).stdout
     )
     assert "unknown" not in {row["label"] for row in everybody}
     assert Image.open(tmp_path / "tagged.png").size == crowd.size
@@ -277,7 +352,9 @@ def test_a_picture_with_sixty_faces(drawn_model, tmp_path):
 
 
 def tracks(*means):
-    return [webcam.Track(n, (0, 0, 9, 9), 0, np.array(mean, "float32")) for n, mean in enumerate(means)]
+    return [
+        webcam.Track(n, (0, 0, 9, 9), 0, np.array(mean, "float32")) for n, mean in enumerate(means)
+    ]
 
 
 @pytest.mark.parametrize(("threshold", "means", "expected"), [
@@ -292,7 +369,9 @@ def test_names(threshold, means, expected):
     state = new_state(labels=["Ann", "Ben", "unknown"], threshold=threshold, tracks=tracks(*means))
     webcam.name_tracks(state)
     assert [track.label for track in state.tracks] == expected
-    assert [track.probability for track in state.tracks] == [pytest.approx(max(mean)) for mean in means]
+    assert [track.probability for track in state.tracks] == [
+        pytest.approx(max(mean)) for mean in means
+    ]
 
 
 def test_of_equally_sure_boxes_of_one_face_it_is_always_the_same(monkeypatch):
@@ -310,7 +389,9 @@ def test_two_tracks_never_share_one_face(film):
     state = new_state(cascade=webcam.load_cascade(), smallest=60)
     webcam.follow(state, frame, 0)
     x, y, w, h = state.tracks[0].box
-    state.tracks = [webcam.Track(n, (x + shift, y, w, h), 0) for n, shift in enumerate((w // 5, -w // 5))]
+    state.tracks = [
+        webcam.Track(n, (x + shift, y, w, h), 0) for n, shift in enumerate((w // 5, -w // 5))
+    ]
     webcam.follow(state, frame, 1)  # looks around both of them
     assert sorted(track.seen for track in state.tracks) == [0, 1]
     webcam.follow(state, frame, webcam.HOLD + 1)
@@ -319,7 +400,10 @@ def test_two_tracks_never_share_one_face(film):
 
 def test_boxes_are_linked_so_that_the_overlaps_are_largest():
     old = [(0, 0, 100, 100), (60, 0, 100, 100)]
-    assert webcam.link(old, [(55, 0, 100, 100), (-10, 0, 100, 100), (400, 0, 50, 50)]) == {0: 1, 1: 0}
+    assert webcam.link(old, [(55, 0, 100, 100), (-10, 0, 100, 100), (400, 0, 50, 50)]) == {
+        0: 1,
+        1: 0,
+    }
     assert webcam.link(old, []) == webcam.link([], old) == {}
     assert webcam.overlap((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(1 / 3)
 
@@ -328,9 +412,7 @@ def test_boxes_are_linked_so_that_the_overlaps_are_largest():
 def test_every_script_is_drawn(name):
     from matplotlib import ft2font
 
-    import utils
-
-    if not set(map(ord, name)) <= set(ft2font.FT2Font(utils.font_file(name)).get_charmap()):
+    if not set(map(ord, name)) <= set(ft2font.FT2Font(report.font_file(name)).get_charmap()):
         pytest.skip(f"no font on this machine has {name}")
     drawn = []
     for text in (name, "\U000f0000" * len(name)):  # a character that no font has
@@ -369,7 +451,9 @@ def test_dropped_frames_are_no_loss_and_a_lost_camera_is_tried_three_times(monke
     again = iter([Camera([]), Camera([True, False, True]), Camera([]), Camera([]), Camera([])])
     monkeypatch.setattr(webcam, "open_live", lambda state: next(again))
     state = new_state("camera")
-    with pytest.raises(webcam.utils.UserError, match="camera 0: lost, and 3 tries did not bring it back"):
+    with pytest.raises(
+        webcam.utils.UserError, match="camera 0: lost, and 3 tries did not bring it back"
+    ):
         webcam.read_live(state, Camera([False, False, True, False, True, True]))
     assert state.newest[0] == 5 - 1 and state.ended
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
@@ -377,7 +461,9 @@ def test_dropped_frames_are_no_loss_and_a_lost_camera_is_tried_three_times(monke
 
 def test_on_a_slow_machine_a_face_may_be_missed_once(monkeypatch):
     """It sees every ninth frame of a camera, so a face that is missed once was last seen 18 frames ago."""
-    faces = iter([[((10, 10, 50, 50), 9)], [((10, 10, 50, 50), 9)], [], [((10, 10, 50, 50), 9)], [], []])
+    faces = iter(
+        [[((10, 10, 50, 50), 9)], [((10, 10, 50, 50), 9)], [], [((10, 10, 50, 50), 9)], [], []]
+    )
     monkeypatch.setattr(webcam, "search", lambda *_: next(faces))
     state, seen = new_state("camera"), []
     for number in range(0, 54, 9):
@@ -446,7 +532,9 @@ class Stream(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         try:
             while self.server.running:
-                self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + self.server.jpeg + b"\r\n")
+                self.wfile.write(
+                    b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + self.server.jpeg + b"\r\n"
+                )
                 time.sleep(0.04)
         except OSError:
             pass
@@ -477,7 +565,9 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, film):
     stop, port = serve(0, frame)
     command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--output", "out.avi", "--no-display",
                "--source", f"http://me:secret@127.0.0.1:{port}/live?key=secret"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(10):
         process.stdout.readline()
     stop()
@@ -500,22 +590,34 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, film):
 @pytest.mark.slow
 def test_a_served_film_plays_once_and_as_fast_as_it_is(tmp_path, film):
     frames = read_film(film)
-    out = cv2.VideoWriter(str(tmp_path / "served.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, frames[0].shape[1::-1])
+    out = cv2.VideoWriter(
+        str(tmp_path / "served.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, frames[0].shape[1::-1]
+    )
     for frame in frames:
         out.write(frame)
     out.release()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    done = tag(tmp_path, "--save-faces", "faces", "--source", f"http://127.0.0.1:{server.server_port}/served.avi")
+    done = tag(
+        tmp_path,
+        "--save-faces",
+        "faces",
+        "--source",
+        f"http://127.0.0.1:{server.server_port}/served.avi",
+    )
     server.shutdown()
     server.server_close()
     assert done.returncode == 0, done.stderr
     moments = {float(row["time"]) for row in rows(done.stdout)}
-    assert len(moments) > 5 and 0.8 * len(frames) / 25 < max(moments) < 2 * len(frames) / 25, moments
+    assert len(moments) > 5 and 0.8 * len(frames) / 25 < max(moments) < 2 * len(frames) / 25, (
+        moments
+    )
 
 
-needs_screen = pytest.mark.skipif(not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb, xdotool")
+needs_screen = pytest.mark.skipif(
+    not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb, xdotool"
+)
 
 
 @pytest.fixture
@@ -545,7 +647,9 @@ event.data[0] = x.XInternAtom(display, b"WM_DELETE_WINDOW", 0)
 x.XSendEvent(display, ctypes.c_ulong({window}), 0, ctypes.c_long(0), ctypes.byref(event))
 x.XSync(display, 0)
 """
-    subprocess.run([sys.executable, "-c", code], env=os.environ | {"DISPLAY": display}, check=True, timeout=30)
+    subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"DISPLAY": display}, check=True, timeout=30
+    )
 
 
 @needs_screen
@@ -553,14 +657,28 @@ x.XSync(display, 0)
 def test_a_window_and_its_keys(tmp_path, film, screen, how):
     environment = os.environ | {"DISPLAY": screen}
     Image.fromarray(read_film(film)[0][..., ::-1]).save(tmp_path / "two.png")
-    command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--source", "two.png"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "webcam.py"),
+        "--save-faces",
+        "faces",
+        "--source",
+        "two.png",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
     window = subprocess.run(["xdotool", "search", "--sync", "--name", f"^{webcam.TITLE}$"], env=environment,
                             capture_output=True, text=True, timeout=30).stdout.split()[0]  # fmt: skip
 
     def press_until(key, done):  # without a window manager a key is lost now and then
         for _ in range(20):
-            subprocess.run(["xdotool", "windowfocus", window, "key", key], env=environment, timeout=30, check=False)
+            subprocess.run(
+                ["xdotool", "windowfocus", window, "key", key],
+                env=environment,
+                timeout=30,
+                check=False,
+            )
             for _ in range(10):
                 if done():
                     return
@@ -570,7 +688,12 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     press_until("s", lambda: list(tmp_path.glob("snapshot-*.png")))
     assert process.poll() is None
     for arrow in ("Left", "Right") * 5:  # whose codes end as those of Q and S do
-        subprocess.run(["xdotool", "windowfocus", window, "key", arrow], env=environment, timeout=30, check=False)
+        subprocess.run(
+            ["xdotool", "windowfocus", window, "key", arrow],
+            env=environment,
+            timeout=30,
+            check=False,
+        )
     time.sleep(0.5)
     assert process.poll() is None
     if how == "close":
@@ -620,7 +743,10 @@ def test_mistakes_are_told_in_one_line(tmp_path, film, arguments, code, message)
     assert done.returncode == code
     assert message in done.stderr.splitlines()[-1]
     assert code == 2 or len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out.gif").exists() and (tmp_path / "film.mp4").read_bytes() == film.read_bytes()
+    assert (
+        not (tmp_path / "out.gif").exists()
+        and (tmp_path / "film.mp4").read_bytes() == film.read_bytes()
+    )
 
 
 def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
@@ -631,12 +757,23 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
     state.args.no_display = False
     monkeypatch.setattr(subprocess, "run", run)
     webcam.open_window(state)
-    assert not state.window and capsys.readouterr().err.startswith("warning: no window can be opened")
+    assert not state.window and capsys.readouterr().err.startswith(
+        "warning: no window can be opened"
+    )
 
 
 def test_without_a_display_it_goes_on(tmp_path, film):
-    bare = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    command = [sys.executable, str(ROOT / "webcam.py"), "--save-faces", "faces", "--source", str(film)]
+    bare = {
+        key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "webcam.py"),
+        "--save-faces",
+        "faces",
+        "--source",
+        str(film),
+    ]
     done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
     assert done.returncode == 0 and rows(done.stdout)
     assert done.stderr.startswith("warning: no window can be opened")
@@ -650,7 +787,9 @@ def test_what_is_missing_is_told_with_the_remedy(tmp_path, film, missing):
         (tmp_path / "cv2.py").write_text("raise ImportError('No module named cv2')")
     elif missing == "CascadeClassifier":
         (tmp_path / "cv2.py").write_text("__version__ = '5.0.0'")
-    done = run_process(tmp_path / "webcam.py", tmp_path, "--save-faces", "faces", "--source", film, "--no-display")
+    done = run_process(
+        tmp_path / "webcam.py", tmp_path, "--save-faces", "faces", "--source", film, "--no-display"
+    )
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     remedy = {"module": "pip install -r", "CascadeClassifier": 'pip install "opencv-python<5"'}
     assert remedy.get(missing, "haarcascade_frontalface_default.xml: missing") in done.stderr

@@ -22,7 +22,9 @@ def draw_album(people, pictures):
             figure = (index, pose, rng.choice(sample_faces.SHIRTS))
             image = sample_faces.draw_scene(room, sample_faces.light(rng, 320, 320), 0, [figure])
             box = sample_faces.face_box(pose)
-            side = box["w"] / 1.12  # a Haar box is larger than that of Photos, and lies a little higher
+            side = (
+                box["w"] / 1.12
+            )  # a Haar box is larger than that of Photos, and lies a little higher
             center = (box["x"] + box["w"] / 2, box["y"] + box["h"] / 2 + 0.09 * side)
             photos.append((image, [(sample_faces.person(index).name, (*center, side))]))
     return photos
@@ -45,7 +47,9 @@ def share_of_right_names(folder, truth_file):
 
 
 def train(folder):
-    done = run_process(ROOT / "train.py", folder, "people", "model", "--weights", "none", "--image-size", "75")
+    done = run_process(
+        ROOT / "train.py", folder, "people", "model", "--weights", "none", "--image-size", "75"
+    )
     assert done.returncode == 0, done.stderr
 
 
