@@ -313,7 +313,7 @@ def collect(faces, library, folder, args):
             continue
         targets.add(target)
         by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
-    work = utils.in_order(
+    work = utils.ordered_parallel_map(
         lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS
     )
     for results in utils.progress(work, len(by_picture), "pictures"):
@@ -465,7 +465,7 @@ def working_folder(out):
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     try:
-        with utils.only_run(folder / LOCK):
+        with utils.file_lock(folder / LOCK):
             shutil.rmtree(folder / "work", ignore_errors=True)
             (folder / "work").mkdir()
             try:
@@ -479,16 +479,18 @@ def working_folder(out):
 
 def report(counts, skipped):
     """Print the table of persons, the reasons for which faces were skipped, and the sum."""
-    utils.say("images  person")
+    utils.print_line("images  person")
     for name, count in sorted(
         counts.items(), key=lambda item: (item[0] == UNKNOWN, item[0].casefold())
     ):
-        utils.say(f"{count:6}  {utils.escape(name)}")
+        utils.print_line(f"{count:6}  {utils.escape(name)}")
     for reason, count in sorted(skipped.items()):
-        utils.say(f"{count} skipped: {reason}")
+        utils.print_line(f"{count} skipped: {reason}")
     persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
     named = f"{counts.total() - unknown} named ({persons} persons)"
-    utils.say(f"{counts.total() + left_out} faces: {named}, {unknown} unknown, {left_out} skipped")
+    utils.print_line(
+        f"{counts.total() + left_out} faces: {named}, {unknown} unknown, {left_out} skipped"
+    )
 
 
 def parse_arguments():
@@ -532,7 +534,7 @@ def main():
                 out.rmdir()
             (folder / "dataset").rename(out)
     if not faces:
-        utils.say("no faces: Photos has found none in this library, so nothing was written")
+        utils.print_line("no faces: Photos has found none in this library, so nothing was written")
     report(counts, skipped)
 
 

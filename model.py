@@ -17,21 +17,40 @@ import numpy as np
 import utils
 
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
-ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
+METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
 LAYOUT = 16  # about so many blocks a side make the layout of a picture
 MAX_CLASSES = 10_000
 MAX_LABEL = 255  # characters
 MAX_LABELS = 1_500_000  # all of them as JSON; MAX_TEXTS allows as many characters for each layer
 CLASSES = {
-    *("Functional", "InputLayer", "Rescaling", "Conv2D", "BatchNormalization", "Activation", "Concatenate"),
-    *("AveragePooling2D", "MaxPooling2D", "GlobalAveragePooling2D", "Dense", "DTypePolicy", "GlorotUniform"),
+    *(
+        "Functional",
+        "InputLayer",
+        "Rescaling",
+        "Conv2D",
+        "BatchNormalization",
+        "Activation",
+        "Concatenate",
+    ),
+    *(
+        "AveragePooling2D",
+        "MaxPooling2D",
+        "GlobalAveragePooling2D",
+        "Dense",
+        "DTypePolicy",
+        "GlorotUniform",
+    ),
     *("Flatten", "LayerNormalization", "Zeros", "Ones", "__keras_tensor__"),
 }  # all that a model.json of ours names
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
-HEAP = re.compile(rb"GCOL\x01(?=...(.{4}))", re.S)  # begins a piece of an HDF5 file that holds texts; its size
-MAX_TEXTS = 2**29  # bytes of one attribute, whose texts may all be one and the same long one; real ones take 1e8
+HEAP = re.compile(
+    rb"GCOL\x01(?=...(.{4}))", re.S
+)  # begins a piece of an HDF5 file that holds texts; its size
+MAX_TEXTS = (
+    2**29
+)  # bytes of one attribute, whose texts may all be one and the same long one; real ones take 1e8
 
 JITTING = threading.Lock()  # functools.cache lets two threads make the same thing twice
 
@@ -44,20 +63,22 @@ def import_keras():
     """Import Keras, TensorFlow behind it unless KERAS_BACKEND says otherwise, without start-up chatter.
 
     It takes seconds, so functions ask here rather than at the top of a file. Returns the module.
-    Raises utils.UserError if a package is utils.missing.
+    Raises utils.UserError if a package is missing.
     """
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel("ERROR")
     try:
-        with output_aside():
+        with silence_output():
             import keras
 
             if CHILD in os.environ:
                 join_processes(keras)
-            keras.config.set_image_data_format("channels_last")  # whatever a keras.json of long ago says
+            keras.config.set_image_data_format(
+                "channels_last"
+            )  # whatever a keras.json of long ago says
             keras.config.set_floatx("float32")
-            keras.ops.zeros(1)  # what the first operation has to utils.say is said here
+            keras.ops.zeros(1)  # what the first operation has to say is said here
     except (ImportError, ValueError) as error:  # ValueError: no such backend
         raise utils.UserError(
             f"{error}: {utils.INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: see README.md)"
@@ -76,7 +97,7 @@ def join_processes(keras):
 
 
 @contextlib.contextmanager
-def output_aside():
+def silence_output():
     """Send stdout and stderr nowhere while libraries in C++ introduce themselves."""
     sys.stdout.flush(), sys.stderr.flush()
     kept, nowhere = {fd: os.dup(fd) for fd in (1, 2)}, os.open(os.devnull, os.O_WRONLY)
@@ -113,7 +134,9 @@ def build_network(class_count, side, number_format="float32"):
         layout = keras.layers.Flatten()(keras.layers.AveragePooling2D(round(side / LAYOUT))(scaled))
         layout = keras.layers.LayerNormalization(center=False, scale=False, name="layout")(layout)
         units = keras.layers.Concatenate(name="units")([hidden, middle, layout])
-        softmax = keras.layers.Dense(class_count, activation="softmax", dtype="float32", name="probabilities")
+        softmax = keras.layers.Dense(
+            class_count, activation="softmax", dtype="float32", name="probabilities"
+        )
         return keras.Model(pixels, softmax(units))
     finally:
         keras.config.set_dtype_policy("float32")
@@ -169,7 +192,7 @@ def jitted(model):
     return variables, jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
 
 
-def trio(prefix):
+def model_paths(prefix):
     """Return the paths of the model's three files: weights and all, architecture, labels."""
     return Path(f"{prefix}.h5"), Path(f"{prefix}.json"), Path(f"{prefix}-labels.json")
 
@@ -182,35 +205,44 @@ def save_model(model, info, prefix):
     """
     import h5py
 
-    weights, architecture, labels = trio(prefix)
+    weights, architecture, labels = model_paths(prefix)
     texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
-    sums = {key: hashlib.sha256(text).hexdigest() for key, text in zip(("json", "labels"), texts.values())}
-    with utils.whole_file(weights) as weights_part:
+    sums = {
+        key: hashlib.sha256(text).hexdigest()
+        for key, text in zip(("json", "labels"), texts.values())
+    }
+    with utils.atomic_write(weights) as weights_part:
         try:
             model.save(weights_part)
             with h5py.File(weights_part, "a") as file:
-                file.attrs[ATTRIBUTE] = json.dumps(info | {"sha256": sums})
+                file.attrs[METADATA_ATTRIBUTE] = json.dumps(info | {"sha256": sums})
         except (OSError, RuntimeError, ValueError) as error:  # HDF5 wraps what the system said
             reason = f"cannot be written ({utils.first_line(error)})"
-            raise utils.UserError(f"{utils.escape(weights)}: {reason}: free some space, then --resume") from None
+            raise utils.UserError(
+                f"{utils.escape(weights)}: {reason}: free some space, then --resume"
+            ) from None
         for path, text in texts.items():
-            with utils.whole_file(path) as part:
+            with utils.atomic_write(path) as part:
                 part.write_bytes(text)
 
 
-def is_ours(prefix):
+def may_replace_model(prefix):
     """Say whether a model of this prefix may be replaced: there is none, or it is one of this kit's."""
     import h5py
 
-    weights, architecture, _ = trio(prefix)
+    weights, architecture, _ = model_paths(prefix)
     try:
         if os.path.lexists(weights) and not weights.is_file():
             return False
         if weights.exists():
             with h5py.File(weights, "r") as file:
-                return ATTRIBUTE in file.attrs
-        if architecture.exists():  # a kill between the renames of a first save leaves it without a model.h5
-            check_architecture(parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture)
+                return METADATA_ATTRIBUTE in file.attrs
+        if (
+            architecture.exists()
+        ):  # a kill between the renames of a first save leaves it without a model.h5
+            check_architecture(
+                parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture
+            )
         return True
     except (OSError, utils.UserError):
         return False
@@ -224,7 +256,7 @@ def load_model(prefix):
     """
     info = check_model(prefix)
     model = build_network(len(info["labels"]), info["image_size"])
-    load_weights(model, trio(prefix)[0])
+    load_weights(model, model_paths(prefix)[0])
     return compiled(model), info
 
 
@@ -233,24 +265,31 @@ def check_model(prefix):
 
     What is trusted is h5py with libhdf5. Raises utils.UserError for anything that is not whole.
     """
-    weights, architecture, labels_path = trio(prefix)
+    weights, architecture, labels_path = model_paths(prefix)
     texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
     side = check_architecture(parse_json(architecture, texts[0]), architecture)
     ours, config = check_hdf5(weights, count_parameters(len(labels), side))
     info = parse_json(weights, ours)
-    check_architecture(parse_json(weights, config), weights)  # plain Keras would build the network from it
+    check_architecture(
+        parse_json(weights, config), weights
+    )  # plain Keras would build the network from it
     sums = [hashlib.sha256(text).hexdigest() for text in texts]
     if not isinstance(info, dict) or info.get("sha256") != dict(zip(("json", "labels"), sums)):
         raise utils.UserError(
             f"{utils.escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
-            "of one training utils.run again, or finish that utils.run with --resume"
+            "of one training run again, or finish that run with --resume"
         )
     threshold = info.setdefault("threshold", 0.5)
-    good = all(type(info.get(name)) is int for name in ("image_size", "round")) and 0 <= info["round"] <= 999
+    good = (
+        all(type(info.get(name)) is int for name in ("image_size", "round"))
+        and 0 <= info["round"] <= 999
+    )
     known = good and info.get("labels") == labels and info["image_size"] == side
     if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise utils.UserError(f"{utils.escape(weights)}: what belongs to the model is damaged in it: train again")
+        raise utils.UserError(
+            f"{utils.escape(weights)}: what belongs to the model is damaged in it: train again"
+        )
     return info
 
 
@@ -262,7 +301,9 @@ def load_weights(model, path):
         reason = f"these weights do not fit InceptionV3 ({utils.first_line(error)})"
         raise utils.UserError(f"{utils.escape(path)}: {reason}: use another file") from None
     if not all(np.isfinite(array).all() for array in model.get_weights()):
-        raise utils.UserError(f"{utils.escape(path)}: holds numbers that are not finite: train again or use another file")
+        raise utils.UserError(
+            f"{utils.escape(path)}: holds numbers that are not finite: train again or use another file"
+        )
 
 
 def check_file(path, limit):
@@ -270,11 +311,15 @@ def check_file(path, limit):
     if path.is_symlink():
         raise utils.UserError(f"{utils.escape(path)}: is a link: copy the file itself here")
     if not path.exists():
-        raise utils.UserError(f"{utils.escape(path)}: no such file: check the name (a model's prefix has no ending)")
+        raise utils.UserError(
+            f"{utils.escape(path)}: no such file: check the name (a model's prefix has no ending)"
+        )
     if not path.is_file():  # a named pipe would wait for ever
         raise utils.UserError(f"{utils.escape(path)}: is no file: remove it")
     if path.stat().st_size > limit:
-        raise utils.UserError(f"{utils.escape(path)}: larger than {limit:,} bytes, as no such file is: use another one")
+        raise utils.UserError(
+            f"{utils.escape(path)}: larger than {limit:,} bytes, as no such file is: use another one"
+        )
 
 
 def read_capped(path, limit):
@@ -288,7 +333,9 @@ def parse_json(path, text):
     try:
         return json.loads(text)
     except (ValueError, RecursionError, TypeError):
-        raise utils.UserError(f"{utils.escape(path)}: damaged, not JSON: copy it again or train again") from None
+        raise utils.UserError(
+            f"{utils.escape(path)}: damaged, not JSON: copy it again or train again"
+        ) from None
 
 
 def check_labels(labels, path):
@@ -297,7 +344,9 @@ def check_labels(labels, path):
     good = good and all(isinstance(label, str) and utils.escape(label) == label for label in labels)
     good = good and all(0 < len(label) <= MAX_LABEL for label in labels)
     if not good or len(set(labels)) != len(labels):
-        raise utils.UserError(f"{utils.escape(path)}: not a list of two or more different class names: train again")
+        raise utils.UserError(
+            f"{utils.escape(path)}: not a list of two or more different class names: train again"
+        )
     return labels
 
 
@@ -309,9 +358,13 @@ def check_architecture(config, path):
     try:
         _, height, width, channels = config["config"]["layers"][0]["config"]["batch_shape"]
     except (TypeError, KeyError, IndexError, ValueError):
-        raise utils.UserError(f"{utils.escape(path)}: names no image size: it was not written by this kit") from None
+        raise utils.UserError(
+            f"{utils.escape(path)}: names no image size: it was not written by this kit"
+        ) from None
     if type(height) is not int or not 75 <= height <= 1024 or width != height or channels != 3:
-        raise utils.UserError(f"{utils.escape(path)}: its image size is not one that this kit makes: do not use it")
+        raise utils.UserError(
+            f"{utils.escape(path)}: its image size is not one that this kit makes: do not use it"
+        )
     pending = [config]
     while pending:
         item = pending.pop()
@@ -319,11 +372,15 @@ def check_architecture(config, path):
             pending += item.values()
             names = [item[key] for key in ("class_name", "registered_name") if item.get(key)]
             if not all(isinstance(name, str) and name in CLASSES for name in names):
-                raise utils.UserError(f"{utils.escape(path)}: has layers that this kit does not use: do not open it with Keras")
+                raise utils.UserError(
+                    f"{utils.escape(path)}: has layers that this kit does not use: do not open it with Keras"
+                )
         elif isinstance(item, list):
             pending += item
         elif isinstance(item, int | float) and abs(item) > MAX_CLASSES:
-            raise utils.UserError(f"{utils.escape(path)}: a layer is larger than this kit makes: do not open it with Keras")
+            raise utils.UserError(
+                f"{utils.escape(path)}: a layer is larger than this kit makes: do not open it with Keras"
+            )
     return height
 
 
@@ -342,8 +399,10 @@ def check_hdf5(path, parameters):
             count = count_numbers(file, longest)
             if count != parameters:
                 numbers = f"{count:,} numbers, not {parameters:,}"
-                raise utils.UserError(f"{utils.escape(path)}: holds {numbers}: it belongs to another network or version")
-            return text_attribute(file, ATTRIBUTE), text_attribute(file, "model_config")
+                raise utils.UserError(
+                    f"{utils.escape(path)}: holds {numbers}: it belongs to another network or version"
+                )
+            return text_attribute(file, METADATA_ATTRIBUTE), text_attribute(file, "model_config")
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         reason = f"damaged, not HDF5 or made to harm ({utils.first_line(error)})"
         raise utils.UserError(f"{utils.escape(path)}: {reason}: copy it again") from None
@@ -389,7 +448,9 @@ def count_numbers(file, longest):
             good = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
             if not good or item.dtype.kind != "f" or item.dtype.itemsize > 4:
                 raise ValueError("data kept elsewhere or of another kind")
-            if item.chunks and np.prod(item.chunks, dtype=float) > item.size:  # all of a piece is unpacked
+            if (
+                item.chunks and np.prod(item.chunks, dtype=float) > item.size
+            ):  # all of a piece is unpacked
                 raise ValueError("unpacks to more than it is")
             check_texts(item, longest)
             count += item.size
@@ -411,7 +472,9 @@ def check_names(group):
     """Raise ValueError unless the lists of what Keras is to read in a group are short and without repeats."""
     for key in group.attrs:
         most = {"layer_names": 500, "weight_names": 8}.get(key.rstrip("0123456789"))
-        if most and (key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)):
+        if most and (
+            key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)
+        ):
             raise ValueError("longer lists than such a file has")
         if most and len(set(group.attrs[key])) < len(group.attrs[key]):
             raise ValueError("the same data listed twice")

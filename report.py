@@ -65,7 +65,7 @@ def draw_text(draw, xy, text, size, fill, anchor="la", width=None):
     draw.text(xy, text, fill, font, anchor)
 
 
-def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
+def draw_confusion_matrix(path, prefix, title, labels, actual, predicted, pictures):
     """Draw the confusion matrix with the pictures themselves: a row a class, a column for what it was taken for.
 
     labels: class names. actual, predicted: int arrays (n,). pictures: a function from 0..n-1 to uint8
@@ -79,10 +79,8 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
     size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
     widest = max(ImageFont.truetype(font_file(labels[i]), size).getlength(labels[i]) for i in shown)
     left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
-    utils.turned = (
-        cell - 8 <= widest and cell < TURNED * size
-    )  # by a quarter, to stand above the columns
-    top = 120 + size * (TURNED if utils.turned else 2)
+    turned = cell - 8 <= widest and cell < TURNED * size  # by a quarter, to stand above the columns
+    top = 120 + size * (TURNED if turned else 2)
     canvas = Image.new(
         "RGB", (left + cell * len(shown) + 20, top + cell * len(shown) + 20), "white"
     )
@@ -108,20 +106,20 @@ def draw_mosaic(path, prefix, title, labels, actual, predicted, pictures):
         draw_text(
             draw, (left - 12, y + cell // 2 + size), f"{right} of {total}", size - 4, GREY, "rs"
         )
-        draw_column_name(canvas, (x, top - 12), labels[a], size, cell, utils.turned)
+        draw_column_name(canvas, (x, top - 12), labels[a], size, cell, turned)
         for column, p in enumerate(shown):
             inside = np.flatnonzero((actual == a) & (predicted == p))
             draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
     chunk = PngInfo()
     chunk.add_text("Software", f"{utils.KIT}: {prefix}")
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         canvas.save(part, "PNG", pnginfo=chunk)
 
 
 def draw_column_name(canvas, corner, name, size, cell, turned):
-    """Write a class name above its column, utils.upright or utils.turned."""
+    """Write a class name above its column, upright or turned."""
     x, bottom = corner
-    if not utils.turned:
+    if not turned:
         draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
         return
     length = TURNED * size
@@ -131,7 +129,7 @@ def draw_column_name(canvas, corner, name, size, cell, turned):
 
 
 def draw_cell(canvas, corner, cell, pictures, inside, correct):
-    """Fill one cell with the pictures whose indices are `inside`, their utils.number on a badge."""
+    """Fill one cell with the pictures whose indices are `inside`, their number on a badge."""
     draw, (x, y) = ImageDraw.Draw(canvas), corner
     frame, (strong, pale) = (x + 1, y + 1, x + cell - 2, y + cell - 2), BLUE if correct else ORANGE
     if not len(inside):
@@ -174,7 +172,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None):
     figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
     for axes, (_, plot) in zip(figure.subplots(len(panels), 1, height_ratios=heights), panels):
         plot(axes)
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         figure.savefig(part, dpi=110, metadata={"Software": utils.KIT})
 
 

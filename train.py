@@ -250,7 +250,9 @@ def read_pictures(args, side):
     mine, found = range(args.process, len(files), args.processes), []
     # a few at a time: one by one, small pictures spend an eighth of the time between the threads
     few = in_batches(mine, min(8, max(1, 2**19 // side**2)))
-    pieces = utils.in_order(lambda some: [read_picture(files[n][0], side) for n in some], few)
+    pieces = utils.ordered_parallel_map(
+        lambda some: [read_picture(files[n][0], side) for n in some], few
+    )
     results = itertools.chain.from_iterable(pieces)
     for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
         if pixels is not None and store is not None:
@@ -277,7 +279,7 @@ def read_picture(path, side):
         data, image = utils.read_picture(path)
         if max(image.size) > MAX_RATIO * min(image.size):
             return None, None, "the longer side is more than twice the shorter one"
-        pixels = utils.square(image, side)
+        pixels = utils.to_model_input(image, side)
     except utils.PictureError as reason:
         return None, None, str(reason)
     grey = cv2.resize(
@@ -595,10 +597,10 @@ def fill_ring(run, ring, trunk, wanted, label):
     # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
     # comes before and after: a thread takes longer for the checksums of a batch than a device for the network.
     workers, at_once = (4, 8) if on_device() else (1, 2)
-    views = utils.in_order(
+    views = utils.ordered_parallel_map(
         lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers
     )
-    results = utils.in_order(pass_on, views, workers=at_once)
+    results = utils.ordered_parallel_map(pass_on, views, workers=at_once)
     for batch, (features, sums, finite) in zip(
         batches, utils.progress(results, len(batches), label)
     ):
@@ -867,7 +869,7 @@ def read_data(args, side):
         raise utils.UserError(
             f"{len(labels):,} classes with such long names: give the folders shorter ones"
         )
-    utils.say(
+    utils.print_line(
         f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
     )
     warn_as_a_colleague(pictures, train, validation)
@@ -902,13 +904,13 @@ def set_up_keras(args, number_format):
     """Settle on the number format, if it is None, and the devices. Returns both."""
     keras = model.import_keras()
     with (
-        model.output_aside()
+        model.silence_output()
     ):  # under JAX, Keras imports a chatting TensorFlow when a layer first describes itself
         keras.layers.Identity().get_config()
     if number_format is None and args.process == 0:
         number_format = fastest_format(args)
     number_format = exchange(args, number_format)[0]
-    utils.say(f"number format: {number_format}")
+    utils.print_line(f"number format: {number_format}")
     return (
         number_format,
         keras.distribution.list_devices() if keras.config.backend() == "jax" else [None],
@@ -1029,7 +1031,10 @@ def train_epoch(run, network, rows, order, targets, label):
     """
     steps, batch_size, weights = *epoch_size(run), run.data.sample_weights
     batches = np.resize(order, (steps, batch_size, 2))
-    logs, features_ahead = [], utils.in_order(lambda b: rows[b[:, 0]], batches, workers=1)
+    logs, features_ahead = (
+        [],
+        utils.ordered_parallel_map(lambda b: rows[b[:, 0]], batches, workers=1),
+    )
     rates = learning_rates(run, network)[int(network.optimizer.iterations) :]
     with run.nets.together():
         for batch, features, rate in zip(
@@ -1085,7 +1090,7 @@ def train_epochs(run, network, rows, slots, window, number, validation):
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
-        utils.say(f"{name}: {shown}, {seconds:.0f} s")
+        utils.print_line(f"{name}: {shown}, {seconds:.0f} s")
         unprinted = {
             "plain_accuracy": "",
             "learning_rate": float(network.optimizer.learning_rate),
@@ -1307,7 +1312,7 @@ def finish_round(run, number, rows, fits, best):
     right = int((plain.argmax(1) == actual).sum())
     rows[-1]["plain_accuracy"] = right / len(actual)
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
-    utils.say(line)
+    utils.print_line(line)
     if number == 0:
         for old in Path().glob(MOSAICS):  # of an earlier run with the same prefix
             if is_mosaic_of(old, args.model):
@@ -1318,7 +1323,9 @@ def finish_round(run, number, rows, fits, best):
         lambda i: data.store.rows[data.pictures[data.validation[i]].row],
     )
     check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
-    report.draw_mosaic(path, args.model, line, data.labels, actual, plain.argmax(1), picture)
+    report.draw_confusion_matrix(
+        path, args.model, line, data.labels, actual, plain.argmax(1), picture
+    )
     temperature = fit_temperature(plain, actual)
     calibrated, shaken = soften(plain, temperature), soften(augmented, temperature)
     loss = log_loss(
@@ -1441,7 +1448,7 @@ def check_outputs(args):
         raise utils.UserError(
             f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}"
         )
-    if not args.evaluate and not model.is_ours(args.model):
+    if not args.evaluate and not model.may_replace_model(args.model):
         raise utils.UserError(
             f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix"
         )
@@ -1466,7 +1473,7 @@ def check_mosaic(path, prefix):
 
 
 def is_mosaic_of(path, prefix):
-    """Say whether a file is a mosaic that a run with this prefix has made: `report.draw_mosaic` notes it inside."""
+    """Say whether a file is a mosaic that a run with this prefix has made: `report.draw_confusion_matrix` notes it inside."""
     if not path.is_file():  # a named pipe would wait for ever
         return False
     try:
@@ -1504,7 +1511,7 @@ def score_saved(args, network, data, what):
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
-    utils.say(f"{line}, 95% interval {low:.4f} to {high:.4f}")
+    utils.print_line(f"{line}, 95% interval {low:.4f} to {high:.4f}")
     rows = []
     for i, p in zip(data.validation, probabilities):
         name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
@@ -1615,16 +1622,16 @@ def save_state(run, state):
     flat = np.concatenate(
         [np.asarray(variable, "float32").ravel() for variable in training_variables(run)]
     )
-    with utils.whole_file(numbers) as part:
+    with utils.atomic_write(numbers) as part:
         np.save(part, flat)
     if not files.exists():
-        with utils.whole_file(files) as part:
+        with utils.atomic_write(files) as part:
             part.write_bytes(file_list(run.args, run.data))
     more = {
         "settings": settings_of(run.args, run.recipe, run.data),
         "number_format": run.nets.number_format,
     }
-    with utils.whole_file(facts) as part:
+    with utils.atomic_write(facts) as part:
         part.write_text(
             json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)})
         )
@@ -1635,7 +1642,7 @@ def read_state(args):
     """Return the state of an interrupted run as plain data, or None if there is none. Raises UserError."""
     facts = state_files(args.model)[0]
     if not facts.exists():
-        utils.say("nothing to resume: starting from the beginning")
+        utils.print_line("nothing to resume: starting from the beginning")
         return None
     state = model.parse_json(facts, model.read_capped(facts, model.MAX_JSON * 10))
     if not is_sound(state):
@@ -1819,13 +1826,15 @@ def evaluate(args):
         raise utils.UserError(
             f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class"
         )
-    utils.say(f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped")
+    utils.print_line(
+        f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped"
+    )
     actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
     data = Data(pictures, store, None, None, None, np.arange(len(pictures)), labels, actual, None)
     probabilities, accuracy, rows, title = score_saved(args, network, data, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
     report.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    report.draw_mosaic("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
+    report.draw_confusion_matrix("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
                       lambda i: store.rows[pictures[i].row])  # fmt: skip
     return gate(args, accuracy)
 
@@ -1916,10 +1925,10 @@ def train_alone(args):
         check_outputs(args)
         with contextlib.ExitStack() as locks:
             if args.process == 0:
-                locks.enter_context(utils.only_run(f"{args.model}.lock"))
+                locks.enter_context(utils.file_lock(f"{args.model}.lock"))
                 remove_unfinished(args.model)
             if args.cache_dir:
-                locks.enter_context(utils.only_run(args.cache_dir / f"cache-{args.process}.lock"))
+                locks.enter_context(utils.file_lock(args.cache_dir / f"cache-{args.process}.lock"))
             return train(args)
     except KeyboardInterrupt:
         if state_files(args.model)[0].exists():

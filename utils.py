@@ -107,7 +107,7 @@ class RefusedError(PictureError):
     """A file that cannot be read, or that holds a picture too large or too slow to be decoded: no film either."""
 
 
-def say(text):
+def print_line(text):
     """Print one line on stdout at once, so that a program reading it never waits."""
     put = (
         tqdm.tqdm.write if sys.stdout.isatty() else print
@@ -257,7 +257,7 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def in_order(function, items, workers=None):
+def ordered_parallel_map(function, items, workers=None):
     """Yield function(item) for every item, in order, computed ahead in threads (Pillow and OpenCV run beside Python).
 
     Only a few results wait at a time, so memory stays flat. workers: threads, one a core if not given.
@@ -352,7 +352,7 @@ def is_ignored(name):
 
 
 @contextlib.contextmanager
-def only_run(path):
+def file_lock(path):
     """Hold a lock, the file `path`, while the block runs. A killed process holds it no more.
 
     Raises UserError if another run holds it. (SQLite's locks work alike on Linux, macOS and Windows; ours are empty. A
@@ -384,7 +384,7 @@ def only_run(path):
 
 
 @contextlib.contextmanager
-def whole_file(path):
+def atomic_write(path):
     """Give a path beside `path` to write to, and rename it to `path` when the block ends without error."""
     path = Path(path)
     stem = (
@@ -405,7 +405,7 @@ def whole_file(path):
 
 def write_csv(path, header, rows):
     """Write a CSV file whole: `header` a list of names, `rows` lists of cells (strings are escaped)."""
-    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([csv_cell(c) if isinstance(c, str) else c for c in row] for row in rows)
@@ -505,7 +505,7 @@ def picture_errors():
         raise PictureError(f"cannot be decoded ({first_line(error)})") from None
 
 
-def square(image, side):
+def to_model_input(image, side):
     """Turn a PIL image into the network's input: upright RGB, its largest centre square, resized.
 
     The one such function: training, evaluation and tagging all go through it.
@@ -515,17 +515,19 @@ def square(image, side):
         image.draft(
             None, (2 * side, 2 * side)
         )  # large JPEGs: decode a half, quarter or eighth at once
-        image = turned(plain_mode(image))  # before resizing, as others do it, to the same bits
+        image = apply_orientation(
+            normalise_mode(image)
+        )  # before resizing, as others do it, to the same bits
         return np.asarray(rgb(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)))
 
 
 def upright(image):
     """Turn a PIL image into a full-size upright RGB one. Raises PictureError for broken data."""
     with picture_errors():
-        return rgb(turned(plain_mode(image)))
+        return rgb(apply_orientation(normalise_mode(image)))
 
 
-def plain_mode(image):
+def normalise_mode(image):
     """Give a PIL image a mode to resize in: palettes, bits, 16-bit or float greys, CMYK and the like become others."""
     image.load()
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
@@ -562,7 +564,7 @@ def rgb(image):
     )  # converting copies, also from RGB to RGB
 
 
-def turned(image):
+def apply_orientation(image):
     """Turn and mirror as EXIF says; a broken or unknown orientation leaves the image as it is."""
     ways = Image.Transpose
     turns = {

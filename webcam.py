@@ -478,7 +478,9 @@ def refresh(state, frame, number, moment):
         files = [
             file_to_keep(state, frame, track.box) for track in due
         ]  # so it gets just what training would read
-        inputs = np.stack([utils.square(utils.open_picture(data), state.side) for data in files])
+        inputs = np.stack(
+            [utils.to_model_input(utils.open_picture(data), state.side) for data in files]
+        )
         least = (
             2 if state.picture else 1
         )  # a batch of one differs in the last bits from what evaluation computes
@@ -551,7 +553,7 @@ def print_line(state, number, moment, track):
             cells.insert(
                 0, utils.escape(state.picture[0].relative_to(state.args.source).as_posix())
             )
-        utils.say("\t".join(map(str, cells)))
+        utils.print_line("\t".join(map(str, cells)))
 
 
 # ---------------------------------------------------------------- --save-faces
@@ -615,7 +617,7 @@ def save_crop(state, frame, number, track):
         stem = utils.folder_names([path.stem[:40]])[path.stem[:40]]
         ending = path.suffix.lower() if state.args.whole_picture else ".jpg"
     name = f"{stem}-{track.number}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
-    with utils.whole_file(folder / name) as part:
+    with utils.atomic_write(folder / name) as part:
         part.write_bytes(data)
 
 
@@ -773,7 +775,7 @@ def save_snapshot(image):
 
 def write_picture(path, image):
     """Write a PIL image as PNG or JPEG, whole or not at all."""
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         image.save(part, quality=95, subsampling=0)
 
 
@@ -794,7 +796,7 @@ def film_output(state):
             cv2.cvtColor(np.asarray(ImageOps.pad(image, size)), cv2.COLOR_RGB2BGR)
         )  # films may change size
 
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         state.write = write
         try:
             yield
@@ -854,7 +856,7 @@ def tag_pictures(state):
     """Handle a picture or a folder of pictures: no tracks and no running mean. Broken ones are warned about."""
     source = Path(state.args.source)
     files = utils.list_files(source) if state.kind == "folder" else [source]
-    loaded = utils.in_order(load_picture, files, min(4, utils.cores()))
+    loaded = utils.ordered_parallel_map(load_picture, files, min(4, utils.cores()))
     for (data, pixels), path in zip(utils.progress(loaded, len(files), "pictures"), files):
         if data is None:
             utils.warn(f"{utils.escape(path)}: skipped: {pixels}")
@@ -1120,7 +1122,7 @@ def main():
             check_output(option, path, args.source, kind)
     state = prepare(args, kind)
     open_window(state)
-    utils.say("\t".join(["file"] * (kind == "folder") + COLUMNS))
+    utils.print_line("\t".join(["file"] * (kind == "folder") + COLUMNS))
     tag = {"film": tag_film, "picture": tag_pictures, "folder": tag_pictures}.get(kind, tag_live)
     try:
         with (

@@ -61,7 +61,7 @@ def draw(folder, count, classes):
             cv2.imencode(".jpg", pixels)[1]
         )
 
-    for _ in utils.in_order(picture, range(count)):
+    for _ in utils.ordered_parallel_map(picture, range(count)):
         pass
 
 

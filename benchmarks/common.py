@@ -214,7 +214,7 @@ def read_folder(folder, side):
     Returns uint8 (n, side, side, 3), labels (n,), paths (n,); what gives no picture is left out.
     """
     files = train.find_files(Path(folder))
-    pictures = utils.in_order(lambda item: train.read_picture(item[0], side)[0], files)
+    pictures = utils.ordered_parallel_map(lambda item: train.read_picture(item[0], side)[0], files)
     found = [
         (picture, label, path)
         for picture, (path, label) in zip(pictures, files)

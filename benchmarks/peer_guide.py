@@ -60,7 +60,9 @@ def main():
     def tell(_, logs):
         """Print an epoch's line, and stop when the time is up."""
         epochs_done.append(logs)
-        utils.say(f"epoch {len(epochs_done)}: validation accuracy {logs['val_accuracy']:.4f}")
+        utils.print_line(
+            f"epoch {len(epochs_done)}: validation accuracy {logs['val_accuracy']:.4f}"
+        )
         network.stop_training = time.monotonic() - start > 60 * float(minutes)
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -53,7 +53,7 @@ def main():
     test, inner = order[: n // 4], order[n // 4 :]
     right = [(guess(inner, test, decay) == hot[test].argmax(1)).mean() for decay in DECAYS]
     predicted = guess(order, slice(2 * n, None), DECAYS[int(np.argmax(right))])
-    utils.say(f"epoch 1: validation accuracy {(classes[predicted] == actual).mean():.4f}")
+    utils.print_line(f"epoch 1: validation accuracy {(classes[predicted] == actual).mean():.4f}")
 
 
 if __name__ == "__main__":

@@ -126,10 +126,10 @@ def recipe_of_2016(args, start):
             model.compiled(network, optimizer=optimizer, loss="categorical_crossentropy")
         order = rng.permutation(len(pixels))
         steps = [order[i : i + 128] for i in range(0, len(order), 128)]
-        for views, wanted in utils.in_order(batch, steps, workers=1):
+        for views, wanted in utils.ordered_parallel_map(batch, steps, workers=1):
             network.train_on_batch(views, wanted)
         accuracy = float((classes[model.predict(network, held, 64).argmax(1)] == actual).mean())
-        utils.say(f"epoch {epoch}: validation accuracy {accuracy:.4f}")
+        utils.print_line(f"epoch {epoch}: validation accuracy {accuracy:.4f}")
         if time.monotonic() - start > 60 * args.max_minutes:
             return
 

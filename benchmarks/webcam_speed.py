@@ -150,7 +150,7 @@ def paced(network, side, frames):
         webcam.tag_live(state)
     rate = (state.counts["shown"] - 1) / (state.shown[-1] - state.first)
     counts, ages = state.counts, np.percentile(state.times["label age"], [50, 95])
-    utils.say(
+    utils.print_line(
         f"  paced, 30 a second, {'window' if state.window else 'drawn, no window'}: {rate:.1f} shown a second, "
         f"{counts['frames']} of {counts['shown']} frames handled, {counts['classifications']} classifications, "
         f"label age median {ages[0]:.2f} s, 95th percentile {ages[1]:.2f} s"
@@ -181,19 +181,19 @@ def compare(path, frames, network, side):
         kept(theirs, new),
     )
     n = len(frames)
-    utils.say(
+    utils.print_line(
         f"{path.name}: {n} frames of {frames[0].shape[1]}x{frames[0].shape[0]}, network of {side} px"
     )
-    utils.say(
+    utils.print_line(
         f"  2016: {n / old_seconds:6.1f} frames a second, detection {1000 * old_search / n:6.2f} ms a frame"
     )
-    utils.say(
+    utils.print_line(
         f"  ours: {n / new_seconds:6.1f} frames a second, detection {1000 * search / n:6.2f} ms a frame"
     )
-    utils.say(
+    utils.print_line(
         f"  {old_seconds / new_seconds:.1f} times as many frames; detection takes {search / old_search:.1%} of the time"
     )
-    utils.say(
+    utils.print_line(
         f"  {total} faces of {state.smallest} px or more: 2016 finds {by_old}, ours {by_new}; of those that 2016 finds "
         f"ours keeps {still / max(1, found):.1%}; boxes: 2016 {sum(map(len, old_boxes))}, ours {sum(map(len, new))}"
     )

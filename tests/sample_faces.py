@@ -494,7 +494,7 @@ def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
     zone = width / len(people)
     poses = [film_poses(rng, frames, zone * n, zone * (n + 1)) for n in range(len(people))]
     truth = []
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         film = cv2.VideoWriter(
             str(part), cv2.VideoWriter.fourcc(*CODECS[Path(path).suffix]), FPS, FRAME
         )
@@ -553,12 +553,14 @@ def main():
     )
     args = parser.parse_args()
     draw_set(args.out_dir, args.people, args.pictures)
-    utils.say(
+    utils.print_line(
         f"{args.people * args.pictures} pictures of {args.people} people in {utils.escape(args.out_dir)}"
     )
     if args.clip:
         draw_clip(args.clip, range(min(2, args.people)))
-        utils.say(f"film in {utils.escape(args.clip)}, its true face boxes beside it as .json")
+        utils.print_line(
+            f"film in {utils.escape(args.clip)}, its true face boxes beside it as .json"
+        )
 
 
 if __name__ == "__main__":

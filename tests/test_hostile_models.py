@@ -404,7 +404,7 @@ def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
     shutil.copytree(tmp_path, tmp_path / "copy")
     with (
         pytest.raises(utils.UserError, match="not a lock of this kit"),
-        utils.only_run(tmp_path / "lock"),
+        utils.file_lock(tmp_path / "lock"),
     ):
         pass
     assert (tmp_path / "precious").exists()

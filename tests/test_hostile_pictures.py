@@ -83,7 +83,7 @@ def decode_mutants(count, seed):
         data = mutate(sources[n % len(sources)], sources, rng)
         start = time.monotonic()
         try:
-            pixels = utils.square(utils.open_picture(data), 75)
+            pixels = utils.to_model_input(utils.open_picture(data), 75)
             assert pixels.shape == (75, 75, 3) and pixels.dtype == np.uint8
             utils.upright(utils.open_picture(data))
             pictures += 1
@@ -122,7 +122,7 @@ Image.new(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])), 0).save(buffer, sys
 Image.MAX_IMAGE_PIXELS = utils.MAX_PIXELS
 data = buffer.getvalue()
 del buffer
-print(utils.square(utils.open_picture(data), 224).shape)
+print(utils.to_model_input(utils.open_picture(data), 224).shape)
 """
 
 
@@ -283,14 +283,14 @@ def test_a_picture_that_would_take_minutes_or_gigabytes_is_refused(name):
         else "minutes or gigabytes|too many strips"
     )
     with pytest.raises(utils.PictureError, match=reason):
-        utils.square(utils.open_picture(bad), 75)
+        utils.to_model_input(utils.open_picture(bad), 75)
     assert time.process_time() - start < 2
-    assert utils.square(utils.open_picture(good), 75).shape == (75, 75, 3)
+    assert utils.to_model_input(utils.open_picture(good), 75).shape == (75, 75, 3)
 
 
 def test_pixels_that_look_like_comments_are_none():
     data = b"P5 400 400 4095\n" + b"\1#" * 160_000
-    assert utils.square(utils.open_picture(data), 75).std() == 0
+    assert utils.to_model_input(utils.open_picture(data), 75).std() == 0
 
 
 def test_grey_with_premultiplied_transparency_is_read():
@@ -301,7 +301,7 @@ def test_grey_with_premultiplied_transparency_is_read():
     )
     image = utils.open_picture(data)
     assert (
-        image.mode == "La" and utils.square(image, 75).min() > 200
+        image.mode == "La" and utils.to_model_input(image, 75).min() > 200
     )  # half of the white behind, and the grey
 
 
@@ -338,7 +338,7 @@ header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
 for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6)))):
     body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 try:
-    utils.square(utils.open_picture(body), 75)
+    utils.to_model_input(utils.open_picture(body), 75)
 except utils.PictureError as error:
     print(error)
 """
@@ -353,7 +353,9 @@ def test_the_dirty_folder():
     for path in sorted((SHARED / "data" / "dirty").rglob("*")):
         if path.is_file():
             try:
-                answers[path.name] = utils.square(utils.open_picture(path.read_bytes()), 224).shape
+                answers[path.name] = utils.to_model_input(
+                    utils.open_picture(path.read_bytes()), 224
+                ).shape
             except utils.PictureError as reason:
                 answers[path.name] = str(reason)
     assert answers["yes.mkv"] == answers["ORL_README"] == "not a picture of a known format"

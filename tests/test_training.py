@@ -74,7 +74,7 @@ def test_the_files(scratch_run):
     ]
     assert [bool(row["plain_accuracy"]) for row in rows] == [False, True, True, True]
     with h5py.File(folder / "model.h5") as file:
-        info = json.loads(file.attrs[model.ATTRIBUTE])
+        info = json.loads(file.attrs[model.METADATA_ATTRIBUTE])
     assert (
         info["labels"] == ["grün", "red", "unknown"]
         and info["image_size"] == 75
@@ -262,13 +262,13 @@ def test_a_whole_network_can_be_fine_tuned(monkeypatch, tmp_path, small, weights
 def test_two_runs_begun_in_one_folder_do_not_take_each_others_pictures(
     monkeypatch, tmp_path, small, weights_file
 ):
-    draw = report.draw_mosaic
+    draw = report.draw_confusion_matrix
 
     def draw_and_be_late(path, prefix, *rest):
         draw(path, prefix, *rest)
         Path("001.png").write_bytes(Path("000.png").read_bytes().replace(b": m", b": x"))
 
-    monkeypatch.setattr(utils, "draw_mosaic", draw_and_be_late)
+    monkeypatch.setattr(report, "draw_confusion_matrix", draw_and_be_late)
     with pytest.raises(utils.UserError, match="001\\.png: not a picture of this model"):
         run_here(monkeypatch, tmp_path, small, "m", *PRETRAINED, "--weights", weights_file)
 

@@ -28,7 +28,7 @@ def encoded(image, kind, **options):
 
 
 def decoded(data, side=40):
-    return utils.square(utils.open_picture(data), side)
+    return utils.to_model_input(utils.open_picture(data), side)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_the_largest_centre_square_is_taken():
 
 def test_large_jpegs_are_decoded_no_smaller_than_twice_the_side():
     image = utils.open_picture(encoded(two_halves(1600, 1200), "JPEG"))
-    utils.square(image, 100)
+    utils.to_model_input(image, 100)
     assert min(image.size) >= 200
     assert max(image.size) < 1600
 
@@ -217,11 +217,11 @@ def test_listing_leaves_out_what_nobody_means(tmp_path):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), utils.whole_file(path) as part:
+    with pytest.raises(RuntimeError), utils.atomic_write(path) as part:
         part.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
-    with utils.whole_file(path) as part:
+    with utils.atomic_write(path) as part:
         part.write_text("new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
     mask = os.umask(0)
@@ -236,7 +236,7 @@ def test_in_order_keeps_order_and_stops_early():
         started.append(item)
         return item * 2
 
-    results = utils.in_order(slow, range(1000), workers=2)
+    results = utils.ordered_parallel_map(slow, range(1000), workers=2)
     assert [next(results) for _ in range(3)] == [0, 2, 4]
     results.close()
     assert len(started) < 20
@@ -253,5 +253,5 @@ def test_a_picture_is_squared_as_plain_pillow_does_it():
         image.draft(None, (150, 150))
         plain = ImageOps.fit(image.convert("RGB"), (75, 75), Image.Resampling.BILINEAR)
         assert np.array_equal(
-            utils.square(utils.open_picture(file.getvalue()), 75), np.asarray(plain)
+            utils.to_model_input(utils.open_picture(file.getvalue()), 75), np.asarray(plain)
         ), mode
