@@ -1,71 +1,58 @@
 """The network: how it is built, saved and loaded again (train.py and webcam.py)."""
 
+import collections
 import contextlib
 import functools
 import hashlib
 import json
 import logging
-import mmap
+import math
 import os
 import re
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 import utils
 
+BACKENDS = ("tensorflow", "jax")
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
-METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
-BASE_PARAMETERS = 21_802_784  # numbers in InceptionV3 without its top
 LAYOUT = 16  # about so many blocks a side make the layout of a picture
+
+METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
+OUR_INPUT = b'"name": "pixels"'  # stands in every model.json of ours
+MIN_SIDE, MAX_SIDE = 75, 1024  # pixels
 MAX_CLASSES = 10_000
 MAX_LABEL = 255  # characters
-MAX_LABELS = 1_500_000  # all of them as JSON; MAX_TEXTS allows as many characters for each layer
-CLASSES = {
-    *(
-        "Functional",
-        "InputLayer",
-        "Rescaling",
-        "Conv2D",
-        "BatchNormalization",
-        "Activation",
-        "Concatenate",
-    ),
-    *(
-        "AveragePooling2D",
-        "MaxPooling2D",
-        "GlobalAveragePooling2D",
-        "Dense",
-        "DTypePolicy",
-        "GlorotUniform",
-    ),
-    *("Flatten", "LayerNormalization", "Zeros", "Ones", "__keras_tensor__"),
-}  # all that a model.json of ours names
+MAX_LABELS = 1_500_000  # characters, all of them as JSON
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
-MAX_ITEMS = 5_000  # groups and arrays in a file of weights; real ones have 900
-HEAP = re.compile(
-    rb"GCOL\x01(?=...(.{4}))", re.S
-)  # begins a piece of an HDF5 file that holds texts; its size
-MAX_TEXTS = (
-    2**29
-)  # bytes of one attribute, whose texts may all be one and the same long one; real ones take 1e8
+# Of a .h5, in bytes: HDF5 takes five times as much memory to read the longest text that fits in.
+MAX_BACKBONE, MAX_CLASS = 2**27, 2**16
+MAX_GROUPS = 5_000  # in a file of weights; real ones have 350
+MAX_CHUNKS = 10_000  # of an array
 
 JITTING = threading.Lock()  # functools.cache lets two threads make the same thing twice
 
 
-# ---------------------------------------------------------------- the network and its three files
+# ---------------------------------------------------------------- the network
 
 
 @functools.cache
 def import_keras():
-    """Import Keras, TensorFlow behind it unless KERAS_BACKEND says otherwise, without start-up chatter.
+    """Import Keras, over TensorFlow unless KERAS_BACKEND says otherwise, without start-up chatter.
 
     It takes seconds, so functions ask here rather than at the top of a file. Returns the module.
     Raises utils.UserError if a package is missing.
     """
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if backend not in BACKENDS:
+        raise utils.UserError(
+            f"KERAS_BACKEND={utils.escape(backend)}: choose one of {', '.join(BACKENDS)}"
+        )
+    os.environ["MPLBACKEND"] = "Agg"  # Keras imports matplotlib, which fails if a notebook set it
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("absl").setLevel("ERROR")
     try:
@@ -79,15 +66,18 @@ def import_keras():
             )  # whatever a keras.json of long ago says
             keras.config.set_floatx("float32")
             keras.ops.zeros(1)  # what the first operation has to say is said here
-    except (ImportError, ValueError) as error:  # ValueError: no such backend
+    except ImportError as error:
         raise utils.UserError(
-            f"{error}: {utils.INSTALL} (TensorFlow has no packages for Intel Macs and Windows on ARM: see README.md)"
+            f"{error}: {utils.INSTALL} "
+            "(TensorFlow has no packages for Intel Macs and Windows on ARM: see README.md)"
         ) from None
+    except ValueError as error:
+        raise utils.UserError(f"Keras cannot be used: {utils.first_line(error)}") from None
     return keras
 
 
 def join_processes(keras):
-    """Make this process one of those that train together; it has to come before Keras's first operation."""
+    """Make this process one of those that train together. Comes before Keras's first operation."""
     import jax
 
     hosts = os.environ["KERAS_DISTRIBUTION_JOB_ADDRESSES"].split(",")
@@ -115,8 +105,9 @@ def silence_output():
 def build_network(class_count, side, number_format="float32"):
     """Build InceptionV3 with a new top: pooling, 1024 dense units, softmax. Weights are random.
 
-    The last layer sees the hidden units, the pooled features of block `mixed8`, and the layout: means of about 16 x 16
-    blocks of the picture, these two with mean 0 and variance 1. The top may take for a friend who is strange to them.
+    The last layer sees the hidden units, the pooled features of block `mixed8`, and the layout:
+    means of about 16 x 16 blocks of the picture, these two with mean 0 and variance 1. The top may
+    take for a friend who is strange to them.
 
     Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives
     probabilities of shape (batch, class_count) in float32. number_format: a Keras dtype policy.
@@ -142,22 +133,17 @@ def build_network(class_count, side, number_format="float32"):
         keras.config.set_dtype_policy("float32")
 
 
-def count_parameters(class_count, side):
-    """Return how many numbers the weights of a network of `build_network` are."""
-    units = 1024 + 1280 + 3 * (side // round(side / LAYOUT)) ** 2
-    return BASE_PARAMETERS + (2048 + 1) * 1024 + (units + 1) * class_count
-
-
 def compiled(model, **settings):
-    """Compile a Keras model; XLA only where the backend is nothing else (measured: it slows TensorFlow down)."""
+    """Compile a Keras model. XLA only with JAX, which is nothing else; it slows TensorFlow down."""
     model.compile(jit_compile=import_keras().config.backend() == "jax", **settings)
     return model
 
 
 def predict(model, rows, batch_size, dtype="float32"):
-    """Predict in batches of one size, the last one filled up, so that one compiled graph serves all.
+    """Predict in batches of one size, the last one filled up, so that one graph serves all.
 
-    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. Waits for each batch: call it in threads.
+    rows: array (n, …), may be a memory map. Returns (n, …) of that dtype. Waits for each batch:
+    call it in threads.
     """
     parts = []
     for start in range(0, len(rows), batch_size):
@@ -168,9 +154,9 @@ def predict(model, rows, batch_size, dtype="float32"):
 
 
 def predict_batch(model, batch):
-    """Return what `model.predict_on_batch` gives, in JAX as an array of the device; threads may call it at once.
+    """Return what `model.predict_on_batch` gives, in JAX as an array of the device.
 
-    In JAX, Keras's own waits for the device, and then writes every variable anew.
+    Threads may call it at once. In JAX, Keras's own waits for the device and writes every variable.
     """
     if import_keras().config.backend() != "jax":
         return model.predict_on_batch(batch)
@@ -182,9 +168,10 @@ def predict_batch(model, batch):
 
 @functools.cache
 def jitted(model):
-    """Return (trainable variables, others) of a Keras model, for good, and what JAX compiles of it.
+    """Return (trainable variables, others) of a Keras model, and what JAX compiles of it.
 
-    That is a function: (values of the ones, of the others, batch) → prediction. Keras takes a millisecond to list them.
+    That is a function: (values of the ones, of the others, batch) → prediction. Keras takes a
+    millisecond to list the variables.
     """
     import jax
 
@@ -192,154 +179,120 @@ def jitted(model):
     return variables, jax.jit(lambda *numbers: model.stateless_call(*numbers, training=False)[0])
 
 
+# ---------------------------------------------------------------- the model's three files
+
+
 def model_paths(prefix):
     """Return the paths of the model's three files: weights and all, architecture, labels."""
-    return Path(f"{prefix}.h5"), Path(f"{prefix}.json"), Path(f"{prefix}-labels.json")
+    stem = str(prefix).removesuffix(".h5")
+    return Path(f"{stem}.h5"), Path(f"{stem}.json"), Path(f"{stem}-labels.json")
 
 
-def save_model(model, info, prefix):
-    """Save a Keras model as `prefix.h5`, `.json` and `-labels.json`; the rename of the `.h5` is the commit.
+def save_model(network, info, prefix):
+    """Save a Keras model as three files; the rename of the `.h5`, the last, is the commit.
 
-    info: what else must travel with the model, plain data with at least `labels` and `image_size`; it
-    becomes JSON in an attribute of the `.h5`, with the SHA-256 of the other two files added.
+    info: what else must travel with the model, plain data with at least `labels`, `image_size` and
+    `round`. It becomes JSON in an attribute of the `.h5`, with the SHA-256 of the other two files.
     """
     import h5py
 
     weights, architecture, labels = model_paths(prefix)
-    texts = {architecture: model.to_json().encode(), labels: json.dumps(info["labels"]).encode()}
-    sums = {
-        key: hashlib.sha256(text).hexdigest()
-        for key, text in zip(("json", "labels"), texts.values())
-    }
-    with utils.atomic_write(weights) as weights_part:
+    texts = [network.to_json().encode(), json.dumps(info["labels"]).encode()]
+    metadata = json.dumps(info | {"sha256": checksums(*texts)})
+    with utils.atomic_write(weights) as part:
         try:
-            model.save(weights_part)
-            with h5py.File(weights_part, "a") as file:
-                file.attrs[METADATA_ATTRIBUTE] = json.dumps(info | {"sha256": sums})
+            network.save(part)
+            with h5py.File(part, "a") as file:
+                file.attrs[METADATA_ATTRIBUTE] = metadata
         except (OSError, RuntimeError, ValueError) as error:  # HDF5 wraps what the system said
             reason = f"cannot be written ({utils.first_line(error)})"
             raise utils.UserError(
                 f"{utils.escape(weights)}: {reason}: free some space, then --resume"
             ) from None
-        for path, text in texts.items():
-            with utils.atomic_write(path) as part:
-                part.write_bytes(text)
+        for path, text in zip((architecture, labels), texts):
+            with utils.atomic_write(path) as other_part:
+                other_part.write_bytes(text)
+
+
+def checksums(architecture, labels):
+    """Return the SHA-256 of the bytes of the two files that belong to a `.h5`."""
+    texts = {"json": architecture, "labels": labels}
+    return {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
 
 
 def may_replace_model(prefix):
-    """Say whether a model of this prefix may be replaced: there is none, or it is one of this kit's."""
-    import h5py
-
+    """Say whether a model of this prefix may be replaced: there is none, or this kit wrote it."""
     weights, architecture, _ = model_paths(prefix)
     try:
-        if os.path.lexists(weights) and not weights.is_file():
-            return False
-        if weights.exists():
-            with h5py.File(weights, "r") as file:
-                return METADATA_ATTRIBUTE in file.attrs
-        if (
-            architecture.exists()
-        ):  # a kill between the renames of a first save leaves it without a model.h5
-            check_architecture(
-                parse_json(architecture, read_capped(architecture, MAX_JSON)), architecture
-            )
-        return True
+        if os.path.lexists(weights):
+            return read_metadata(weights) is not None
+        # a kill between the renames of a first save leaves it without a model.h5
+        return not os.path.lexists(architecture) or OUR_INPUT in read_capped(architecture)
     except (OSError, utils.UserError):
         return False
 
 
 def load_model(prefix):
-    """Load a model of ours: returns (compiled Keras model, info) with info as given to `save_model`.
+    """Load a model of ours: returns (compiled Keras model, info), info as given to `save_model`.
 
-    Safe with files from strangers: no class named in a file is ever looked up. The network is built here, from
-    numbers checked first. Raises utils.UserError for anything that is not whole.
+    The network is built here: no class that a file names is ever looked up, and of the `.h5` only
+    the arrays that the network wants are read. Raises UserError for anything that is not whole.
     """
     info = check_model(prefix)
-    model = build_network(len(info["labels"]), info["image_size"])
-    load_weights(model, model_paths(prefix)[0])
-    return compiled(model), info
+    network = build_network(len(info["labels"]), info["image_size"])
+    load_arrays(network, model_paths(prefix)[0])
+    return compiled(network), info
 
 
 def check_model(prefix):
-    """Check the three files of a model without TensorFlow: sizes, JSON, labels, HDF5 shapes. Returns its info.
+    """Check all of a model's three files but the arrays, without TensorFlow. Returns its info.
 
-    What is trusted is h5py with libhdf5. Raises utils.UserError for anything that is not whole.
+    Raises UserError for what is missing or damaged, and for files that do not belong together.
     """
-    weights, architecture, labels_path = model_paths(prefix)
-    texts = [read_capped(path, MAX_JSON) for path in (architecture, labels_path)]
-    labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
-    side = check_architecture(parse_json(architecture, texts[0]), architecture)
-    ours, config = check_hdf5(weights, count_parameters(len(labels), side))
-    info = parse_json(weights, ours)
-    check_architecture(
-        parse_json(weights, config), weights
-    )  # plain Keras would build the network from it
-    sums = [hashlib.sha256(text).hexdigest() for text in texts]
-    if not isinstance(info, dict) or info.get("sha256") != dict(zip(("json", "labels"), sums)):
+    paths = weights, architecture, labels_path = model_paths(prefix)
+    missing = [path.name for path in paths if not os.path.lexists(path)]
+    if 0 < len(missing) < len(paths):
+        names = utils.escape(" and ".join(missing))
         raise utils.UserError(
-            f"{utils.escape(weights)}: does not belong to the .json and -labels.json beside it: copy all three files "
-            "of one training run again, or finish that run with --resume"
+            f"{utils.escape(weights)}: {names} missing beside it: copy all three files of a model"
         )
-    threshold = info.setdefault("threshold", 0.5)
-    good = (
-        all(type(info.get(name)) is int for name in ("image_size", "round"))
-        and 0 <= info["round"] <= 999
-    )
-    known = good and info.get("labels") == labels and info["image_size"] == side
-    if not known or not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+    texts = read_capped(architecture), read_capped(labels_path)
+    labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
+    check_file(weights, MAX_BACKBONE + MAX_CLASS * len(labels))
+    info = check_info(read_metadata(weights), weights)
+    if info["labels"] != labels:
         raise utils.UserError(
-            f"{utils.escape(weights)}: what belongs to the model is damaged in it: train again"
+            f"{utils.escape(labels_path)}: not the class names that {utils.escape(weights.name)} "
+            "was trained on: copy all three files of one training again"
+        )
+    if info["sha256"] != checksums(*texts):
+        raise utils.UserError(
+            f"{utils.escape(weights)}: does not belong to the .json and -labels.json beside it: "
+            "copy all three files of one training again, or finish that run with --resume"
         )
     return info
 
 
-def load_weights(model, path):
-    """Load a checked HDF5 file's arrays into a Keras model. Raises utils.UserError for other shapes or NaN."""
-    try:
-        model.load_weights(path)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError) as error:
-        reason = f"these weights do not fit InceptionV3 ({utils.first_line(error)})"
-        raise utils.UserError(f"{utils.escape(path)}: {reason}: use another file") from None
-    if not all(np.isfinite(array).all() for array in model.get_weights()):
-        raise utils.UserError(
-            f"{utils.escape(path)}: holds numbers that are not finite: train again or use another file"
-        )
+def check_info(info, path):
+    """Return the plain data that travels with a model if we may have written it.
 
-
-def check_file(path, limit):
-    """Raise utils.UserError unless there is a file of at most `limit` bytes at `path`, and no link to one."""
-    if path.is_symlink():
-        raise utils.UserError(f"{utils.escape(path)}: is a link: copy the file itself here")
-    if not path.exists():
-        raise utils.UserError(
-            f"{utils.escape(path)}: no such file: check the name (a model's prefix has no ending)"
-        )
-    if not path.is_file():  # a named pipe would wait for ever
-        raise utils.UserError(f"{utils.escape(path)}: is no file: remove it")
-    if path.stat().st_size > limit:
-        raise utils.UserError(
-            f"{utils.escape(path)}: larger than {limit:,} bytes, as no such file is: use another one"
-        )
-
-
-def read_capped(path, limit):
-    """Return the bytes of a file that `check_file` lets pass."""
-    check_file(path, limit)
-    return path.read_bytes()
-
-
-def parse_json(path, text):
-    """Return the plain data in JSON bytes. Raises utils.UserError for anything else, endless nesting included."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError, TypeError):
-        raise utils.UserError(
-            f"{utils.escape(path)}: damaged, not JSON: copy it again or train again"
-        ) from None
+    A missing threshold becomes 0.5. Raises UserError.
+    """
+    if info is None:
+        raise utils.UserError(f"{utils.escape(path)}: not saved by this kit: train a model with it")
+    if isinstance(info, dict) and {"labels", "sha256"} <= info.keys():
+        threshold = info.setdefault("threshold", 0.5)
+        ranges = (("image_size", MIN_SIDE, MAX_SIDE), ("round", 0, 999))
+        whole = all(type(info.get(key)) is int and a <= info[key] <= b for key, a, b in ranges)
+        if whole and type(threshold) in (int, float) and 0 <= threshold <= 1:
+            return info
+    raise utils.UserError(
+        f"{utils.escape(path)}: what belongs to the model is damaged in it: train again"
+    )
 
 
 def check_labels(labels, path):
-    """Return a list of class names fit to become folder names and terminal text, or raise utils.UserError."""
+    """Return class names fit to become folder names and terminal text, or raise UserError."""
     good = isinstance(labels, list) and 2 <= len(labels) <= MAX_CLASSES
     good = good and all(isinstance(label, str) and utils.escape(label) == label for label in labels)
     good = good and all(0 < len(label) <= MAX_LABEL for label in labels)
@@ -350,131 +303,181 @@ def check_labels(labels, path):
     return labels
 
 
-def check_architecture(config, path):
-    """Return the image size that an architecture names, read as plain data. Raises utils.UserError.
+def check_file(path, limit=None):
+    """Raise UserError unless there is a file, not larger than `limit` bytes, and no link to one."""
+    if path.is_symlink():
+        problem = "is a link: copy the file itself here"
+    elif not path.exists():
+        problem = "no such file: check the name"
+    elif not path.is_file():  # a named pipe would wait for ever
+        problem = "is no file: remove it"
+    elif limit and path.stat().st_size > limit:
+        problem = f"larger than {limit:,} bytes, as no such file is: use another one"
+    else:
+        return
+    raise utils.UserError(f"{utils.escape(path)}: {problem}")
 
-    The network is never made from it, but plain Keras would do so: whatever is not part of ours is refused.
-    """
+
+def read_capped(path, limit=MAX_JSON):
+    """Return the bytes of a file that `check_file` lets pass."""
+    check_file(path, limit)
+    return path.read_bytes()
+
+
+def parse_json(path, text):
+    """Return the plain data in JSON. Raises UserError for all else, endless nesting included."""
     try:
-        _, height, width, channels = config["config"]["layers"][0]["config"]["batch_shape"]
-    except (TypeError, KeyError, IndexError, ValueError):
+        return json.loads(text)
+    except (ValueError, RecursionError, TypeError):
         raise utils.UserError(
-            f"{utils.escape(path)}: names no image size: it was not written by this kit"
+            f"{utils.escape(path)}: damaged, not JSON: copy it again or train again"
         ) from None
-    if type(height) is not int or not 75 <= height <= 1024 or width != height or channels != 3:
-        raise utils.UserError(
-            f"{utils.escape(path)}: its image size is not one that this kit makes: do not use it"
-        )
-    pending = [config]
-    while pending:
-        item = pending.pop()
-        if isinstance(item, dict):
-            pending += item.values()
-            names = [item[key] for key in ("class_name", "registered_name") if item.get(key)]
-            if not all(isinstance(name, str) and name in CLASSES for name in names):
-                raise utils.UserError(
-                    f"{utils.escape(path)}: has layers that this kit does not use: do not open it with Keras"
-                )
-        elif isinstance(item, list):
-            pending += item
-        elif isinstance(item, int | float) and abs(item) > MAX_CLASSES:
-            raise utils.UserError(
-                f"{utils.escape(path)}: a layer is larger than this kit makes: do not open it with Keras"
-            )
-    return height
 
 
-def check_hdf5(path, parameters):
-    """Check an HDF5 file of weights before anything is read from it; return its two attributes of text.
+# ---------------------------------------------------------------- reading HDF5
 
-    parameters: how many numbers it must declare, no more and no less, so that no bomb can hide in it;
-    links, and data kept in other files, are refused. Returns (ours, Keras's `model_config`), None if absent.
-    """
+
+@contextlib.contextmanager
+def open_hdf5(path):
+    """Open an HDF5 file to read; what it holds, and cannot be used, becomes a UserError."""
     import h5py
 
-    check_file(path, 5 * parameters + 10 * MAX_JSON)
+    check_file(path)
     try:
-        longest = longest_text(path)
         with h5py.File(path, "r") as file:
-            count = count_numbers(file, longest)
-            if count != parameters:
-                numbers = f"{count:,} numbers, not {parameters:,}"
-                raise utils.UserError(
-                    f"{utils.escape(path)}: holds {numbers}: it belongs to another network or version"
-                )
-            return text_attribute(file, METADATA_ATTRIBUTE), text_attribute(file, "model_config")
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
-        reason = f"damaged, not HDF5 or made to harm ({utils.first_line(error)})"
-        raise utils.UserError(f"{utils.escape(path)}: {reason}: copy it again") from None
+            yield file
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as error:
+        reason = f"damaged, not HDF5, or of another network ({utils.first_line(error)})"
+        raise utils.UserError(f"{utils.escape(path)}: {reason}: use another file") from None
 
 
-def text_attribute(file, name):
-    """Return an attribute of an HDF5 file that is one text of at most MAX_JSON characters, else None."""
-    if name not in file.attrs or file.attrs.get_id(name).shape != ():
-        return None
-    text = file.attrs[name]
-    return text if isinstance(text, str) and len(text) <= MAX_JSON else None
+def read_metadata(path):
+    """Return what `save_model` has put into a `.h5` beside the weights, None if nothing."""
+    with open_hdf5(path) as file:
+        if METADATA_ATTRIBUTE not in file.attrs:
+            return None
+        attribute = file.attrs.get_id(METADATA_ATTRIBUTE)
+        # shape and size first: reading a list of texts, or one of fixed size, may fill the memory
+        is_one = attribute.shape == () and attribute.get_storage_size() <= MAX_JSON
+        text = file.attrs[METADATA_ATTRIBUTE] if is_one else ""
+    return parse_json(path, text)
 
 
-def longest_text(path):
-    """Return how many bytes a text among the attributes of an HDF5 file can have at most, 0 if there is none."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        sizes = (int.from_bytes(heap[1], "little") for heap in HEAP.finditer(data))
-        return max((size for size in sizes if size <= len(data)), default=0)
+def load_arrays(network, path):
+    """Give the layers of a Keras model their numbers from a file of weights.
+
+    path: a whole model or weights alone in Keras's legacy HDF5 format, or a `.weights.h5`. Read are
+    the arrays that the layers have, by name and shape, and nothing else that the file may hold.
+    Raises UserError if one is missing, of another shape or kind, or not finite.
+    """
+    with open_hdf5(path) as file:
+        for layer, group in match_layers(network, file):
+            layer.set_weights(
+                [read_array(group, weight, n) for n, weight in enumerate(layer.weights)]
+            )
 
 
-def count_numbers(file, longest):
-    """Count the numbers that an open HDF5 file declares. Raises ValueError for what we never write.
+def match_layers(network, file):
+    """Return pairs (layer that has weights, HDF5 group of its arrays), matched kind by kind.
 
-    longest: bytes of its longest text.
+    A legacy file names its groups as the layers were named, numbered as they were made; the first
+    convolution is `conv2d_94` if it was the second network of its process. A `.weights.h5` names
+    them by class, numbered in the order of `network.layers`.
+    """
+    root = child(file, "model_weights") or child(file, "layers") or file
+    is_new = root.name == "/layers"
+    layers, groups = collections.defaultdict(list), collections.defaultdict(list)
+    for position, layer in enumerate(network.layers):
+        kind, number = split_name(layer.name)
+        if is_new:
+            kind, number = snake_case(type(layer).__name__), position
+        if layer.weights:
+            layers[kind].append((number, layer))
+    if len(root) > MAX_GROUPS:
+        raise ValueError("more layers than such a network has")
+    for name in root:
+        kind, number = split_name(name)
+        groups[kind].append((number, name))
+    pairs = []
+    for kind, wanted in layers.items():
+        if len(groups[kind]) != len(wanted):
+            raise ValueError(f"{len(groups[kind])} layers of kind {kind}, not {len(wanted)}")
+        by_number = (sorted(some, key=lambda entry: entry[0]) for some in (wanted, groups[kind]))
+        for (_, layer), (_, name) in zip(*by_number):
+            pairs.append((layer, child(root, name, "vars" if is_new else name)))
+    return pairs
+
+
+def split_name(name):
+    """Split a layer's name, `conv2d_7` say, into its kind and number; the first has none: 0."""
+    kind, number = re.fullmatch(r"(.*?)(?:_(\d{1,9}))?", name, re.DOTALL).groups()
+    return kind, int(number or 0)
+
+
+def snake_case(name):
+    """Return the name that Keras makes of a class: `batch_normalization`, say."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+def child(group, *names):
+    """Return what lies in an HDF5 group under a path, None if nothing does.
+
+    Links to other places, in this file or another, are not followed.
     """
     import h5py
 
-    count, seen, pending = 0, 0, [(file, 0)]
-    while pending:
-        group, depth = pending.pop()
-        check_texts(group, longest)
-        check_names(group)
-        for name in group:
-            seen += 1
-            if seen > MAX_ITEMS or depth > 7:
-                raise ValueError("more inside than such a file has")
-            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-                raise ValueError("links to other data")
-            item = group[name]
-            if isinstance(item, h5py.Group):
-                pending.append((item, depth + 1))
-                continue
-            good = isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
-            if not good or item.dtype.kind != "f" or item.dtype.itemsize > 4:
-                raise ValueError("data kept elsewhere or of another kind")
-            if (
-                item.chunks and np.prod(item.chunks, dtype=float) > item.size
-            ):  # all of a piece is unpacked
-                raise ValueError("unpacks to more than it is")
-            check_texts(item, longest)
-            count += item.size
-    return count
+    for name in map(str.encode, names):
+        if not isinstance(group, h5py.Group) or not group.id.links.exists(name):
+            return None
+        if group.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
+            raise ValueError("links to other data")
+        group = group[name]
+    return group
 
 
-def check_texts(item, longest):
-    """Raise ValueError if an attribute of a group or array may fill the memory when it is read."""
+def read_array(group, weight, index):
+    """Return the numbers of a Keras variable, the `index`-th of its layer, as float32.
+
+    Raises ValueError unless the HDF5 group holds them as finite floats of just that shape.
+    """
     import h5py
 
-    for attribute in map(item.attrs.get_id, item.attrs):
-        if attribute.dtype.hasobject:  # it only names what lies elsewhere in the file
-            most = np.prod(attribute.shape, dtype=float) * longest
-            if most > MAX_TEXTS or not h5py.check_string_dtype(attribute.dtype):
-                raise ValueError("attributes of more text than such a file has")
+    names = weight.name, f"{weight.name}:0", str(index)
+    item = next(filter(None, (child(group, name) for name in names)), None)
+    shape = tuple(weight.shape)
+    if not isinstance(item, h5py.Dataset) or item.shape != shape or item.dtype.kind != "f":
+        raise ValueError(f"no floats of shape {shape} for {weight.path}")
+    if item.is_virtual or item.external:
+        raise ValueError(f"{weight.path} lies in another file")
+    if item.chunks:
+        check_chunks(item)
+    with np.errstate(over="ignore"):  # too large for float32: infinite
+        array = item[()].astype("float32")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{weight.path} holds numbers that are not finite")
+    return array
 
 
-def check_names(group):
-    """Raise ValueError unless the lists of what Keras is to read in a group are short and without repeats."""
-    for key in group.attrs:
-        most = {"layer_names": 500, "weight_names": 8}.get(key.rstrip("0123456789"))
-        if most and (
-            key[-1].isdigit() or not all(n <= most for n in group.attrs.get_id(key).shape)
-        ):
-            raise ValueError("longer lists than such a file has")
-        if most and len(set(group.attrs[key])) < len(group.attrs[key]):
-            raise ValueError("the same data listed twice")
+def check_chunks(item):
+    """Raise ValueError unless an HDF5 array in chunks unpacks to just what its shape says.
+
+    HDF5 itself unpacks whatever a chunk holds, gigabytes even.
+    """
+    import h5py
+
+    packing = item.id.get_create_plist()
+    filters = [packing.get_filter(n)[0] for n in range(packing.get_nfilters())]
+    number, size = math.prod(item.chunks), math.prod(item.chunks) * item.dtype.itemsize
+    if filters[:1] == [h5py.h5z.FILTER_SHUFFLE]:
+        filters = filters[1:]
+    is_usual = filters in ([], [h5py.h5z.FILTER_DEFLATE])
+    if not is_usual or not item.size / MAX_CHUNKS <= number <= item.size:
+        raise ValueError(f"{item.name} is packed in an unusual way")
+    chunks = []
+    item.id.chunk_iter(chunks.append)
+    for chunk in chunks if filters else ():
+        if chunk.size > 2 * size + 100:  # what cannot be packed grows a little
+            raise ValueError(f"{item.name} is packed larger than it is")
+        packed = item.id.read_direct_chunk(chunk.chunk_offset)[1]
+        if len(zlib.decompressobj().decompress(packed, size + 1)) > size:
+            raise ValueError(f"{item.name} unpacks to more than it is")

@@ -685,7 +685,8 @@ def find_weights(args):
             raise utils.UserError(
                 f"--weights {utils.escape(args.weights)}: give a file whose name ends in .h5"
             )
-        model.check_hdf5(Path(args.weights), model.BASE_PARAMETERS)
+        with model.open_hdf5(Path(args.weights)):
+            pass
         return Path(args.weights), []
     keras, name = model.import_keras(), IMAGENET.rpartition("/")[2]
     try:
@@ -757,8 +758,7 @@ def try_connection(address):
 def load_base(network, path):
     """Load a file of notop weights, of either Keras format, into the blocks of a network. Raises UserError."""
     keras = model.import_keras()
-    model.check_hdf5(path, model.BASE_PARAMETERS)
-    model.load_weights(
+    model.load_arrays(
         keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output), path
     )
 
@@ -1597,7 +1597,7 @@ def settings_of(args, recipe, data):
     # Last, since what a user can give again changes these as well: how another version divides, and its network
     return settings | {
         "split": zlib.crc32(data.validation),
-        "network": model.count_parameters(len(data.labels), side),
+        "network": len(data.labels),
     }
 
 

@@ -1,16 +1,17 @@
-"""Model files from strangers: each is refused in one line, nothing in it runs, and it costs little to find out."""
+"""Model files from strangers: refused in one line, nothing in them runs, at little cost."""
 
 import base64
+import functools
 import hashlib
 import json
 import marshal
 import os
-import resource
 import shutil
 import sqlite3
 import struct
 import subprocess
 import sys
+import zlib
 
 import h5py
 import numpy as np
@@ -22,10 +23,6 @@ import model
 import train
 import utils
 
-KERNEL = (
-    1024 + 1280 + 3 * 15 * 15,
-    3,
-)  # of the last layer: hidden units, middle, layout of 75 pixels; classes
 LABELS = ["Ann", "Ben", "Cleo"]
 
 
@@ -60,7 +57,7 @@ def sign(folder):
 
 
 def edit_json(change, where="both"):
-    """Return a spoiler: the architecture in m.json and in the .h5 is changed by a function, and signed."""
+    """Return a spoiler: a function changes the architecture in m.json and the .h5; signed."""
 
     def spoil(folder):
         config = json.loads((folder / "m.json").read_text())
@@ -76,7 +73,7 @@ def edit_json(change, where="both"):
 
 
 def add_layer(config, layer, argument=None):
-    """Put a layer behind the last one, in the way a real file names it; `argument` goes in instead of its output."""
+    """Put a layer behind the last one; `argument` goes in instead of its output."""
     inner = config["config"]
     last = inner["layers"][-1]
     tensor = {"class_name": "__keras_tensor__", "config": {
@@ -93,17 +90,21 @@ def lambda_layer(canary):
     )
     function = {"class_name": "__lambda__", "config": {
         "code": base64.b64encode(code).decode(), "defaults": None, "closure": None}}  # fmt: skip
-    return {"module": "keras.layers", "class_name": "Lambda", "registered_name": None, "config": {
-        "name": "extra", "trainable": True, "dtype": "float32", "function": function, "arguments": {}}}  # fmt: skip
+    return lambda_around(function)
 
 
 def saved_model_layer(config, path):
-    """Add a Lambda around TFSMLayer: plain Keras 3.15.1 opens the SavedModel behind its argument."""
+    """Add a Lambda around TFSMLayer: Keras 3.15.1 opens the SavedModel behind its argument."""
     function = {"module": "keras.layers", "class_name": "function", "config": "TFSMLayer"}
     function["registered_name"] = "function"
-    layer = {"module": "keras.layers", "class_name": "Lambda", "registered_name": None, "config": {
-        "name": "extra", "trainable": True, "dtype": "float32", "function": function, "arguments": {}}}  # fmt: skip
-    add_layer(config, layer, str(path))
+    add_layer(config, lambda_around(function), str(path))
+
+
+def lambda_around(function):
+    """Return the record of a Lambda layer."""
+    more = {"name": "extra", "trainable": True, "dtype": "float32", "arguments": {}}
+    layer = {"module": "keras.layers", "class_name": "Lambda", "registered_name": None}
+    return layer | {"config": more | {"function": function}}
 
 
 def set_units(value):
@@ -125,38 +126,74 @@ def rewrite(change):
     return spoil
 
 
-def replace(name, **dataset):
-    """Return a change: the kernel of the last layer becomes another dataset."""
+LAST = "probabilities/probabilities"
+
+
+def replace(**dataset):
+    """Return a spoiler: the kernel of the last layer becomes another dataset."""
 
     def change(weights):
-        del weights["probabilities/probabilities/kernel"]
-        weights["probabilities/probabilities"].create_dataset("kernel", **dataset)
+        del weights[f"{LAST}/kernel"]
+        weights[LAST].create_dataset("kernel", **dataset)
 
-    change.__name__ = name
-    return change
+    return rewrite(change)
 
 
-def link(weights, target):
-    """Replace the last kernel by a link."""
-    del weights["probabilities/probabilities/kernel"]
-    weights["probabilities/probabilities/kernel"] = target
+def replace_by(make):
+    """Return a spoiler: the kernel of the last layer becomes make(its numbers)."""
+
+    def change(weights):
+        numbers = weights[f"{LAST}/kernel"][()]
+        del weights[f"{LAST}/kernel"]
+        weights[LAST].create_dataset("kernel", data=make(numbers))
+
+    return rewrite(change)
+
+
+def link(target):
+    """Return a spoiler: the last kernel is a link."""
+
+    def change(weights):
+        del weights[f"{LAST}/kernel"]
+        weights[f"{LAST}/kernel"] = target
+
+    return rewrite(change)
 
 
 def external(weights):
     """Keep the last kernel's numbers in another file."""
-    del weights["probabilities/probabilities/kernel"]
-    group = weights["probabilities/probabilities"]
-    group.create_dataset(
-        "kernel", KERNEL, "float32", external=[("/etc/hostname", 0, 4 * np.prod(KERNEL))]
-    )
+    shape = weights[f"{LAST}/kernel"].shape
+    del weights[f"{LAST}/kernel"]
+    elsewhere = [("/etc/hostname", 0, 4 * int(np.prod(shape)))]
+    weights[LAST].create_dataset("kernel", shape, "float32", external=elsewhere)
 
 
 def virtual(weights):
     """Make the last kernel a view of another file."""
-    layout = h5py.VirtualLayout(KERNEL, "float32")
-    layout[:] = h5py.VirtualSource("/etc/hostname", "x", KERNEL)
-    del weights["probabilities/probabilities/kernel"]
-    weights["probabilities/probabilities"].create_virtual_dataset("kernel", layout)
+    shape = weights[f"{LAST}/kernel"].shape
+    layout = h5py.VirtualLayout(shape, "float32")
+    layout[:] = h5py.VirtualSource("/etc/hostname", "x", shape)
+    del weights[f"{LAST}/kernel"]
+    weights[LAST].create_virtual_dataset("kernel", layout)
+
+
+@functools.cache
+def packed_zeros():
+    """Return 2 GB of zeros as zlib packs them."""
+    packer = zlib.compressobj(1)
+    return b"".join(packer.compress(bytes(2**20)) for _ in range(2**11)) + packer.flush()
+
+
+def packed_bias(**options):
+    """Return a spoiler: a bias of 1024 numbers lies in one piece that unpacks to 2 GB."""
+
+    def change(weights):
+        group, more = weights["hidden/hidden"], {"chunks": (1024,), "compression": "gzip"}
+        del group["bias"]
+        bias = group.create_dataset("bias", (1024,), "float32", **more | options)
+        bias.id.write_direct_chunk((0,), packed_zeros())
+
+    return rewrite(change)
 
 
 def not_finite(value):
@@ -218,18 +255,43 @@ def bush(weights):
         weights = inner
 
 
+def linked_weights(folder):
+    """Keep all weights in another file, which a link names."""
+    shutil.copy(folder / "m.h5", folder / "elsewhere.h5")
+    with h5py.File(folder / "m.h5", "a") as file:
+        del file["model_weights"]
+        file["model_weights"] = h5py.ExternalLink("elsewhere.h5", "/model_weights")
+
+
 def deep_bomb(weights):
     """Hide a bomb where no real file has anything."""
-    weights.create_group("/".join("abcdefgh")).create_dataset(
-        "x", (2**29,), "float32", chunks=(2**20,)
-    )
+    deep = weights.create_group("/".join("abcdefgh"))
+    deep.create_dataset("x", (2**29,), "float32", chunks=(2**20,))
 
 
 def wide_chunk(weights):
     """One chunk of 120 MB for 3 numbers."""
-    del weights["probabilities/probabilities/bias"]
+    del weights[f"{LAST}/bias"]
     more = {"maxshape": (None,), "chunks": (30_000_000,), "compression": "gzip"}
-    weights["probabilities/probabilities"].create_dataset("bias", (3,), "float32", **more)
+    weights[LAST].create_dataset("bias", (3,), "float32", **more)
+
+
+def tiny_chunks(weights):
+    """Two million pieces of one number, of which none is there."""
+    shape = weights["hidden/hidden/kernel"].shape
+    del weights["hidden/hidden/kernel"]
+    weights["hidden/hidden"].create_dataset("kernel", shape, "float32", chunks=(1, 1))
+
+
+def long_text(length, dtype=None):
+    """Return a spoiler: what travels with the model is a text of so many characters."""
+
+    def spoil(folder):
+        with h5py.File(folder / "m.h5", "a") as file:
+            del file.attrs["kit"]
+            file.attrs.create("kit", "x" * length, dtype=dtype)
+
+    return spoil
 
 
 def one_text(folder):
@@ -250,24 +312,12 @@ def one_text(folder):
     (folder / "m.h5").write_bytes(data)
 
 
-TRIOS = {
-    "lambda in json": lambda f: edit_json(
-        lambda c: add_layer(c, lambda_layer(f / "canary")), "json"
-    )(f),
-    "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(
-        f
-    ),
-    "lambda in both": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")))(f),
-    "saved model layer": lambda f: edit_json(lambda c: saved_model_layer(c, f / "canary"))(f),
-    "units 1e10": edit_json(set_units(10**10)),
-    "units minus": edit_json(set_units(-(10**10))),
-    "image size 1e9": edit_json(size_claim),
-    "other class": edit_json(lambda c: c.update(class_name="Sequential2")),
-    "a list": edit_json(lambda c: [1, 2, 3]),
+REFUSED = {
     "deep json": text("m.json", b"[" * 200_000 + b"]" * 200_000),
     "deep labels": text("m-labels.json", b"[" * 200_000 + b"]" * 200_000),
     "no json": text("m.json", b"\xff\xfe\x00"),
     "huge json": text("m.json", b"[" + b"0," * 3_000_000 + b"0]"),
+    "unsigned json": text("m.json", b"{}"),
     "swapped labels": swapped,
     "labels with escapes": labels(["Ann", "B\x1b[2Jen", "Cleo"]),
     "labels twice": labels(["Ann", "Ann", "Cleo"]),
@@ -280,43 +330,61 @@ TRIOS = {
     "cut h5": lambda f: os.truncate(f / "m.h5", 5_000_000),
     "junk h5": text("m.h5", b"junk" * 1000),
     "empty h5": text("m.h5", b""),
-    "2 GiB bomb": rewrite(
-        replace("bomb", shape=(2**29,), dtype="float32", chunks=(2**20,), compression="gzip")
-    ),
-    "32 GiB bomb": rewrite(
-        replace("bomb", shape=(2**33,), dtype="float32", chunks=(2**20,), compression="gzip")
-    ),
-    "bomb beside": rewrite(lambda w: w.create_dataset("x", (2**29,), "float32", chunks=(2**20,))),
-    "other shape": rewrite(replace("turned", data=np.zeros(KERNEL[::-1], "float32"))),
-    "integers": rewrite(replace("ints", data=np.zeros(KERNEL, "int64"))),
-    "objects": rewrite(lambda w: w.create_dataset("o", (1,), h5py.string_dtype())),
+    "sparse h5": lambda f: os.truncate(f / "m.h5", 2**33),
+    "2 GiB bomb": replace(shape=(2**29,), dtype="float32", chunks=(2**20,), compression="gzip"),
+    "32 GiB bomb": replace(shape=(2**33,), dtype="float32", chunks=(2**20,), compression="gzip"),
+    "bomb in a piece": packed_bias(),
+    "bomb in a shuffled piece": packed_bias(shuffle=True),
+    "another packing": packed_bias(compression="lzf"),
+    "wide chunk": rewrite(wide_chunk),
+    "tiny chunks": rewrite(tiny_chunks),
+    "other shape": replace_by(np.transpose),
+    "integers": replace_by(lambda numbers: numbers.astype("int64")),
+    "texts": replace_by(lambda numbers: np.full(numbers.shape, b"x")),
     "nan": rewrite(not_finite(np.nan)),
     "infinite": rewrite(not_finite(np.inf)),
-    "external link": rewrite(lambda w: link(w, h5py.ExternalLink("/etc/hostname", "/x"))),
-    "soft link": rewrite(lambda w: link(w, h5py.SoftLink("/model_weights/hidden/hidden/kernel"))),
-    "loop of groups": rewrite(lambda w: w.__setitem__("loop", w)),
+    "larger than float32": replace_by(lambda numbers: np.full(numbers.shape, 1e300)),
+    "external link": link(h5py.ExternalLink("/etc/hostname", "/x")),
+    "soft link": link(h5py.SoftLink("/model_weights/hidden/hidden/kernel")),
     "external storage": rewrite(external),
     "virtual dataset": rewrite(virtual),
+    "a layer less": rewrite(lambda w: w.__delitem__("conv2d_7")),
+    "weights linked away": linked_weights,
     "no attribute": rewrite(lambda w: w.parent.attrs.pop("kit")),
     "attribute no json": rewrite(lambda w: w.parent.attrs.__setitem__("kit", "{")),
     "attribute a number": rewrite(lambda w: w.parent.attrs.__setitem__("kit", 3)),
+    "attribute a long text": long_text(30_000_000),
+    "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
     "threshold a text": attribute(threshold="high"),
-    "no config": rewrite(lambda w: w.parent.attrs.pop("model_config")),
+    "threshold not finite": attribute(threshold=float("nan")),
+    "image size a float": attribute(image_size=75.0),
+    "image size 1e9": attribute(image_size=10**9),
+    "round with escapes": attribute(round="\x1b[2J"),
     "a link": linked,
     "missing labels": lambda f: (f / "m-labels.json").unlink(),
     "a folder": lambda f: (f / "m.h5").unlink() or (f / "m.h5").mkdir(),
     "a named pipe": lambda f: (f / "m.json").unlink() or os.mkfifo(f / "m.json"),
-    "class a list": edit_json(lambda c: c["config"]["layers"][1].update(class_name=["x"])),
-    "image size a float": attribute(image_size=75.0),
-    "round with escapes": attribute(round="\x1b[2J"),
-    "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
+}
+# What is never looked at cannot do harm, and plain Keras alone would use it.
+HARMLESS = {
+    "lambda in json": lambda f: edit_json(
+        lambda c: add_layer(c, lambda_layer(f / "canary")), "json"
+    )(f),
+    "lambda in h5": lambda f: edit_json(lambda c: add_layer(c, lambda_layer(f / "canary")), "h5")(
+        f
+    ),
+    "saved model layer": lambda f: edit_json(lambda c: saved_model_layer(c, f / "canary"))(f),
+    "units 1e10": edit_json(set_units(10**10)),
+    "size in json 1e9": edit_json(size_claim),
+    "a list": edit_json(lambda c: [1, 2, 3]),
+    "no config": rewrite(lambda w: w.parent.attrs.pop("model_config")),
+    "bomb beside": rewrite(lambda w: w.create_dataset("x", (2**29,), "float32", chunks=(2**20,))),
+    "bomb far below": rewrite(deep_bomb),
+    "objects": rewrite(lambda w: w.create_dataset("o", (1,), h5py.string_dtype())),
+    "link beside": rewrite(lambda w: w.__setitem__("x", h5py.ExternalLink("/etc/hostname", "/x"))),
+    "loop of groups": rewrite(lambda w: w.__setitem__("loop", w)),
     "a type as data": rewrite(lambda w: w.__setitem__("t", np.dtype("float32"))),
     "many names for few groups": rewrite(bush),
-    "bomb far below": rewrite(deep_bomb),
-    "wide chunk": rewrite(wide_chunk),
-    "the same data listed twice": rewrite(
-        lambda w: w["hidden"].attrs.__setitem__("weight_names", [b"hidden/kernel"] * 2)
-    ),
     "one text for all names": one_text,
     "more names than data": rewrite(
         lambda w: w.attrs.__setitem__("layer_names0", [b"hidden"] * 900)
@@ -324,38 +392,67 @@ TRIOS = {
 }
 
 
-def measured(command, folder):
-    """Run a command; return (exit code, stderr, seconds, MB at most)."""
+@pytest.fixture(scope="session")
+def good_network(good_trio):
+    """Return the saved network as plain Keras reads it, and one to load into."""
+    network, other = model.build_network(3, 75), model.build_network(3, 75)
+    network.load_weights(good_trio / "m.h5")
+    return network, other
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED.keys() - {"one label more"}))
+def test_a_bad_trio_is_refused_in_one_line(trio, name, good_network):
+    REFUSED[name](trio)
+    with pytest.raises(utils.UserError) as caught:
+        model.check_model(trio / "m")
+        model.load_arrays(good_network[1], trio / "m.h5")
+    message = str(caught.value)
+    assert message.startswith(f"{trio}/m") and message.isprintable()
+
+
+WORST = ("one label more", "nan", "deep json", "sparse h5", "32 GiB bomb", "bomb in a piece")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WORST, "attribute a long text", "weights linked away"])
+def test_the_worst_end_in_one_line_and_take_little_memory(trio, name):
+    REFUSED[name](trio)
     program = (
-        "import resource, subprocess, sys, time; start = time.monotonic(); "
-        "done = subprocess.run(sys.argv[1:], capture_output=True, encoding='utf-8'); "
-        "usage = resource.getrusage(resource.RUSAGE_CHILDREN); "
-        "print(done.returncode, time.monotonic() - start, usage.ru_maxrss / 1024); print(done.stderr, end='')"
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(done.returncode)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command], cwd=folder, capture_output=True, encoding="utf-8"
-    )
-    code, seconds, megabytes = done.stdout.splitlines()[0].split()
-    return int(code), done.stdout.partition("\n")[2], float(seconds), float(megabytes)
+    command = [sys.executable, "-c", program, sys.executable, ROOT / "train.py", "data", "m"]
+    done = subprocess.run([*command, "--evaluate"], cwd=trio, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: m")
+    assert int(done.stdout) < 1.5e6  # kB
 
 
-@pytest.mark.parametrize("name", TRIOS)
-def test_a_bad_trio_is_refused_and_nothing_in_it_runs(trio, name):
-    TRIOS[name](trio)
-    code, stderr, _, megabytes = measured(
-        [sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], trio
-    )
-    assert code == 1, stderr
-    assert len(stderr.splitlines()) == 1 and stderr.startswith("error: m") and "\x1b" not in stderr
+@pytest.mark.parametrize("name", HARMLESS)
+def test_strange_extras_are_not_looked_at(trio, name, good_network):
+    expected, other = good_network
+    HARMLESS[name](trio)
+    other.set_weights([np.zeros_like(array) for array in other.get_weights()])
+    assert model.check_model(trio / "m")["labels"] == LABELS
+    model.load_arrays(other, trio / "m.h5")
+    pairs = zip(other.get_weights(), expected.get_weights())
+    assert all(np.array_equal(a, b) for a, b in pairs)
     assert not (trio / "canary").exists()
-    assert megabytes < 1500
 
 
-@pytest.mark.parametrize(
-    "name", ["lambda in both", "saved model layer", "swapped labels", "nan", "2 GiB bomb"]
-)
+@pytest.mark.slow
+def test_a_model_that_names_code_is_used_without_it(trio):
+    HARMLESS["lambda in json"](trio)
+    HARMLESS["saved model layer"](trio)
+    evaluated = run_process(ROOT / "train.py", trio, "data", "m", "--evaluate")
+    assert evaluated.returncode == 0 and "evaluate: accuracy" in evaluated.stdout, evaluated.stderr
+    assert not (trio / "canary").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swapped labels", "nan"])
 def test_the_tagger_refuses_them_too(trio, name):
-    TRIOS[name](trio)
+    REFUSED[name](trio)
     done = run_process(
         ROOT / "webcam.py",
         trio,
@@ -370,7 +467,6 @@ def test_the_tagger_refuses_them_too(trio, name):
         and len(done.stderr.splitlines()) == 1
         and done.stderr.startswith("error: m")
     )
-    assert not (trio / "canary").exists()
 
 
 def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
@@ -386,7 +482,7 @@ def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
 
 
 def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
-    """SQLite deletes the file that a left journal names, which is why ours are refused unless they are empty."""
+    """SQLite, which older versions locked with, deletes the file that a left journal names."""
     (tmp_path / "precious").write_text("mine")
     database = sqlite3.connect(tmp_path / "lock")
     database.execute("CREATE TABLE t(a)")
@@ -425,7 +521,10 @@ def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weig
 
 def test_the_settings_of_a_stranger_do_not_change_the_pictures(tmp_path):
     (tmp_path / "matplotlibrc").write_text("foo\x1b]0;x\x07: 1\ntext.usetex: True\nfigure.dpi: 1\n")
-    code = "import numpy as np, report; report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
+    code = (
+        "import numpy as np, report; "
+        "report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
+    )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], cwd=tmp_path, env=environment, capture_output=True
@@ -456,7 +555,8 @@ def from_json(folder):
 attempt("saved model layer", from_json)
 keras.config.enable_unsafe_deserialization()
 attempt("lambda in json", from_json)
-attempt("lambda in h5", lambda folder: keras.models.load_model(f"{folder}/m.h5", compile=False, safe_mode=False))
+attempt("lambda in h5", lambda folder: keras.models.load_model(
+    f"{folder}/m.h5", compile=False, safe_mode=False))
 """
 
 
@@ -465,7 +565,7 @@ def test_the_attacks_do_work_in_plain_keras(good_trio, tmp_path):
     names = ("saved model layer", "lambda in json", "lambda in h5")
     for name in names:
         shutil.copytree(good_trio, tmp_path / name)
-        TRIOS[name](tmp_path / name)
+        HARMLESS[name](tmp_path / name)
     done = subprocess.run(
         [sys.executable, "-c", PLAIN], cwd=tmp_path, capture_output=True, text=True
     )
@@ -475,43 +575,17 @@ def test_the_attacks_do_work_in_plain_keras(good_trio, tmp_path):
 
 
 def test_bombs_do_open_in_plain_h5py(trio):
-    TRIOS["2 GiB bomb"](trio)
+    REFUSED["2 GiB bomb"](trio)
     with h5py.File(trio / "m.h5") as file:
         assert file["model_weights/probabilities/probabilities/kernel"].nbytes == 2**31
     assert (trio / "m.h5").stat().st_size < 120e6
 
 
-WEIGHTS = {
-    "nan": lambda file, group: group[0].__setitem__(0, np.nan),
-    "bomb": lambda file, group: file.create_dataset("x", (2**29,), "float32", chunks=(2**20,)),
-    "external link": lambda file, group: file.__setitem__(
-        "x", h5py.ExternalLink("/etc/hostname", "/x")
-    ),
-    "virtual": lambda file, group: file.create_virtual_dataset(
-        "x", h5py.VirtualLayout((2,), "float32")
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_from_strangers(tmp_path, weights_file, name):
-    path = tmp_path / "w.h5"
-    shutil.copy(weights_file, path)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights_file, value):
+    path = shutil.copy(weights_file, tmp_path / "w.h5")
     with h5py.File(path, "a") as file:
-        arrays = []
-        file.visititems(
-            lambda _, item: arrays.append(item) if isinstance(item, h5py.Dataset) else None
-        )
-        WEIGHTS[name](file, [a for a in arrays if a.ndim == 1])
-    with pytest.raises(utils.UserError, match=r"w\.h5: "):
+        name = next(name for name in file if name.startswith("batch_normalization"))
+        file[name][name]["beta"][3] = value
+    with pytest.raises(utils.UserError, match=r"w\.h5: .*not finite"):
         train.load_base(model.build_network(2, 75), path)
-
-
-def test_memory_and_time_of_the_worst_ones(trio):
-    """A bomb must not even be begun: far below its size, with the address space limited."""
-    TRIOS["32 GiB bomb"](trio)
-    done = subprocess.run(
-        [sys.executable, ROOT / "train.py", "data", "m", "--evaluate"], cwd=trio, capture_output=True, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (10, 10)),
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.startswith("error: m.h5: holds")
