@@ -7,7 +7,6 @@ import json
 import marshal
 import os
 import shutil
-import sqlite3
 import struct
 import subprocess
 import sys
@@ -479,35 +478,6 @@ def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
     )
     assert done.returncode == 0 and "no window can be opened" in done.stderr, done.stderr
     assert not (trio / "canary").exists()
-
-
-def test_a_lock_from_somebody_else_deletes_nothing(tmp_path):
-    """SQLite, which older versions locked with, deletes the file that a left journal names."""
-    (tmp_path / "precious").write_text("mine")
-    database = sqlite3.connect(tmp_path / "lock")
-    database.execute("CREATE TABLE t(a)")
-    database.commit()
-    database.close()
-    magic, name = bytes.fromhex("d9d505f920a163d7"), str(tmp_path / "precious").encode()
-    head = (magic + struct.pack(">5I", 0, 1234, 2, 512, 4096)).ljust(512, b"\0")
-    tail = (
-        struct.pack(">I", 2**30 // 4096 + 1)
-        + name
-        + struct.pack(">II", len(name), sum(name))
-        + magic
-    )
-    (tmp_path / "lock-journal").write_bytes(head + tail)
-    shutil.copytree(tmp_path, tmp_path / "copy")
-    with (
-        pytest.raises(utils.UserError, match="not a lock of this kit"),
-        utils.file_lock(tmp_path / "lock"),
-    ):
-        pass
-    assert (tmp_path / "precious").exists()
-    database = sqlite3.connect(tmp_path / "lock", isolation_level=None)
-    database.execute("BEGIN EXCLUSIVE")  # what plain SQLite does
-    database.close()
-    assert not (tmp_path / "precious").exists()
 
 
 def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weights_file):

@@ -3,10 +3,13 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image, ImageOps
 
 import utils
@@ -43,8 +46,9 @@ def test_every_format_gives_its_colours(kind):
 
 @pytest.mark.parametrize(
     ("mode", "kind"),
-    [("1", "PNG"), ("L", "PNG"), ("L", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("LA", "PNG"), ("RGBA", "PNG"),
-     ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"),
+    [("1", "PNG"), ("L", "PNG"), ("L", "JPEG"), ("P", "PNG"), ("P", "GIF"), ("LA", "PNG"),
+     ("RGBA", "PNG"), ("RGBA", "WEBP"), ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("I;16", "PNG"),
+     ("I;16", "TIFF"), ("I", "TIFF"),
      ("F", "TIFF"), ("YCbCr", "JPEG")],
 )  # fmt: skip
 def test_every_mode_keeps_dark_and_bright_apart(mode, kind):
@@ -74,6 +78,95 @@ def test_exif_turns_are_undone(orientation):
     assert np.abs(decoded(encoded(raw, "PNG", exif=exif), 24) - expected).max() <= 1
     full = np.asarray(utils.upright(utils.open_picture(encoded(raw, "PNG", exif=exif))))
     assert np.array_equal(full, upright)
+
+
+RAMP = np.repeat(np.linspace(0, 1, 80)[None], 60, 0)  # black on the left, white on the right
+
+
+def greys(numbers, kind="TIFF", **options):
+    """Save grey numbers as a file, read it again; return the middle row as floats 0..1."""
+    data = encoded(Image.fromarray(numbers), kind, **options)
+    return np.asarray(utils.upright(utils.open_picture(data)))[30, :, 0] / 255
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [(RAMP * 65535).astype("uint16"), (RAMP * 4095).astype("uint16"), (RAMP * 900).astype("int32"),
+     RAMP.astype("float32"), (RAMP * 2 - 1).astype("float32"), (280 + 30 * RAMP).astype("float32")],
+    ids=["16 bits", "12 of 16 bits", "int32", "0 to 1", "-1 to 1", "kelvin"],
+)  # fmt: skip
+def test_greys_of_many_bits_show_what_they_hold(numbers):
+    assert np.abs(greys(numbers) - RAMP[0]).max() < 0.02
+
+
+def test_twelve_bits_in_a_16_bit_png_are_not_black():
+    assert np.abs(greys((RAMP * 4095).astype("uint16"), "PNG") - RAMP[0]).max() < 0.02
+
+
+@pytest.mark.parametrize("first", [np.nan, np.inf, 1.0001, -1e30])
+def test_one_odd_pixel_does_not_change_a_picture(first):
+    numbers = RAMP.astype("float32")
+    numbers[0, 0] = first
+    assert np.abs(greys(numbers) - RAMP[0]).max() < 0.02
+
+
+def test_a_declared_range_counts():
+    numbers = (RAMP * 4095).astype("uint16")
+    assert abs(greys(numbers, tiffinfo={280: 0, 281: 8190}).max() - 0.5) < 0.01
+    plain = b"P2 80 1 1000\n" + b" ".join(b"%d" % n for n in np.arange(80) * 5)
+    pixels = np.asarray(utils.upright(utils.open_picture(plain)))[0, :, 0]
+    assert np.abs(pixels - np.arange(80) * 5 * 255 / 1000).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_white_is_zero_is_no_negative(kind):
+    numbers = (RAMP * 60000).astype(kind)
+    assert np.abs(greys(numbers, tiffinfo={262: 0}) - RAMP[0][::-1]).max() < 0.02
+
+
+def test_flat_and_empty_greys_are_pictures():
+    for numbers in (np.full((9, 9), 700, "uint16"), np.full((9, 9), np.nan, "float32")):
+        image = utils.upright(utils.open_picture(encoded(Image.fromarray(numbers), "TIFF")))
+        assert np.asarray(image).std() == 0
+
+
+def png_with(*chunks, image=None):
+    """Return a PNG with chunks (kind, data) behind its header; 4 further bytes are a checksum."""
+    data = encoded(image or two_halves(), "PNG")
+    more = b""
+    for kind, body, *checksum in chunks:
+        right = struct.pack(">I", zlib.crc32(kind + body))
+        more += struct.pack(">I", len(body)) + kind + body + (checksum or [right])[0]
+    return data[:33] + more + data[33:]
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [(b"tEXt", b"transparency\0yes"), (b"tEXt", b"interlace\0yes"), (b"tEXt", b"Title\0x", b"1234"),
+     (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * 2_000_000), (b"zTXt", b"Title\0\0broken"),
+     (b"iCCP", b"profile\0\0broken", b"1234"), (b"eXIf", b"MM\0*broken"), (b"eXIf", b"x", b"1234")],
+    ids=lambda chunk: chunk[1][:12].decode("latin1"),
+)  # fmt: skip
+def test_metadata_never_costs_a_png(chunk):
+    expected = decoded(encoded(two_halves(), "PNG"))
+    assert np.array_equal(decoded(png_with(chunk)), expected)
+
+
+def test_a_transparent_grey_is_white_whatever_the_bits():
+    shallow = np.full((60, 80), 20, "uint8")
+    shallow[:, 40:] = 230
+    for numbers in (shallow, shallow.astype("uint16") * 257):
+        data = encoded(Image.fromarray(numbers), "PNG", transparency=int(numbers[0, 0]))
+        pixels = np.asarray(utils.upright(utils.open_picture(data)))
+        assert pixels[30, 5].tolist() == [255, 255, 255]
+
+
+def test_a_raw_file_is_not_used_as_its_preview():
+    small, large = two_halves(160, 120), two_halves(640, 480)
+    options = {"save_all": True, "append_images": [large]}
+    with pytest.raises(utils.RefusedError, match="small preview"):
+        utils.open_picture(encoded(small, "TIFF", tiffinfo={254: 1}, **options))
+    assert utils.open_picture(encoded(large, "TIFF", tiffinfo={254: 0})).size == (640, 480)
 
 
 def test_alpha_lies_on_white_and_hidden_colours_do_not_bleed():
@@ -125,8 +218,9 @@ def png_of_size(width, height):
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"hello", b"%PDF-1.7", encoded(two_halves(), "JPEG")[:500], encoded(two_halves(), "PNG")[:90],
-     encoded(two_halves(), "ICO"), png_of_size(20_000, 20_000), png_of_size(13_378, 13_378), b"P5 10 10 255 abc",
+    [b"", b"hello", b"%PDF-1.7", encoded(two_halves(), "JPEG")[:500],
+     encoded(two_halves(), "PNG")[:90], encoded(two_halves(), "ICO"), png_of_size(20_000, 20_000),
+     png_of_size(13_378, 13_378), b"P5 10 10 255 abc",
      b"GIF89a", b"\xff\xd8\xff\xe0" + bytes(50), b"BM" + bytes(100)],
     ids=range(12),
 )  # fmt: skip
@@ -158,9 +252,9 @@ def test_crops_are_square_shifted_inside_or_padded(center, side, left_edge, size
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"), ("Dr. ", "Dr"), ("con", "_con"),
-     ("COM1.txt", "_COM1.txt"), ("..", "_"), ("", "_"), ("tab\there", "tab_here"), ("\x1b[31mred", "_[31mred"),
-     ("Mihály", "Mihály"), ("王", "王"), ("山田　太郎", "山田　太郎"), ("x" * 300, "x" * 80)],
+    [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"), ("Dr. ", "Dr"),
+     ("con", "_con"), ("COM1.txt", "_COM1.txt"), ("..", "_"), ("", "_"), ("tab\there", "tab_here"),
+     ("\x1b[31mred", "_[31mred"), ("Mihály", "Mihály"), ("王", "王"), ("山田　太郎", "山田　太郎"), ("x" * 300, "x" * 80)],
 )  # fmt: skip
 def test_folder_names_work_everywhere_and_can_be_read(name, folder):
     assert utils.folder_names([name]) == {name: folder}
@@ -176,8 +270,8 @@ def test_names_that_fall_together_are_kept_apart():
 
 @pytest.mark.parametrize(
     ("text", "shown"),
-    [("plain", "plain"), ("a\x1b[2Jb", "a\\x1b[2Jb"), ("two\nlines", "two\\nlines"), ("\udc80", "\\udc80"),
-     ("王 é", "王 é"), ("山田　太郎", "山田　太郎"), ("two\u2028lines", "two\\u2028lines")],
+    [("plain", "plain"), ("a\x1b[2Jb", "a\\x1b[2Jb"), ("two\nlines", "two\\nlines"),
+     ("\udc80", "\\udc80"), ("王 é", "王 é"), ("山田　太郎", "山田　太郎"), ("two\u2028lines", "two\\u2028lines")],
 )  # fmt: skip
 def test_escape(text, shown):
     assert utils.escape(text) == shown
@@ -199,6 +293,11 @@ def test_listing_leaves_out_what_nobody_means(tmp_path):
         "a/.hidden.jpg",
         ".git/3.jpg",
         "a/Thumbs.db",
+        "@eaDir/5.jpg",
+        "#recycle/6.jpg",
+        "$RECYCLE.BIN/7.jpg",
+        "lost+found/8.jpg",
+        ".stversions/9.jpg",
         "__MACOSX/4.jpg",
     ]:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -210,8 +309,11 @@ def test_listing_leaves_out_what_nobody_means(tmp_path):
     (root / "a" / "loop").symlink_to(root)
     (root / "a" / "itself.jpg").symlink_to(root / "a" / "itself.jpg")
     (root / "a" / "again.jpg").symlink_to(root / "a" / "1.jpg")
-    found = [str(path.relative_to(root)) for path in utils.list_files(root)]
+    left_out = []
+    found = [str(path.relative_to(root)) for path in utils.list_files(root, left_out)]
     assert found == ["a/1.jpg", "a/again.jpg", "a/b/c/2.jpg"]
+    links = {str(path.relative_to(root)) for path in left_out}
+    assert links == {"a/out", "a/loop", "a/secret.jpg", "a/itself.jpg"}
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
@@ -229,7 +331,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~mask
 
 
-def test_in_order_keeps_order_and_stops_early():
+def test_a_parallel_map_keeps_order_and_stops_early():
     started = []
 
     def slow(item):
@@ -242,8 +344,54 @@ def test_in_order_keeps_order_and_stops_early():
     assert len(started) < 20
 
 
+def test_no_time_left_is_told_before_it_is_known():
+    """A start-up of 13 s in the first of 66 pictures is not the rate of the others."""
+    assert utils.time_left([(13.0, 1)], 66) == ""
+    assert utils.time_left([(13.0, 1), (14.0, 4)], 66) == ""
+    assert utils.time_left([(13.0, 1), (16.0, 10)], 66) == "about 19 s left"
+    assert utils.time_left([(13.0, 1), (24.0, 12)], 1000) == "about 988 s left"
+    assert utils.time_left([(100.0, 50), (130.0, 60)], 100) == "about 120 s left"  # slower now
+
+
+def test_progress_passes_everything_on(capsys):
+    assert list(utils.progress(iter(range(5)), 5, "pictures")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_lock_is_held_by_one_and_gone_with_its_holder(tmp_path):
+    program = (
+        "import sys, time, utils\n"
+        "with utils.file_lock('lock'):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(utils.UserError, match="another run is at work here"):
+            with utils.file_lock(tmp_path / "lock"):
+                pass
+        other.kill()
+    with utils.file_lock(tmp_path / "lock"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_of_somebody_else_is_no_lock(tmp_path):
+    (tmp_path / "text").write_text("mine")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "folder").mkdir()
+    for name in ("text", "link", "folder"):
+        with pytest.raises(utils.UserError, match=f"{name}: not a lock of this kit"):
+            with utils.file_lock(tmp_path / name):
+                pass
+    assert (tmp_path / "text").read_text() == "mine" and (tmp_path / "link").is_symlink()
+
+
 def test_a_picture_is_squared_as_plain_pillow_does_it():
-    """README's snippet has to give the same pixels; CMYK is turned into RGB before it is resized."""
+    """README's snippet has to give the same pixels; CMYK becomes RGB before it is resized."""
     rng = np.random.default_rng(0)
     large = Image.fromarray(rng.integers(0, 255, (12, 16, 3)).astype("uint8")).resize((900, 700))
     for mode in ("RGB", "L", "CMYK"):
