@@ -7,7 +7,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -48,67 +47,42 @@ def originals():
     return found
 
 
-def mutate(data, others, rng):
-    """Return a spoilt copy: cut, bits flipped, sizes blown up, parts of another format."""
-    data = bytearray(data)
-    way = rng.randrange(6)
+def spoil(data, others, rng):
+    """Return a spoilt copy: cut, bits flipped, bytes overwritten, parts of another format."""
+    copy, start = bytearray(data), rng.randrange(len(data))
+    way = rng.randrange(5)
     if way == 0:
-        del data[rng.randrange(len(data)) :]
+        del copy[start:]
     elif way == 1:
         for _ in range(rng.randrange(1, 12)):
-            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            copy[rng.randrange(len(copy))] ^= 1 << rng.randrange(8)
     elif way == 2:
-        for _ in range(rng.randrange(1, 6)):
-            data[rng.randrange(min(len(data), 64))] = rng.choice((0, 255, 127, 128))
+        place = rng.randrange(min(len(data) - 4, 200))
+        copy[place : place + 4] = rng.choice((b"\xff" * 4, b"\x7f\xff\xff\xff", bytes(4)))
     elif way == 3:
-        start = rng.randrange(min(len(data) - 4, 200))
-        data[start : start + 4] = rng.choice(
-            (b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff", b"\x00\x00\xff\xff", bytes(4))
-        )
-    elif way == 4:
         other = rng.choice(others)
-        data[rng.randrange(len(data)) :] = other[rng.randrange(len(other)) :]
+        copy[start:] = other[rng.randrange(len(other)) :]
     else:
-        start = rng.randrange(len(data))
-        data[start:start] = data[rng.randrange(len(data)) :][: rng.randrange(1, 2000)]
-    return bytes(data)
+        copy[start:start] = data[rng.randrange(len(data)) :][: rng.randrange(1, 2000)]
+    return bytes(copy)
 
 
-def decode_mutants(count, seed):
-    """Decode mutants; return how many gave a picture and how many a reason."""
-    rng, sources = random.Random(seed), originals()
+def test_spoilt_pictures_give_a_picture_or_a_reason():
+    """test_mutations.py does this by the hundred thousand."""
+    rng, sources = random.Random(1), originals()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, of the whole test session
     pictures = reasons = 0
-    slowest = 0.0
-    for n in range(count):
-        data = mutate(sources[n % len(sources)], sources, rng)
-        start = time.monotonic()
+    for n in range(300):
+        data = spoil(sources[n % len(sources)], sources, rng)
         try:
-            pixels = utils.to_model_input(utils.open_picture(data), 75)
-            assert pixels.shape == (75, 75, 3) and pixels.dtype == np.uint8
+            assert utils.to_model_input(utils.open_picture(data), 75).shape == (75, 75, 3)
             utils.upright(utils.open_picture(data))
             pictures += 1
         except utils.PictureError as error:
             assert str(error) and str(error).isprintable()
             reasons += 1
-        slowest = max(slowest, time.monotonic() - start)
-    return pictures, reasons
-
-
-def check(count, seed):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, of the whole test session
-    pictures, reasons, slowest = decode_mutants(count, seed)
-    assert pictures > count / 20 and reasons > count / 20  # both ways out were taken
-    assert slowest < 10
+    assert pictures > 20 and reasons > 20  # both ways out were taken
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1e6
-
-
-def test_mutated_pictures():
-    check(300, seed=1)
-
-
-@pytest.mark.long
-def test_thousands_of_mutated_pictures():
-    check(6000, seed=2)
 
 
 LARGEST = """
