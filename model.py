@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import sys
@@ -29,8 +30,8 @@ MAX_CLASSES = 10_000
 MAX_LABEL = 255  # characters
 MAX_LABELS = 1_500_000  # characters, all of them as JSON
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
-# Of a .h5, in bytes: HDF5 takes five times as much memory to read the longest text that fits in.
-MAX_BACKBONE, MAX_CLASS = 2**27, 2**16
+MAX_WEIGHTS = 2**29  # bytes; a real model.h5 has 1e8
+HEAP = b"GCOL\x01\0\0\0"  # begins a part of an HDF5 file that holds texts
 MAX_GROUPS = 5_000  # in a file of weights; real ones have 350
 MAX_CHUNKS = 10_000  # of an array
 
@@ -258,7 +259,6 @@ def check_model(prefix):
         )
     texts = read_capped(architecture), read_capped(labels_path)
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)
-    check_file(weights, MAX_BACKBONE + MAX_CLASS * len(labels))
     info = check_info(read_metadata(weights), weights)
     if info["labels"] != labels:
         raise utils.UserError(
@@ -353,14 +353,31 @@ def open_hdf5(path):
 
 def read_metadata(path):
     """Return what `save_model` has put into a `.h5` beside the weights, None if nothing."""
+    check_file(path, MAX_WEIGHTS)
     with open_hdf5(path) as file:
+        check_texts(path)
         if METADATA_ATTRIBUTE not in file.attrs:
             return None
         attribute = file.attrs.get_id(METADATA_ATTRIBUTE)
-        # shape and size first: reading a list of texts, or one of fixed size, may fill the memory
+        # a list of texts, or one of fixed size, may fill the memory when it is read
         is_one = attribute.shape == () and attribute.get_storage_size() <= MAX_JSON
         text = file.attrs[METADATA_ATTRIBUTE] if is_one else ""
     return parse_json(path, text)
+
+
+def check_texts(path):
+    """Raise ValueError if a text in an HDF5 file is too long, or would keep HDF5 in a circle."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = data.find(HEAP)
+        while start >= 0:
+            place, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
+            while place + 16 <= min(end, len(data)):  # header and text, by turns; index 0: free
+                size = int.from_bytes(data[place + 8 : place + 16], "little")
+                is_free = not any(data[place : place + 2])
+                if (place + size != end) if is_free else (size > MAX_JSON):
+                    raise ValueError("a text longer than a model has")
+                place = end if is_free else place + 16 + math.ceil(size / 8) * 8
+            start = data.find(HEAP, start + 8)
 
 
 def load_arrays(network, path):

@@ -505,16 +505,18 @@ def grey_8_bit(image):
     """Scale a grey image of integers or floats to 8 bits, and LA where a value is transparent."""
     low, high = grey_range(image)
     transparent = image.info.get("transparency")
-    grey, mask = (Image.new("L", image.size, fill) for fill in (0, 255))
+    grey, mask = Image.new("L", image.size), Image.new("L", image.size)
     rows = max(1, STRIPE // image.width)
     for top in range(0, image.height, rows):  # in stripes, which take little memory
         part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        numbers = np.asarray(part).astype("float32")
-        shares = np.nan_to_num((numbers - low) / (high - low), posinf=1, neginf=0)
-        levels = np.rint(np.clip(shares, 0, 1) * 255).astype("uint8")
-        grey.paste(Image.fromarray(levels), (0, top))
+        numbers = np.array(part, "float32")
         if transparent is not None:
             mask.paste(Image.fromarray(np.uint8(255) * (numbers != transparent)), (0, top))
+        numbers -= low
+        numbers *= 255 / (high - low)
+        np.clip(numbers, 0, 255, out=numbers)
+        numbers[np.isnan(numbers)] = 0
+        grey.paste(Image.fromarray((numbers + 0.5).astype("uint8")), (0, top))
     result = grey if transparent is None else Image.merge("LA", (grey, mask))
     result.info.update(image.info)  # what tells how to turn it
     return result

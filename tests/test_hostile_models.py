@@ -311,6 +311,14 @@ def one_text(folder):
     (folder / "m.h5").write_bytes(data)
 
 
+def endless_text(folder):
+    """Give a text a size at which libhdf5 comes back to the same place for ever."""
+    data = bytearray((folder / "m.h5").read_bytes())
+    start = data.index(b"GCOL") + 16
+    data[start + 8 : start + 16] = (2**64 - 16).to_bytes(8, "little")
+    (folder / "m.h5").write_bytes(data)
+
+
 REFUSED = {
     "deep json": text("m.json", b"[" * 200_000 + b"]" * 200_000),
     "deep labels": text("m-labels.json", b"[" * 200_000 + b"]" * 200_000),
@@ -353,6 +361,8 @@ REFUSED = {
     "attribute no json": rewrite(lambda w: w.parent.attrs.__setitem__("kit", "{")),
     "attribute a number": rewrite(lambda w: w.parent.attrs.__setitem__("kit", 3)),
     "attribute a long text": long_text(30_000_000),
+    "one text for all names": one_text,
+    "a text that never ends": endless_text,
     "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
     "threshold a text": attribute(threshold="high"),
     "threshold not finite": attribute(threshold=float("nan")),
@@ -384,7 +394,6 @@ HARMLESS = {
     "loop of groups": rewrite(lambda w: w.__setitem__("loop", w)),
     "a type as data": rewrite(lambda w: w.__setitem__("t", np.dtype("float32"))),
     "many names for few groups": rewrite(bush),
-    "one text for all names": one_text,
     "more names than data": rewrite(
         lambda w: w.attrs.__setitem__("layer_names0", [b"hidden"] * 900)
     ),

@@ -214,6 +214,7 @@ def make_picture_check(kind, folder):
         try:
             pixels = utils.to_model_input(utils.read_picture(path)[1], 75)
             assert pixels.shape == (75, 75, 3) and pixels.dtype == np.uint8
+            signal.alarm(SECONDS)
             utils.upright(utils.open_picture(data))
         except utils.PictureError as error:
             assert str(error) and str(error).isprintable()
