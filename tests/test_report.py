@@ -1,0 +1,139 @@
+"""What is drawn: names in any script, whatever a notebook has set, and panels that show much."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+import report
+
+BITMAP_FONT = """STARTFONT 2.1
+FONT -test-emoji-medium-r-normal--16-160-75-75-c-80-iso10646-1
+SIZE 16 75 75
+FONTBOUNDINGBOX 8 16 0 -2
+STARTPROPERTIES 4
+FONT_ASCENT 14
+FONT_DESCENT 2
+CHARSET_REGISTRY "ISO10646"
+CHARSET_ENCODING "1"
+ENDPROPERTIES
+CHARS 1
+STARTCHAR dog
+ENCODING 128054
+SWIDTH 500 0
+DWIDTH 8 0
+BBX 8 1 0 0
+BITMAP
+FF
+ENDCHAR
+ENDFONT
+"""
+
+
+@pytest.fixture
+def fonts(monkeypatch, tmp_path):
+    """Let the system's fonts be one of little pictures of one size."""
+    from matplotlib import font_manager
+
+    (tmp_path / "emoji.ttf").write_text(BITMAP_FONT)
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda *_, **__: [str(tmp_path / "emoji.ttf")]
+    )
+    report.font_file.cache_clear()
+    yield
+    report.font_file.cache_clear()
+
+
+def predictions(count=60, classes=2):
+    rng = np.random.default_rng(0)
+    actual = rng.integers(0, classes, count)
+    probabilities = np.eye(classes)[actual] * 0.9 + 0.1 / classes
+    return actual, probabilities
+
+
+def test_names_that_no_font_can_write_are_boxes(fonts, tmp_path):
+    actual, probabilities = predictions()
+    labels = ["🐶", "fox 🦊"]
+    report.draw_report(tmp_path / "r.png", "t 🐶", labels, actual, probabilities)
+    arguments = (labels, actual, actual, lambda n: np.zeros((20, 20, 3), "uint8"))
+    report.draw_confusion_matrix(tmp_path / "m.png", "m", "title 🐶", *arguments)
+    names = np.asarray(Image.open(tmp_path / "m.png").convert("L"))[120:, :120]
+    assert names.min() < 100  # the box
+    assert Image.open(tmp_path / "m.png").info["Software"] == "finetuning-kit: m"
+    assert Image.open(tmp_path / "r.png").width == 990
+
+
+def test_a_notebook_changes_nothing(tmp_path):
+    code = (
+        "import numpy as np, report; "
+        "report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
+    )
+    settings = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | settings, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert Image.open(tmp_path / "r.png").width == 990
+
+
+def axes():
+    report.import_matplotlib()
+    from matplotlib.figure import Figure
+
+    return Figure().subplots()
+
+
+def test_the_reliability_of_a_good_model_fills_its_panel():
+    rng = np.random.default_rng(1)
+    sure = rng.uniform(0.97, 1, 200)
+    panel = axes()
+    report.plot_reliability(panel, np.zeros(200, int), np.c_[sure, 1 - sure])
+    low, high = panel.get_xlim()
+    assert low > 0.8 and high < 1.05
+    assert len(panel.lines[1].get_xdata()) == 10
+
+
+@pytest.mark.parametrize("count", [1, 3, 25])
+def test_reliability_of_a_few_pictures(count):
+    actual, probabilities = predictions(count)
+    panel = axes()
+    report.plot_reliability(panel, actual, probabilities)
+    assert 1 <= len(panel.lines[1].get_xdata()) <= 3
+
+
+def test_strangers_show_both_shares_and_the_threshold():
+    thresholds = np.linspace(0, 1, 11)
+    panel = axes()
+    report.plot_strangers(panel, thresholds, 1 - thresholds, thresholds, 0.431)
+    friends, strangers, chosen = panel.lines
+    assert np.array_equal(friends.get_ydata(), 1 - thresholds)
+    assert np.array_equal(strangers.get_ydata(), thresholds)
+    assert list(chosen.get_xdata()) == [0.431, 0.431] and "0.431" in chosen.get_label()
+
+
+def test_a_report_has_all_its_panels(tmp_path):
+    actual, probabilities = predictions()
+    row = {"accuracy": 0.5, "val_accuracy": 0.6, "plain_accuracy": ""}
+    history = [row, row | {"plain_accuracy": 0.7}]
+    report.draw_report(tmp_path / "two.png", "t", ["a", "b"], actual, probabilities)
+    shares = np.linspace(0, 1, 5)
+    strangers = (shares, 1 - shares, shares, 0.5)
+    more = (actual, probabilities, history, strangers)
+    report.draw_report(tmp_path / "four.png", "t", ["a", "b"], *more)
+    heights = [Image.open(tmp_path / name).height for name in ("two.png", "four.png")]
+    assert heights[1] - heights[0] == 704  # two panels of 3.2 inches
+
+
+@pytest.mark.parametrize(("count", "size"), [(0, (184, 244)), (3, (528, 244)), (50, (1388, 1172))])
+def test_a_review_sheet_shows_the_first_forty(tmp_path, count, size):
+    colors = [np.full((30, 30, 3), (n * 5, 0, 255 - n * 5), "uint8") for n in range(count)]
+    report.draw_review_sheet(tmp_path / "s.png", colors, ["Ann"] * count, ["王"] * count)
+    sheet = Image.open(tmp_path / "s.png")
+    assert sheet.size == size
+    for n in range(min(count, 40)):
+        middle = (12 + n % 8 * 172 + 80, 12 + n // 8 * 232 + 80)
+        assert sheet.getpixel(middle) == (n * 5, 0, 255 - n * 5)
