@@ -26,24 +26,18 @@ from PIL import Image
 
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
-SHAPE_TOLERANCE = (
-    0.02  # a picture whose width / height differs more from Photos' own is another rendition
-)
-LOCK = "collect_apple_photos.lock"  # marks the working folder as ours and, while locked, as in use
-# Other endings are films, or RAW files of which Pillow would give a thumbnail.
-ENDINGS = {
-    ending for ending, name in Image.registered_extensions().items() if name in utils.FORMATS
-}
-# Photos 5 to 11: own originals, those of shared albums (until Photos 7, since Photos 8), those shared with you;
+# A picture whose width / height differs more from Photos' own is another rendition.
+SHAPE_TOLERANCE = 0.02
+LOCK = "collect_apple_photos.lock"  # marks the working folder as ours; locked while in use
+# Other endings are films, or RAW files of which Pillow would give a preview.
+ENDINGS = {end for end, name in Image.registered_extensions().items() if name in utils.FORMATS}
+# Where Photos 5 to 11 keep pictures: own originals, those of shared albums (until Photos 7, since
+# Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
 ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")
-RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")  # edited pictures at full size;
-COPIES = (
-    "{}_1_102_o.jpeg",
-    "{}_1_102_a.jpeg",
-    "{}_1_105_c.jpeg",
-    "masters/{}_4_5005_c.jpeg",
-)  # the largest first
+# edited pictures at full size; smaller copies, the largest first.
+RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")
+DERIVATIVES = ("{}_1_102_o.jpeg", "{}_1_102_a.jpeg", "{}_1_105_c.jpeg", "masters/{}_4_5005_c.jpeg")
 
 
 class Face(NamedTuple):
@@ -52,8 +46,8 @@ class Face(NamedTuple):
     person: str | None
     stem: str  # of the file to write
     pictures: tuple  # paths where the full picture may be, the best first
-    copies: tuple  # the same for smaller copies of it
-    tile: Path | int | None  # a ready-made picture of the face: its path, or its key in ZFACECROP
+    derivatives: tuple  # the same for smaller copies of it
+    thumbnail: Path | int | None  # Photos' own picture of the face: path, or key in ZFACECROP
     is_film: bool
     x: float  # the box's centre as a fraction of the picture's width,
     y: float  # and of its height, from below
@@ -62,33 +56,32 @@ class Face(NamedTuple):
     height: float
 
 
+def fail(path, problem):
+    """Raise UserError for a file or folder."""
+    raise utils.UserError(f"{utils.escape(path)}: {problem}")
+
+
 def read_library(library, folder, include_hidden):
-    """Return the faces of a library as a list of Face. Its databases are copied to `folder` and opened there."""
-    for is_last in (
-        False,
-        True,
-    ):  # Photos may have written between the copying of a database and of its -wal
+    """Return the faces of a library as a list of Face, from copies of its databases in `folder`."""
+    # Photos may have written between the copying of a database and of its -wal
+    for is_last in (False, True):
         try:
             return find_faces(library, folder, include_hidden)
         except PermissionError as error:
-            advice = "on a Mac, allow your terminal in System Settings > Privacy & Security > Full Disk Access"
-            raise utils.UserError(
-                f"{utils.escape(error.filename)}: may not be read: {advice}"
-            ) from None
+            place = "System Settings > Privacy & Security > Full Disk Access"
+            fail(error.filename, f"may not be read: on a Mac, allow your terminal in {place}")
         except sqlite3.DatabaseError as error:
             if is_last:
-                problem = f"its database is damaged, incomplete or of an unknown layout ({utils.escape(error)})"
+                state = f"damaged, incomplete or of an unknown layout ({utils.escape(error)})"
                 advice = "quit Photos; if this is a copy of a library, copy it again"
-                raise utils.UserError(f"{utils.escape(library)}: {problem}: {advice}") from None
+                fail(library, f"its database is {state}: {advice}")
 
 
 def find_faces(library, folder, include_hidden):
     """Return the faces by the first reader whose database is there and has a table of faces."""
-    root = {path.name.lower(): path for path in library.iterdir()}.get(
-        "database", library / "database"
-    )
-    files = {path.name.lower(): path for path in (root.iterdir() if root.is_dir() else ())}
-    # Photos.sqlite before photos.db, for its libraries also hold a photos.db, a stub without faces.
+    root = {path.name.lower(): path for path in library.iterdir()}.get("database")
+    files = {path.name.lower(): path for path in (root.iterdir() if root and root.is_dir() else ())}
+    # Photos.sqlite before photos.db, for its libraries also hold a photos.db, without faces.
     for reader, table, *names in (
         (read_photos_5, "ZDETECTEDFACE", "photos.sqlite"),
         (read_photos_2, "RKFace", "photos.db"),
@@ -98,18 +91,21 @@ def find_faces(library, folder, include_hidden):
             with contextlib.closing(open_copies(files, names, folder)) as db:
                 if columns(db, table):
                     return list(reader(library, db, include_hidden))
-    problem = "this is no Apple Photos library: give the folder whose name ends in .photoslibrary"
     if {"photos.sqlite", "photos.db", "person.db"} & files.keys():
-        problem = (
-            "its database has no table of faces: copy the library again, whole, with Photos closed"
-        )
-    elif {"apdb", "faces.db", "library.apdb"} & files.keys():
-        problem = "this is a library of iPhoto or Aperture: open it with Photos, which makes one of its own"
-    raise utils.UserError(f"{utils.escape(library)}: {problem}")
+        advice = "copy the library again, whole, with Photos closed"
+        fail(library, f"its database has no table of faces: {advice}")
+    if {"apdb", "faces.db", "library.apdb"} & files.keys():
+        advice = "open it with Photos, which makes one of its own"
+        fail(library, f"this is a library of iPhoto or Aperture: {advice}")
+    advice = "give the folder whose name ends in .photoslibrary"
+    fail(library, f"this is no Apple Photos library: {advice}")
 
 
 def open_copies(files, names, folder):
-    """Copy databases, each with its -wal, which may hold all that is new; open the first one and attach the others."""
+    """Copy databases, each with its -wal; return the first, the others attached to it.
+
+    All that is new may lie in the -wal.
+    """
     folder.mkdir(exist_ok=True)
     for name in [name + end for name in names for end in ("", "-wal")]:
         (folder / name).unlink(missing_ok=True)
@@ -129,12 +125,12 @@ def columns(db, table):
 
 
 def optional(db, table, name):
-    """Return `name` (alias.column) for a query, or NULL where this version's table lacks the column."""
+    """Return `name` (alias.column) for a query, or NULL where the table lacks the column."""
     return name if name.partition(".")[2] in columns(db, table) else "NULL"
 
 
 def person_names(rows):
-    """Return {key: name or None} from rows (key, full name, display name, key of the person merged into)."""
+    """Return {key: name or None} from rows (key, full name, display name, key merged into)."""
     persons, names = {row[0]: row[1:] for row in rows}, {}
     for start in persons:
         key, passed = start, set()
@@ -143,132 +139,134 @@ def person_names(rows):
             key = persons[key][2]
         full, shown, merged = persons.get(key, (None, None, None))
         name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
-        names[start] = (
-            name if name and not merged else None
-        )  # merged in a circle: better unknown than wrong
+        names[start] = name if name and not merged else None  # merged in a circle: unknown
     return names
 
 
 def read_photos_5(library, db, include_hidden):
-    """Yield the faces of Photos 5 to 11. Columns are looked up: beta versions differ within one version number."""
+    """Yield the faces of Photos 5 to 11. Columns are looked up: even beta versions differ."""
     photos = "ZASSET" if columns(db, "ZASSET") else "ZGENERICASSET"
     is_new = "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE")
     to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
-    edited = (
-        "ZADJUSTMENTSSTATE" if "ZADJUSTMENTSSTATE" in columns(db, photos) else "ZHASADJUSTMENTS"
-    )
-    names = person_names(
-        db.execute("SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON")
-    )
-    tiles = (
-        db.execute("SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP")
-        if columns(db, "ZFACECROP")
-        else ()
-    )
-    tiles = {(photo, names.get(person)): key for photo, person, key in tiles}
+    has_states = "ZADJUSTMENTSSTATE" in columns(db, photos)
+    edited = "ZADJUSTMENTSSTATE" if has_states else "ZHASADJUSTMENTS"
+    query = "SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON"
+    names = person_names(db.execute(query))
+    query = "SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP"
+    thumbnails = db.execute(query) if columns(db, "ZFACECROP") else ()
+    thumbnails = {(photo, names.get(person)): key for photo, person, key in thumbnails}
     query = f"""
-        SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset, p.{edited} AS edited,
-               p.ZDIRECTORY AS folder, p.ZFILENAME AS file, p.ZSAVEDASSETTYPE = 10 AS referenced,
-               p.ZKIND = 1 AS is_film, f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
+        SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
+               p.{edited} AS edited, p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
+               p.ZSAVEDASSETTYPE = 10 AS referenced, p.ZKIND = 1 AS is_film,
+               f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
                f.ZSOURCEWIDTH AS width, f.ZSOURCEHEIGHT AS height
         FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.{to_photo}
         WHERE f.ZSIZE > 0 AND IFNULL(f.ZISINTRASH, 0) = 0 AND IFNULL(f.ZHIDDEN, 0) = 0
           AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
           AND IFNULL({optional(db, "ZDETECTEDFACE", "f.ZDETECTIONTYPE")}, 1) IN (0, 1)"""
     for row in db.execute(query):
-        person, uuid, file = (
-            names.get(row["person"]),
-            str(row["asset"]),
-            f"{row['folder']}/{row['file']}",
-        )
-        pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
-        if row["edited"]:  # never the original: the box belongs to the edited picture
-            pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
-        elif row["referenced"] and file.startswith("/"):
-            pictures = [file]
-        copies = [
-            f"{library}/resources/derivatives/{end.format(f'{uuid[:1]}/{uuid}')}" for end in COPIES
-        ]
-        yield make_face(
-            row, person, pictures, copies, person and tiles.pop((row["photo"], person), None)
-        )
+        person = names.get(row["person"])
+        thumbnail = person and thumbnails.pop((row["photo"], person), None)
+        yield make_face(row, person, *picture_paths(row, library), thumbnail)
+
+
+def picture_paths(row, library):
+    """Return where Photos 5 to 11 may keep a photo: paths of it, and of smaller copies."""
+    uuid, file = str(row["asset"]), f"{row['folder']}/{row['file']}"
+    pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
+    if row["edited"]:  # never the original: the box belongs to the edited picture
+        pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
+    elif row["referenced"] and file.startswith("/"):
+        pictures = [file]
+    names = [end.format(f"{uuid[:1]}/{uuid}") for end in DERIVATIVES]
+    return pictures, [f"{library}/resources/derivatives/{name}" for name in names]
 
 
 def read_photos_2(library, db, include_hidden):
     """Return the faces of Photos 2 to 4."""
-    tiles, edits, edited_pictures = {}, {}, collections.defaultdict(list)
+    thumbnails, edits, edited_pictures = {}, {}, collections.defaultdict(list)
+    # by name: some lie in another folder than their number says
     for path in sorted((library / "resources/media/version").rglob("fullsizeoutput_*")):
-        edited_pictures[path.stem].append(
-            path
-        )  # by name: some lie in another folder than their number says
-    query = """SELECT attachedModelType, resourceType, attachedModelId, resourceTag, CAST(modelId AS INTEGER)
-               FROM RKModelResource WHERE modelId IS NOT NULL"""
+        edited_pictures[path.stem].append(path)
+    query = """
+        SELECT attachedModelType, resourceType, attachedModelId, resourceTag,
+               CAST(modelId AS INTEGER)
+        FROM RKModelResource WHERE modelId IS NOT NULL"""
     for of_type, kind, of, tag, number in db.execute(query):
         if (of_type, kind) == (5, 6):  # of a face; photos (type 2) have the same numbers as faces
             digits = f"{number:04x}"
             place = f"{digits[-4:-2]}/{digits[:-4]:0>2}/facetile_{number:x}.jpeg"
-            tiles[of] = library / "resources/media/face" / place
+            thumbnails[of] = library / "resources/media/face" / place
         elif (of_type, kind) == (2, 4):
             edits[of, tag] = edited_pictures[f"fullsizeoutput_{number:x}"]
-    return faces_of_photos_1_to_4(
-        library, db, "v.modelId = f.imageModelId", tiles, edits, include_hidden
-    )
+    link = "v.modelId = f.imageModelId"
+    return faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
 
 
 def read_photos_1(library, db, include_hidden):
-    """Return the faces of Photos 1 from Person.db, to which ImageProxies.apdb and Library.apdb are attached."""
+    """Return the faces of Photos 1: Person.db, with ImageProxies.apdb and Library.apdb attached."""
     found, edits = [], {}
-    query = f"""SELECT attachedModelId, {optional(db, "RKModelResource", "r.attachedModelType")}, resourceType,
-                       resourceTag, resourceUuid, filename FROM RKModelResource r"""
+    query = f"""
+        SELECT attachedModelId, {optional(db, "RKModelResource", "r.attachedModelType")},
+               resourceType, resourceTag, resourceUuid, filename
+        FROM RKModelResource r"""
     for of, of_type, kind, tag, uuid, file in db.execute(query):
         if len(str(uuid)) > 1 and Path(str(file)).suffix.lower() in ENDINGS:
             codes = f"{ord(str(uuid)[0])}/{ord(str(uuid)[1])}"
-            found.append(
-                (of, of_type, Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}"))
-            )
+            path = Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}")
+            found.append((of, of_type, path))
             if (of_type, kind) == (2, 4):
-                edits[of, tag] = [found[-1][2]]
-    tiles = [entry for entry in found if entry[1] == 5] or [
-        entry for entry in found if "face" in entry[2].name.lower()
-    ]
-    if found and not tiles:
-        utils.warn(
-            f"{utils.escape(library)}: does not say which of its pictures are faces: look through the result"
-        )
-        times = collections.Counter(of for of, _, _ in found)
-        tiles = [
-            entry for entry in found if times[entry[0]] == 1
-        ]  # of several, one may show somebody else
-    tiles = {of: path for of, _, path in tiles}
-    return faces_of_photos_1_to_4(library, db, "v.uuid = f.imageId", tiles, edits, include_hidden)
+                edits[of, tag] = [path]
+    thumbnails = {of: path for of, path in choose_thumbnails(found, library)}
+    link = "v.uuid = f.imageId"
+    return faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
 
 
-def faces_of_photos_1_to_4(library, db, link, tiles, edits, include_hidden):
+def choose_thumbnails(found, library):
+    """Return pairs (face, path) of those pictures that show a face.
+
+    found: triples (number of a face or photo, type of that number if known, path).
+    """
+    of_faces = [(of, path) for of, of_type, path in found if of_type == 5]
+    named = [(of, path) for of, _, path in found if "face" in path.name.lower()]
+    if of_faces or named or not found:
+        return of_faces or named
+    problem = "does not say which of its pictures are faces: look through the result"
+    utils.warn(f"{utils.escape(library)}: {problem}")
+    times = collections.Counter(of for of, _, _ in found)
+    # of several, one may show somebody else
+    return [(of, path) for of, _, path in found if times[of] == 1]
+
+
+def faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden):
     """Yield the faces of an RKFace table.
 
-    link: SQL that joins a face to its version v of a photo. tiles: {face: path}. edits: {(version, tag): paths}.
+    link: SQL that joins a face to its version v of a photo. thumbnails: {face: path}.
+    edits: {(version, tag): paths}.
     """
-    has_photos = bool(
-        columns(db, "RKVersion")
-    )  # Photos 1 keeps them in Library.apdb, without which there are tiles
+    # Photos 1 keeps them in Library.apdb, without which there are only thumbnails
+    has_photos = bool(columns(db, "RKVersion"))
     if not has_photos:
         db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
         db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
-    shown, merged = (
-        optional(db, "RKPerson", f"p.{name}") for name in ("displayName", "mergeTargetPersonId")
-    )
+    shown = optional(db, "RKPerson", "p.displayName")
+    merged = optional(db, "RKPerson", "p.mergeTargetPersonId")
     names = person_names(db.execute(f"SELECT modelId, name, {shown}, {merged} FROM RKPerson p"))
-    tag, edited, hidden, kind = (
-        optional(db, "RKVersion", f"v.{name}")
-        for name in ("adjustmentUuid", "hasAdjustments", "isHidden", "type")
-    )
+    tag = optional(db, "RKVersion", "v.adjustmentUuid")
+    edited = optional(db, "RKVersion", "v.hasAdjustments")
+    hidden = optional(db, "RKVersion", "v.isHidden")
+    kind = optional(db, "RKVersion", "v.type")
     referenced = optional(db, "RKMaster", "m.fileIsReference")
+    unedited = "('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')"
     query = f"""
-        SELECT IFNULL(f.uuid, '') || '-' || f.modelId AS uuid, f.modelId AS face, f.personId AS person,
-               IFNULL(v.uuid, f.{link.rpartition(".")[2]}) AS asset, v.modelId AS version, {tag} AS tag,
-               IFNULL({edited}, IFNULL({tag}, '') NOT IN ('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')) AS edited,
+        SELECT IFNULL(f.uuid, '') || '-' || f.modelId AS uuid, f.modelId AS face,
+               f.personId AS person, IFNULL(v.uuid, f.{link.rpartition(".")[2]}) AS asset,
+               v.modelId AS version, {tag} AS tag,
+               IFNULL({edited}, IFNULL({tag}, '') NOT IN {unedited}) AS edited,
                m.imagePath AS file, {referenced} AS referenced, {kind} = 8 AS is_film,
-               f.centerX AS x, f.centerY AS y, f.size, f.sourceWidth AS width, f.sourceHeight AS height
+               f.centerX AS x, f.centerY AS y, f.size, f.sourceWidth AS width,
+               f.sourceHeight AS height
         FROM RKFace f LEFT JOIN RKVersion v ON {link} LEFT JOIN RKMaster m ON m.uuid = v.masterUuid
         WHERE f.size > 0 AND IFNULL(f.isInTrash, 0) = 0 AND IFNULL(f.hidden, 0) = 0
           AND IFNULL(v.isInTrash, 0) = 0 AND (IFNULL({hidden}, 0) = 0 OR {include_hidden:d})
@@ -279,61 +277,69 @@ def faces_of_photos_1_to_4(library, db, link, tiles, edits, include_hidden):
             pictures = edits.get((row["version"], row["tag"]), ())
         elif row["referenced"]:  # kept outside of the library, on this disk or another
             pictures = [f"{disk}/{row['file']}" for disk in ("", *Path("/Volumes").glob("*"))]
-        yield make_face(row, names.get(row["person"]), pictures, (), tiles.get(row["face"]))
+        yield make_face(row, names.get(row["person"]), pictures, (), thumbnails.get(row["face"]))
 
 
-def make_face(row, person, pictures, copies, tile):
+def make_face(row, person, pictures, derivatives, thumbnail):
     """Return the Face of a database's row; what should be a number and is none becomes NaN."""
-    stem = "".join(
-        c if c.isascii() and (c.isalnum() or c in "-_+%") else "_"
-        for c in f"{row['asset']}-{row['uuid']}"
-    )
+    name = f"{row['asset']}-{row['uuid']}"
+    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in name)[:150]
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
     numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
-    return Face(
-        person, stem[:150], tuple(pictures), tuple(copies), tile, bool(row["is_film"]), *numbers
-    )
+    paths = tuple(pictures), tuple(derivatives)
+    return Face(person, stem, *paths, thumbnail, bool(row["is_film"]), *numbers)
 
 
 def collect(faces, library, folder, args):
-    """Cut the faces out into `folder`/dataset/<person>; return {person's folder: pictures} and {reason: faces}."""
-    folders = utils.folder_names(
-        {face.person for face in faces if face.person}, taken=[UNKNOWN]
-    ) | {None: UNKNOWN}
-    counts, skipped, targets, smaller = collections.Counter(), collections.Counter(), set(), 0
+    """Cut the faces out into `folder`/dataset/<person>.
+
+    Returns {person's folder: pictures} and {reason: faces that were skipped}.
+    """
+    counts, skipped, smaller = collections.Counter(), collections.Counter(), 0
     (folder / "dataset").mkdir()
-    by_picture = collections.defaultdict(list)
-    for face in faces:
-        if args.no_unknown and not face.person:
-            skipped["without a name (--no-unknown)"] += 1
-            continue
-        target = folder / "dataset" / folders[face.person] / f"{face.stem}.jpg"
-        if target in targets:
-            skipped["twice in the database"] += 1
-            continue
-        targets.add(target)
-        by_picture[face.pictures, face.copies, face.width, face.height].append((face, target))
+    groups = group_by_picture(faces, folder / "dataset", skipped, args)
     work = utils.ordered_parallel_map(
-        lambda group: collect_picture(group, library, folder, args), by_picture.values(), THREADS
+        lambda group: collect_picture(group, library, folder, args), groups, THREADS
     )
-    for results in utils.progress(work, len(by_picture), "pictures"):
+    for results in utils.progress(work, len(groups), "pictures"):
         for target, reason, is_smaller in results:
             (skipped if reason else counts)[reason or target.parent.name] += 1
             smaller += is_smaller and not reason
     if smaller:
-        utils.warn(
-            f"{utils.escape(library)}: {smaller} faces come from smaller copies: their pictures are not here"
-        )
+        problem = f"{smaller} faces come from smaller copies: their pictures are not here"
+        utils.warn(f"{utils.escape(library)}: {problem}")
     return counts, skipped
 
 
+def group_by_picture(faces, dataset, skipped, args):
+    """Return lists of pairs (Face, file to write), one list a picture; count what is left out."""
+    persons = {face.person for face in faces if face.person}
+    folders = utils.folder_names(persons, taken=[UNKNOWN]) | {None: UNKNOWN}
+    targets, groups = set(), collections.defaultdict(list)
+    for face in faces:
+        target = dataset / folders[face.person or None] / f"{face.stem}.jpg"
+        if args.no_unknown and not face.person:
+            skipped["without a name (--no-unknown)"] += 1
+        elif target in targets:
+            skipped["twice in the database"] += 1
+        else:
+            targets.add(target)
+            key = face.pictures, face.derivatives, face.width, face.height
+            groups[key].append((face, target))
+    return list(groups.values())
+
+
 def collect_picture(faces, library, folder, args):
-    """Cut out one picture's faces, pairs (Face, file); return triples (file, reason or None, from a smaller copy)."""
+    """Cut out one picture's faces, pairs (Face, file).
+
+    Returns triples (file, reason or None, from a smaller copy).
+    """
     try:
         image, is_smaller = read_photo(faces[0][0], library)
     except utils.PictureError as error:
+        reason = str(error)
         return [
-            (target, save_tile(face, str(error), library, folder, target, args), True)
+            (target, save_thumbnail(face, reason, library, folder, target, args), True)
             for face, target in faces
         ]
     return [
@@ -350,7 +356,7 @@ def read_photo(face, library):
     if face.is_film:  # its still pictures show another moment than the box
         raise utils.PictureError("on a film")
     reason = "no picture on this disk (perhaps only in iCloud)"
-    for path in (*face.pictures, *face.copies):
+    for path in (*face.pictures, *face.derivatives):
         try:
             image = open_upright(Path(path), library)
         except FileNotFoundError:
@@ -361,69 +367,74 @@ def read_photo(face, library):
         width, height = image.size
         is_known = face.width > 0 and face.height > 0
         if not is_known or abs(width * face.height / (height * face.width) - 1) <= SHAPE_TOLERANCE:
-            return image, path in face.copies
+            return image, path in face.derivatives
         reason = "the picture has another shape than Photos says"
     raise utils.PictureError(reason)
 
 
 def open_upright(path, library):
-    """Return a picture as an upright PIL image; FileNotFoundError also for one that leaves the library."""
-    if not path.is_file() or (
-        path.is_relative_to(library) and not path.resolve().is_relative_to(library)
-    ):
+    """Return a picture as an upright PIL image.
+
+    Raises FileNotFoundError also for one that leaves the library by a link.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    if path.is_relative_to(library) and not path.resolve().is_relative_to(library):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
         raise utils.PictureError("not a kind of picture that can be opened")
     return utils.upright(utils.read_picture(path)[1])
 
 
-def save_tile(face, reason, library, folder, target, args):
-    """Save Photos' own small picture of a face; return None, or why not: `reason` if there is none."""
-    if face.tile is None:
+def save_thumbnail(face, reason, library, folder, target, args):
+    """Save Photos' own picture of a face; return None, or why not: `reason` if there is none."""
+    if face.thumbnail is None:
         return reason
     try:
-        if isinstance(face.tile, Path):
-            image = open_upright(face.tile, library)
+        if isinstance(face.thumbnail, Path):
+            image = open_upright(face.thumbnail, library)
         else:
-            with contextlib.closing(sqlite3.connect(folder / "databases" / "photos.sqlite")) as db:
-                query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
-                image = utils.upright(
-                    utils.open_picture(db.execute(query, (face.tile,)).fetchone()[0])
-                )
+            image = read_face_crop(folder / "databases" / "photos.sqlite", face.thumbnail)
     except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, utils.PictureError):
         return reason
-    size = min(image.size) / max(image.size) / 2  # tiles are about twice as large as the box
+    size = min(image.size) / max(image.size) / 2  # they are about twice as large as the box
     return save_crop(face._replace(x=0.5, y=0.5, size=size), image, 2, target, args)
 
 
+def read_face_crop(database, key):
+    """Return the picture of a row of ZFACECROP as an upright PIL image."""
+    with contextlib.closing(sqlite3.connect(database)) as db:
+        query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
+        return utils.upright(utils.open_picture(db.execute(query, (key,)).fetchone()[0]))
+
+
 def save_crop(face, image, context, target, args):
-    """Save the square around a face, `context` times as large as its box; return None, or why not."""
+    """Save the square around a face, `context` times as large as its box.
+
+    Returns None, or why not.
+    """
     width, height = image.size
     side = face.size * max(width, height)
-    if (
-        not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1)
-        or (side * context) ** 2 > utils.MAX_PIXELS
-    ):
+    is_inside = 0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1
+    if not is_inside or (side * context) ** 2 > utils.MAX_PIXELS:
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
     if not args.dry_run:
         target.parent.mkdir(exist_ok=True)  # not its parents: after a Ctrl-C they are gone for good
-        utils.save_jpeg(
-            target, utils.crop_square(image, face.x * width, (1 - face.y) * height, side * context)
-        )
+        center = face.x * width, (1 - face.y) * height
+        utils.save_jpeg(target, utils.crop_square(image, *center, side * context))
     return None
 
 
 def merge_rare(counts, skipped, dataset, args):
-    """Move persons with too few pictures into unknown, or leave them out: in both counts and, if written, on disk."""
+    """Move persons with too few pictures into unknown, or leave them out, on disk and in counts."""
     for name in [name for name in counts if name != UNKNOWN and counts[name] < args.min_images]:
+        count = counts.pop(name)
         if args.no_unknown:
-            skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += counts.pop(
-                name
-            )
+            skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += count
         else:
-            counts[UNKNOWN] += counts.pop(name)
+            counts[UNKNOWN] += count
             for path in list((dataset / name).glob("*.jpg")):
                 (dataset / UNKNOWN).mkdir(exist_ok=True)
                 path.rename(dataset / UNKNOWN / path.name)
@@ -433,35 +444,25 @@ def merge_rare(counts, skipped, dataset, args):
 def check_folders(library, out):
     """Raise UserError unless `library` is a folder, and `out` absent or empty and outside of it."""
     if not library.is_dir():
-        raise utils.UserError(
-            f"{utils.escape(library)}: no such folder: give the one that ends in .photoslibrary"
-        )
+        fail(library, "no such folder: give the one that ends in .photoslibrary")
     if utils.is_inside(out, library):
-        raise utils.UserError(
-            f"{utils.escape(out)}: lies in the library, which stays as it is: choose another out_dir"
-        )
+        fail(out, "lies in the library, which stays as it is: choose another out_dir")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise utils.UserError(
-            f"{utils.escape(out)}: is there already: choose another out_dir or move this one away"
-        )
+        fail(out, "is there already: choose another out_dir or move this one away")
     if os.path.ismount(out):  # it could not be replaced at the end
-        raise utils.UserError(
-            f"{utils.escape(out)}: is where a disk is mounted: give a folder in it"
-        )
+        fail(out, "is where a disk is mounted: give a folder in it")
 
 
 @contextlib.contextmanager
 def working_folder(out):
-    """Give a folder of mode 0700 beside `out`, cleared of what a killed run left, and gone at the end.
+    """Give a folder of mode 0700 beside `out`, cleared of what a killed run left, gone at the end.
 
-    Only an empty folder or one with our mark is touched: an empty database, locked for as long as a run lives.
+    Only an empty folder or one with our mark is touched: an empty file, locked while a run lives.
     """
     folder = next(path for path in out.parents if path.is_dir()) / f".{out.name}-unfinished"
     is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not is_ours):
-        raise utils.UserError(
-            f"{utils.escape(folder)}: stands in the way and is not from here: move it elsewhere"
-        )
+        fail(folder, "stands in the way and is not from here: move it elsewhere")
     folder.mkdir(mode=0o700, exist_ok=True)
     folder.chmod(0o700)
     try:
@@ -480,17 +481,14 @@ def working_folder(out):
 def report(counts, skipped):
     """Print the table of persons, the reasons for which faces were skipped, and the sum."""
     utils.print_line("images  person")
-    for name, count in sorted(
-        counts.items(), key=lambda item: (item[0] == UNKNOWN, item[0].casefold())
-    ):
-        utils.print_line(f"{count:6}  {utils.escape(name)}")
+    for name in sorted(counts, key=lambda name: (name == UNKNOWN, name.casefold())):
+        utils.print_line(f"{counts[name]:6}  {utils.escape(name)}")
     for reason, count in sorted(skipped.items()):
         utils.print_line(f"{count} skipped: {reason}")
     persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
     named = f"{counts.total() - unknown} named ({persons} persons)"
-    utils.print_line(
-        f"{counts.total() + left_out} faces: {named}, {unknown} unknown, {left_out} skipped"
-    )
+    total = counts.total() + left_out
+    utils.print_line(f"{total} faces: {named}, {unknown} unknown, {left_out} skipped")
 
 
 def parse_arguments():
@@ -498,24 +496,22 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("library", help="the folder whose name ends in .photoslibrary")
-    add("out_dir", help="folder to write to, absent or empty")
-    text = "side of the crop / of the face's box, which is tighter than webcam.py's (default: %(default)s)"
-    add("--context", type=utils.number(float, 0.5, 10), default=2.2, metavar="F", help=text)
-    text = "skip faces with a smaller box (default: %(default)s)"
-    add("--min-size", type=utils.number(int, 1, 10**6), default=48, metavar="PX", help=text)
-    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out (default: %(default)s)"
-    add("--min-images", type=utils.number(int, 1, 10**9), default=1, metavar="N", help=text)
-    add("--no-unknown", action="store_true", help="leave out faces without a name (default: off)")
-    add(
-        "--include-hidden", action="store_true", help="also photos that the user hid (default: off)"
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="print the table as it would be, write nothing (default: off)",
-    )
+
+    def option(name, text, shown="%(default)s", **how):
+        parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **how)
+
+    parser.add_argument("library", help="the folder whose name ends in .photoslibrary")
+    parser.add_argument("out_dir", help="folder to write to, absent or empty")
+    text = "side of the crop / of the face's box, which is tighter than webcam.py's"
+    option("context", text, type=utils.number(float, 0.5, 10), default=2.2, metavar="F")
+    text = "skip faces with a smaller box"
+    option("min-size", text, type=utils.number(int, 1, 10**6), default=48, metavar="PX")
+    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out"
+    option("min-images", text, type=utils.number(int, 1, 10**9), default=1, metavar="N")
+    option("no-unknown", "leave out faces without a name", "off", action="store_true")
+    option("include-hidden", "also photos that the user hid", "off", action="store_true")
+    text = "print the table as it would be, write nothing"
+    option("dry-run", text, "off", action="store_true")
     return parser.parse_args()
 
 

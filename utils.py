@@ -41,6 +41,7 @@ ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is 
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
+MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
@@ -428,11 +429,17 @@ def open_picture(data):
     with picture_errors():
         file = io.BytesIO(drop_png_metadata(data)) if isinstance(data, bytes) else data
         image = Image.open(file, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise RefusedError(f"larger than {MAX_PIXELS:,} pixels")
+        limit = MAX_ANIMATED if is_animation(image) else MAX_PIXELS
+        if image.width * image.height > limit:
+            raise RefusedError(f"larger than {limit:,} pixels")
         if getattr(image, "tag_v2", {}).get(TIFF_SUBFILE_TYPE, 0) & 1:
             raise RefusedError("begins with a small preview, as RAW files do: export it as JPEG")
         return image
+
+
+def is_animation(image):
+    """Say whether a PIL image is one whose decoder keeps several frames at once."""
+    return image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False)
 
 
 def drop_png_metadata(data):

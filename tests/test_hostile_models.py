@@ -311,12 +311,19 @@ def one_text(folder):
     (folder / "m.h5").write_bytes(data)
 
 
-def endless_text(folder):
-    """Give a text a size at which libhdf5 comes back to the same place for ever."""
-    data = bytearray((folder / "m.h5").read_bytes())
-    start = data.index(b"GCOL") + 16
-    data[start + 8 : start + 16] = (2**64 - 16).to_bytes(8, "little")
-    (folder / "m.h5").write_bytes(data)
+def endless_text(size_of, size):
+    """Return a spoiler: libhdf5 comes back to the same place among the texts for ever.
+
+    size_of: bytes from the start of the texts to the number that becomes `size`.
+    """
+
+    def spoil(folder):
+        data = bytearray((folder / "m.h5").read_bytes())
+        start = data.index(b"GCOL") + size_of
+        data[start : start + 8] = size.to_bytes(8, "little")
+        (folder / "m.h5").write_bytes(data)
+
+    return spoil
 
 
 REFUSED = {
@@ -362,7 +369,8 @@ REFUSED = {
     "attribute a number": rewrite(lambda w: w.parent.attrs.__setitem__("kit", 3)),
     "attribute a long text": long_text(30_000_000),
     "one text for all names": one_text,
-    "a text that never ends": endless_text,
+    "a text that never ends": endless_text(24, 2**64 - 16),
+    "texts that end too late": endless_text(8, 400_000),
     "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
     "threshold a text": attribute(threshold="high"),
     "threshold not finite": attribute(threshold=float("nan")),

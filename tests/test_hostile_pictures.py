@@ -123,6 +123,21 @@ def test_the_largest_pictures_fit_into_two_gigabytes(mode, kind):
     assert int(done.stdout.split()[0]) < 2_000_000  # kB, encoding included
 
 
+def test_an_animation_on_a_vast_canvas_is_refused():
+    """One changed number in its header, and its first frame takes many seconds."""
+    frames = [Image.new("RGB", (40, 40), color) for color in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "WEBP", save_all=True, append_images=frames[1:])
+    data = bytearray(file.getvalue())
+    place = data.index(b"VP8X") + 12  # width and height less 1, of three bytes each
+    assert data[place : place + 6] == b"\x27\0\0\x27\0\0"
+    data[place + 2] = 16
+    with pytest.raises(utils.RefusedError, match="larger than 20,000,000 pixels"):
+        utils.open_picture(bytes(data))
+    data[place + 2] = 1
+    assert utils.open_picture(bytes(data)).size == (65576, 40)
+
+
 def test_pixels_that_look_like_comments_are_none():
     data = b"P5 400 400 4095\n" + b"\1#" * 160_000
     assert utils.to_model_input(utils.open_picture(data), 75).std() == 0
