@@ -31,7 +31,7 @@ MAX_LABEL = 255  # characters
 MAX_LABELS = 1_500_000  # characters, all of them as JSON
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 MAX_WEIGHTS = 2**29  # bytes; a real model.h5 has 1e8
-HEAP = b"GCOL\x01\0\0\0"  # begins a part of an HDF5 file that holds texts
+HEAP = b"GCOL\x01"  # begins a part of an HDF5 file that holds texts
 MAX_GROUPS = 5_000  # in a file of weights; real ones have 350
 MAX_CHUNKS = 10_000  # of an array
 
@@ -371,10 +371,12 @@ def check_texts(path):
         start = data.find(HEAP)
         while start >= 0:
             place, end = start + 16, start + int.from_bytes(data[start + 8 : start + 16], "little")
-            while place + 16 <= min(end, len(data)):  # header and text, by turns; index 0: free
+            # header and text, by turns; index 0: free. HDF5 itself refuses what ends too late
+            while place + 16 <= end <= len(data):
                 size = int.from_bytes(data[place + 8 : place + 16], "little")
                 is_free = not any(data[place : place + 2])
-                if (place + size != end) if is_free else (size > MAX_JSON):
+                is_right = place + size == end if is_free else size <= min(MAX_JSON, end - place)
+                if not is_right:
                     raise ValueError("a text longer than a model has")
                 place = end if is_free else place + 16 + math.ceil(size / 8) * 8
             start = data.find(HEAP, start + 8)

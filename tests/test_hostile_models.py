@@ -311,7 +311,7 @@ def one_text(folder):
     (folder / "m.h5").write_bytes(data)
 
 
-def endless_text(size_of, size):
+def endless_text(size_of, size, reserved=0):
     """Return a spoiler: libhdf5 comes back to the same place among the texts for ever.
 
     size_of: bytes from the start of the texts to the number that becomes `size`.
@@ -319,8 +319,9 @@ def endless_text(size_of, size):
 
     def spoil(folder):
         data = bytearray((folder / "m.h5").read_bytes())
-        start = data.index(b"GCOL") + size_of
-        data[start : start + 8] = size.to_bytes(8, "little")
+        start = data.index(b"GCOL")
+        data[start + 5] = reserved
+        data[start + size_of : start + size_of + 8] = size.to_bytes(8, "little")
         (folder / "m.h5").write_bytes(data)
 
     return spoil
@@ -371,6 +372,7 @@ REFUSED = {
     "one text for all names": one_text,
     "a text that never ends": endless_text(24, 2**64 - 16),
     "texts that end too late": endless_text(8, 400_000),
+    "texts with another head": endless_text(8, 400_000, reserved=7),
     "attribute of many texts": rewrite(lambda w: w.parent.attrs.__setitem__("kit", ["{}"] * 1000)),
     "threshold a text": attribute(threshold="high"),
     "threshold not finite": attribute(threshold=float("nan")),
