@@ -19,6 +19,7 @@ import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+import imaging
 import utils  # first: it says which Python and packages are needed
 
 # isort: split
@@ -30,7 +31,7 @@ THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
 SHAPE_TOLERANCE = 0.02
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours; locked while in use
 # Other endings are films, or RAW files of which Pillow would give a preview.
-ENDINGS = {end for end, name in Image.registered_extensions().items() if name in utils.FORMATS}
+ENDINGS = {end for end, name in Image.registered_extensions().items() if name in imaging.FORMATS}
 # Where Photos 5 to 11 keep pictures: own originals, those of shared albums (until Photos 7, since
 # Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
@@ -336,7 +337,7 @@ def collect_picture(faces, library, folder, args):
     """
     try:
         image, is_smaller = read_photo(faces[0][0], library)
-    except utils.PictureError as error:
+    except imaging.PictureError as error:
         reason = str(error)
         return [
             (target, save_thumbnail(face, reason, library, folder, target, args), True)
@@ -354,14 +355,14 @@ def read_photo(face, library):
     Raises PictureError with the reason when there is none.
     """
     if face.is_film:  # its still pictures show another moment than the box
-        raise utils.PictureError("on a film")
+        raise imaging.PictureError("on a film")
     reason = "no picture on this disk (perhaps only in iCloud)"
     for path in (*face.pictures, *face.derivatives):
         try:
             image = open_upright(Path(path), library)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, MemoryError, utils.PictureError):
+        except (OSError, ValueError, MemoryError, imaging.PictureError):
             reason = "the picture cannot be read (RAW, damaged or of an unknown format)"
             continue
         width, height = image.size
@@ -369,7 +370,7 @@ def read_photo(face, library):
         if not is_known or abs(width * face.height / (height * face.width) - 1) <= SHAPE_TOLERANCE:
             return image, path in face.derivatives
         reason = "the picture has another shape than Photos says"
-    raise utils.PictureError(reason)
+    raise imaging.PictureError(reason)
 
 
 def open_upright(path, library):
@@ -382,8 +383,8 @@ def open_upright(path, library):
     if path.is_relative_to(library) and not path.resolve().is_relative_to(library):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
-        raise utils.PictureError("not a kind of picture that can be opened")
-    return utils.upright(utils.read_picture(path)[1])
+        raise imaging.PictureError("not a kind of picture that can be opened")
+    return imaging.upright(imaging.read_picture(path)[1])
 
 
 def save_thumbnail(face, reason, library, folder, target, args):
@@ -395,7 +396,7 @@ def save_thumbnail(face, reason, library, folder, target, args):
             image = open_upright(face.thumbnail, library)
         else:
             image = read_face_crop(folder / "databases" / "photos.sqlite", face.thumbnail)
-    except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, utils.PictureError):
+    except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, imaging.PictureError):
         return reason
     size = min(image.size) / max(image.size) / 2  # they are about twice as large as the box
     return save_crop(face._replace(x=0.5, y=0.5, size=size), image, 2, target, args)
@@ -405,7 +406,7 @@ def read_face_crop(database, key):
     """Return the picture of a row of ZFACECROP as an upright PIL image."""
     with contextlib.closing(sqlite3.connect(database)) as db:
         query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
-        return utils.upright(utils.open_picture(db.execute(query, (key,)).fetchone()[0]))
+        return imaging.upright(imaging.open_picture(db.execute(query, (key,)).fetchone()[0]))
 
 
 def save_crop(face, image, context, target, args):
@@ -416,14 +417,14 @@ def save_crop(face, image, context, target, args):
     width, height = image.size
     side = face.size * max(width, height)
     is_inside = 0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1
-    if not is_inside or (side * context) ** 2 > utils.MAX_PIXELS:
+    if not is_inside or (side * context) ** 2 > imaging.MAX_PIXELS:
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
     if not args.dry_run:
         target.parent.mkdir(exist_ok=True)  # not its parents: after a Ctrl-C they are gone for good
         center = face.x * width, (1 - face.y) * height
-        utils.save_jpeg(target, utils.crop_square(image, *center, side * context))
+        imaging.save_jpeg(target, imaging.crop_square(image, *center, side * context))
     return None
 
 

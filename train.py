@@ -32,6 +32,7 @@ import zlib
 from collections import Counter, OrderedDict, namedtuple
 from pathlib import Path
 
+import imaging
 import model
 import report
 import utils  # first: it says which Python and packages are needed
@@ -276,11 +277,11 @@ def read_picture(path, side):
     import cv2
 
     try:
-        data, image = utils.read_picture(path)
+        data, image = imaging.read_picture(path)
         if max(image.size) > MAX_RATIO * min(image.size):
             return None, None, "the longer side is more than twice the shorter one"
-        pixels = utils.to_model_input(image, side)
-    except utils.PictureError as reason:
+        pixels = imaging.to_model_input(image, side)
+    except imaging.PictureError as reason:
         return None, None, str(reason)
     grey = cv2.resize(
         cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA

@@ -1,20 +1,16 @@
-"""What train.py, webcam.py and collect_apple_photos.py share: messages, names, files, pictures."""
+"""What train.py, webcam.py and collect_apple_photos.py share: messages, names and files."""
 
 import argparse
 import collections
 import contextlib
 import csv
 import errno
-import io
 import os
 import re
-import stat
 import sys
 import threading
 import time
 import unicodedata
-import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,30 +20,13 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}: "
         "install Python 3.11, 3.12 or 3.13, which TensorFlow and Keras have packages for"
     )
-# Pillow keeps so many blocks of 16 MB for the next picture. Without them threads wait for each
-# other in the system's memory calls. Eight hold a picture of 12 megapixels twice.
-os.environ.setdefault("PILLOW_BLOCKS_MAX", str(8 * (os.cpu_count() or 1)))
 try:
-    import filelock
-    import numpy as np
-    import pillow_heif
     import tqdm
-    from PIL import Image, ImageOps
 except ImportError as absent:
     sys.exit(f"error: {absent}: {INSTALL}")
 
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
-# Rarely used parsers are where the holes are: only these are ever tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
-MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
-MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
-LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
-TIFF_RANGE = 280, 281  # tags of the smallest and the largest value
-STRIPE = 2**20  # pixels that are computed with at once
-DARKEST, BRIGHTEST = 0.1, 99.9  # percentiles of a grey picture of many bits: black, white
 # What systems leave in folders, lower case.
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin"}
 SKIPPED_NAMES |= {"lost+found"}
@@ -56,10 +35,7 @@ RESERVED_NAMES |= {"con", "prn", "aux", "nul"}
 # As TensorFlow and JAX say it; they have no class in common for it.
 OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
-pillow_heif.register_heif_opener()
 tqdm.tqdm.set_lock(threading.RLock())  # its own stays locked after a Ctrl-C at the wrong moment
-warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
 
 # ---------------------------------------------------------------- messages
@@ -67,14 +43,6 @@ warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is n
 
 class UserError(Exception):
     """Something a user can mend: one line that names the file or option and says what to do."""
-
-
-class PictureError(Exception):
-    """A file that gives no picture; the text is the reason, without the file's name."""
-
-
-class RefusedError(PictureError):
-    """A file that cannot be read, or a picture that cannot be used: it is no film either."""
 
 
 def print_line(text):
@@ -350,6 +318,8 @@ def file_lock(path):
 
     Raises UserError if another run holds it, or if something else is there.
     """
+    import filelock  # takes a tenth of a second
+
     path = Path(path)
     is_empty = path.is_file() and path.stat().st_size == 0
     if path.is_symlink() or (path.exists() and not is_empty):
@@ -393,208 +363,3 @@ def write_csv(path, header, rows):
         writer = csv.writer(file)
         writer.writerow(header)
         writer.writerows([csv_cell(c) if isinstance(c, str) else c for c in row] for row in rows)
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def read_picture(path):
-    """Read a picture file. Returns (its bytes, a PIL image of which only the header has been read).
-
-    Raises PictureError with the reason for whatever gives no picture, unreadable files included.
-    """
-    try:
-        facts = path.stat()
-        if not stat.S_ISREG(facts.st_mode):  # a named pipe would wait for ever
-            raise PictureError("not a file")
-        if facts.st_size > MAX_FILE:
-            raise PictureError(f"larger than {MAX_FILE:,} bytes")
-        with open(path, "rb") as file:
-            if facts.st_size > LARGE_FILE:  # not read whole unless it begins as a picture
-                open_picture(file)
-                file.seek(0)
-            data = file.read()
-        return data, open_picture(data)
-    except OSError as error:
-        raise RefusedError(error.strerror or str(error)) from None
-
-
-def open_picture(data):
-    """Open the first frame of a picture file.
-
-    data: the bytes of the file, or the open file. Returns a PIL image of which only the header has
-    been read. Raises PictureError for what is no picture of a known format, has over MAX_PIXELS
-    pixels, or is only a preview.
-    """
-    with picture_errors():
-        file = io.BytesIO(drop_png_metadata(data)) if isinstance(data, bytes) else data
-        image = Image.open(file, formats=FORMATS)
-        limit = MAX_ANIMATED if is_animation(image) else MAX_PIXELS
-        if image.width * image.height > limit:
-            raise RefusedError(f"larger than {limit:,} pixels")
-        if getattr(image, "tag_v2", {}).get(TIFF_SUBFILE_TYPE, 0) & 1:
-            raise RefusedError("begins with a small preview, as RAW files do: export it as JPEG")
-        return image
-
-
-def is_animation(image):
-    """Say whether a PIL image is one whose decoder keeps several frames at once."""
-    return image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False)
-
-
-def drop_png_metadata(data):
-    """Return a PNG without what Pillow would refuse it for; other data as they are.
-
-    That is all optional chunks but transparency and EXIF: texts may be long, misnamed or broken.
-    """
-    if not data.startswith(PNG_SIGNATURE):
-        return data
-    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while start < len(data):
-        size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
-        chunk = data[start : start + 12 + size]
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_whole):
-            kept.append(chunk)
-        start += len(chunk)
-    return b"".join(kept)
-
-
-@contextlib.contextmanager
-def picture_errors():
-    """Turn whatever Pillow's parsers raise over a broken file into PictureError with the reason."""
-    try:
-        yield
-    except (PictureError, MemoryError):
-        raise
-    except Image.DecompressionBombError:  # Pillow's own limit is twice ours, and comes first
-        raise RefusedError(f"larger than {MAX_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
-        raise PictureError("not a picture of a known format") from None
-    except Exception as error:  # OSError, SyntaxError, ValueError, struct.error and more
-        raise PictureError(f"cannot be decoded ({first_line(error)})") from None
-
-
-def to_model_input(image, side):
-    """Turn a PIL image into the network's input: upright RGB, largest centre square, resized.
-
-    The one such function: training, evaluation and tagging all go through it.
-    Returns uint8 of shape (side, side, 3), 0..255. Raises PictureError for broken or cut data.
-    """
-    with picture_errors():
-        image.draft(
-            None, (2 * side, 2 * side)
-        )  # large JPEGs: decoded at an eighth of the size, say
-        # upright before it is resized, as others do it, to the same bits
-        image = apply_orientation(normalise_mode(image))
-        return np.asarray(rgb(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)))
-
-
-def upright(image):
-    """Turn a PIL image into a full-size upright RGB one. Raises PictureError for broken data."""
-    with picture_errors():
-        return rgb(apply_orientation(normalise_mode(image)))
-
-
-def normalise_mode(image):
-    """Give a PIL image one of the modes L, LA, RGB, RGBA, RGBa, which can be resized."""
-    image.load()
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        return grey_8_bit(image)
-    if image.mode == "PA" or "transparency" in image.info:
-        return image.convert("RGBA")
-    if image.mode == "La":
-        return image.convert("LA")
-    return image if image.mode in ("L", "LA", "RGB", "RGBA", "RGBa") else image.convert("RGB")
-
-
-def grey_8_bit(image):
-    """Scale a grey image of integers or floats to 8 bits, and LA where a value is transparent."""
-    low, high = grey_range(image)
-    transparent = image.info.get("transparency")
-    grey, mask = Image.new("L", image.size), Image.new("L", image.size)
-    rows = max(1, STRIPE // image.width)
-    for top in range(0, image.height, rows):  # in stripes, which take little memory
-        part = image.crop((0, top, image.width, min(top + rows, image.height)))
-        numbers = np.array(part, "float32")
-        if transparent is not None:
-            mask.paste(Image.fromarray(np.uint8(255) * (numbers != transparent)), (0, top))
-        numbers -= low
-        numbers *= 255 / (high - low)
-        np.clip(numbers, 0, 255, out=numbers)
-        numbers[np.isnan(numbers)] = 0
-        grey.paste(Image.fromarray((numbers + 0.5).astype("uint8")), (0, top))
-    result = grey if transparent is None else Image.merge("LA", (grey, mask))
-    result.info.update(image.info)  # what tells how to turn it
-    return result
-
-
-def grey_range(image):
-    """Return the values of a grey image of many bits that become black and white.
-
-    The range that the file declares (PGM, and TIFF by its tags), else the percentiles DARKEST and
-    BRIGHTEST of its finite values, for 12 bits lie in files of 16, and floats have any unit.
-    Swapped where a TIFF says that white is zero.
-    """
-    tags = getattr(image, "tag_v2", {})
-    limits = np.array([next(iter(np.ravel(tags.get(tag))), None) for tag in TIFF_RANGE])
-    if image.format == "PPM" and image.mode == "I":
-        limits = np.array([0, 65535])  # Pillow has scaled it
-    if limits.dtype.kind not in "iuf":
-        small = image.resize([min(size, 1024) for size in image.size], Image.Resampling.NEAREST)
-        numbers = np.asarray(small).astype("float32")
-        numbers = numbers[np.isfinite(numbers)] if np.isfinite(numbers).any() else np.zeros(1)
-        limits = np.percentile(numbers, (DARKEST, BRIGHTEST))
-        if limits[0] == limits[1]:
-            limits = numbers.min(), numbers.max()
-    low, high = map(float, limits)
-    if low == high:  # flat
-        high = low + 1
-    return (high, low) if tags.get(TIFF_PHOTOMETRIC) == 0 else (low, high)
-
-
-def rgb(image):
-    """Convert to RGB, what is transparent on white."""
-    if image.mode in ("RGBA", "LA", "RGBa"):
-        copy = Image.new("RGB", image.size, "white")
-        copy.paste(image, mask=image)
-        return copy
-    # converting copies, also from RGB to RGB
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def apply_orientation(image):
-    """Turn and mirror a PIL image in place, as EXIF says; return it."""
-    with contextlib.suppress(Exception):  # a broken EXIF block: the pixels are there
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
-
-
-def crop_square(picture, center_x, center_y, side):
-    """Cut a square out of a picture.
-
-    picture: a PIL image, or uint8 (height, width, 3); centre and side in pixels, rounded to whole
-    ones. A square that leaves the picture is shifted inside if it fits, else padded with the edge.
-    Returns uint8 (n, n, 3) with n = round(side), at least 1.
-    """
-    n, is_image = max(1, round(side)), isinstance(picture, Image.Image)
-    width, height = picture.size if is_image else picture.shape[1::-1]
-    spans, pads = [], []
-    for center, size in ((center_y, height), (center_x, width)):
-        start = round(center - n / 2)
-        if n <= size:
-            start = min(max(start, 0), size - n)
-        first, last = min(max(start, 0), size - 1), max(min(start + n, size), 1)
-        spans.append((first, last))
-        pads.append((first - start, start + n - last))
-    (top, bottom), (left, right) = spans
-    if is_image:
-        cut = np.asarray(picture.crop((left, top, right, bottom)))
-    else:
-        cut = picture[top:bottom, left:right]
-    return np.pad(cut, [*pads, (0, 0)], mode="edge") if any(map(any, pads)) else cut
-
-
-def save_jpeg(path, pixels):
-    """Save uint8 (height, width, 3) as JPEG: quality 95, no subsampling, no metadata."""
-    Image.fromarray(pixels).save(path, "JPEG", quality=95, subsampling=0)

@@ -8,6 +8,7 @@
 `model` is the prefix that train.py was given. Keys: q or Esc ends, s saves a snapshot, space pauses.
 """
 
+import imaging
 import model
 import report
 import utils  # before all else: it says in one line which Python and packages are needed
@@ -235,14 +236,14 @@ def source_kind(source):
             f"--source {utils.escape(source)}: {what}: give a camera number, file or address"
         )
     try:
-        _, image = utils.read_picture(path)
-        with utils.picture_errors():
+        _, image = imaging.read_picture(path)
+        with imaging.picture_errors():
             return "film" if image.format == "GIF" and image.is_animated else "picture"
-    except utils.RefusedError as reason:  # FFmpeg would read some of these
+    except imaging.RefusedError as reason:  # FFmpeg would read some of these
         raise utils.UserError(
             f"--source {utils.escape(source)}: {reason}: give another one"
         ) from None
-    except utils.PictureError:
+    except imaging.PictureError:
         return "film"
 
 
@@ -450,9 +451,9 @@ def cut(state, frame, box):
     if not state.args.whole_picture:
         x, y, w, h = box
         side = min(
-            state.args.context * w, utils.MAX_PIXELS**0.5 - 1
+            state.args.context * w, imaging.MAX_PIXELS**0.5 - 1
         )  # larger ones could not be read again
-        frame = utils.crop_square(frame, x + w / 2, y + h / 2, side)
+        frame = imaging.crop_square(frame, x + w / 2, y + h / 2, side)
     return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
 
 
@@ -461,7 +462,7 @@ def file_to_keep(state, frame, box):
     if state.picture and state.args.whole_picture:
         return state.picture[1]
     file = io.BytesIO()
-    utils.save_jpeg(file, cut(state, frame, box))
+    imaging.save_jpeg(file, cut(state, frame, box))
     return file.getvalue()
 
 
@@ -479,7 +480,7 @@ def refresh(state, frame, number, moment):
             file_to_keep(state, frame, track.box) for track in due
         ]  # so it gets just what training would read
         inputs = np.stack(
-            [utils.to_model_input(utils.open_picture(data), state.side) for data in files]
+            [imaging.to_model_input(imaging.open_picture(data), state.side) for data in files]
         )
         least = (
             2 if state.picture else 1
@@ -880,9 +881,9 @@ def tag_pictures(state):
 def load_picture(path):
     """Read a picture in full, upright. Returns (its bytes, BGR pixels), or (None, the reason) if it is none."""
     try:
-        data, image = utils.read_picture(path)
-        return data, cv2.cvtColor(np.asarray(utils.upright(image)), cv2.COLOR_RGB2BGR)
-    except utils.PictureError as reason:
+        data, image = imaging.read_picture(path)
+        return data, cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
+    except imaging.PictureError as reason:
         return None, str(reason)
 
 

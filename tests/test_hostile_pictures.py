@@ -13,7 +13,7 @@ import pytest
 from conftest import FAST, ROOT, SHARED, draw_classes, run_process
 from PIL import Image
 
-import utils
+import imaging
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
 
@@ -75,10 +75,10 @@ def test_spoilt_pictures_give_a_picture_or_a_reason():
     for n in range(300):
         data = spoil(sources[n % len(sources)], sources, rng)
         try:
-            assert utils.to_model_input(utils.open_picture(data), 75).shape == (75, 75, 3)
-            utils.upright(utils.open_picture(data))
+            assert imaging.to_model_input(imaging.open_picture(data), 75).shape == (75, 75, 3)
+            imaging.upright(imaging.open_picture(data))
             pictures += 1
-        except utils.PictureError as error:
+        except imaging.PictureError as error:
             assert str(error) and str(error).isprintable()
             reasons += 1
     assert pictures > 20 and reasons > 20  # both ways out were taken
@@ -89,14 +89,14 @@ LARGEST = """
 import io, resource, sys
 import numpy as np
 from PIL import Image
-import utils
+import imaging
 Image.MAX_IMAGE_PIXELS = None
 buffer = io.BytesIO()
 Image.new(sys.argv[1], (int(sys.argv[2]), int(sys.argv[3])), 0).save(buffer, sys.argv[4])
-Image.MAX_IMAGE_PIXELS = utils.MAX_PIXELS
+Image.MAX_IMAGE_PIXELS = imaging.MAX_PIXELS
 data = buffer.getvalue()
 del buffer
-print(utils.to_model_input(utils.open_picture(data), 224).shape)
+print(imaging.to_model_input(imaging.open_picture(data), 224).shape)
 """
 
 
@@ -132,15 +132,15 @@ def test_an_animation_on_a_vast_canvas_is_refused():
     place = data.index(b"VP8X") + 12  # width and height less 1, of three bytes each
     assert data[place : place + 6] == b"\x27\0\0\x27\0\0"
     data[place + 2] = 16
-    with pytest.raises(utils.RefusedError, match="larger than 20,000,000 pixels"):
-        utils.open_picture(bytes(data))
+    with pytest.raises(imaging.RefusedError, match="larger than 20,000,000 pixels"):
+        imaging.open_picture(bytes(data))
     data[place + 2] = 1
-    assert utils.open_picture(bytes(data)).size == (65576, 40)
+    assert imaging.open_picture(bytes(data)).size == (65576, 40)
 
 
 def test_pixels_that_look_like_comments_are_none():
     data = b"P5 400 400 4095\n" + b"\1#" * 160_000
-    assert utils.to_model_input(utils.open_picture(data), 75).std() == 0
+    assert imaging.to_model_input(imaging.open_picture(data), 75).std() == 0
 
 
 def test_grey_with_premultiplied_transparency_is_read():
@@ -149,9 +149,9 @@ def test_grey_with_premultiplied_transparency_is_read():
     data = buffer.getvalue().replace(
         struct.pack("<HHIH", 338, 3, 1, 2), struct.pack("<HHIH", 338, 3, 1, 1)
     )
-    image = utils.open_picture(data)
+    image = imaging.open_picture(data)
     assert (
-        image.mode == "La" and utils.to_model_input(image, 75).min() > 200
+        image.mode == "La" and imaging.to_model_input(image, 75).min() > 200
     )  # half of the white behind, and the grey
 
 
@@ -159,18 +159,18 @@ def test_a_file_far_larger_than_a_picture_is_not_read(tmp_path):
     path = tmp_path / "tail.jpg"
     Image.new("RGB", (80, 80)).save(path)
     os.truncate(path, 2**33)  # takes no space
-    with pytest.raises(utils.PictureError, match="larger than 536,870,912 bytes"):
-        utils.read_picture(path)
+    with pytest.raises(imaging.PictureError, match="larger than 536,870,912 bytes"):
+        imaging.read_picture(path)
     os.truncate(path, 2**24)  # what phones hang behind a picture is fine
-    assert utils.read_picture(path)[1].size == (80, 80)
+    assert imaging.read_picture(path)[1].size == (80, 80)
 
 
 def test_a_large_film_is_no_picture(tmp_path):
     path = tmp_path / "film.jpg"
     path.write_bytes(b"\0\0\0\x18ftypqt  ")
     os.truncate(path, 2**28)
-    with pytest.raises(utils.PictureError, match="known format"):
-        utils.read_picture(path)
+    with pytest.raises(imaging.PictureError, match="known format"):
+        imaging.read_picture(path)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F"])
@@ -181,23 +181,23 @@ def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
         image = Image.fromarray(
             numbers[..., 0].astype({"I;16": "uint16", "F": "float32"}[mode]) * 200
         )
-    whole = np.asarray(utils.upright(image))
-    monkeypatch.setattr(utils, "STRIPE", 1000)
-    assert np.array_equal(np.asarray(utils.upright(image)), whole) and whole.std() > 10
+    whole = np.asarray(imaging.upright(image))
+    monkeypatch.setattr(imaging, "STRIPE", 1000)
+    assert np.array_equal(np.asarray(imaging.upright(image)), whole) and whole.std() > 10
 
 
 def test_a_file_that_blows_up_is_refused_before_it_is_decoded():
     program = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))\n"
         + """
-import struct, zlib, utils
+import struct, zlib, imaging
 body = b"\\x89PNG\\r\\n\\x1a\\n"
 header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
 for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6)))):
     body += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 try:
-    utils.to_model_input(utils.open_picture(body), 75)
-except utils.PictureError as error:
+    imaging.to_model_input(imaging.open_picture(body), 75)
+except imaging.PictureError as error:
     print(error)
 """
     )
@@ -211,10 +211,10 @@ def test_the_dirty_folder():
     for path in sorted((SHARED / "data" / "dirty").rglob("*")):
         if path.is_file():
             try:
-                answers[path.name] = utils.to_model_input(
-                    utils.open_picture(path.read_bytes()), 224
+                answers[path.name] = imaging.to_model_input(
+                    imaging.open_picture(path.read_bytes()), 224
                 ).shape
-            except utils.PictureError as reason:
+            except imaging.PictureError as reason:
                 answers[path.name] = str(reason)
     assert answers["yes.mkv"] == answers["ORL_README"] == "not a picture of a known format"
     assert sum(answer == (224, 224, 3) for answer in answers.values()) >= 17

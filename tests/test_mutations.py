@@ -3,8 +3,8 @@
     MUTANTS=200000 pytest -m long tests/test_mutations.py
     python tests/test_mutations.py TIFF 4711 1 /tmp     # one mutant again
 
-A mutant is a pure function of its kind and number. Each kind runs in a process of its own, which an
-alarm ends after SECONDS with one mutant.
+A mutant is a pure function of its kind and number. Each kind runs in a process of its own, which
+a timer ends after SECONDS of work on one mutant.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
+import imaging  # noqa: E402
 import model  # noqa: E402
 import utils  # noqa: E402
 
@@ -212,11 +213,11 @@ def make_picture_check(kind, folder):
             data = right_checksums(data)
         path.write_bytes(data)
         try:
-            pixels = utils.to_model_input(utils.read_picture(path)[1], 75)
+            pixels = imaging.to_model_input(imaging.read_picture(path)[1], 75)
             assert pixels.shape == (75, 75, 3) and pixels.dtype == np.uint8
-            signal.alarm(SECONDS)
-            utils.upright(utils.open_picture(data))
-        except utils.PictureError as error:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            imaging.upright(imaging.open_picture(data))
+        except imaging.PictureError as error:
             assert str(error) and str(error).isprintable()
 
     return check
@@ -379,11 +380,11 @@ MAKERS |= {"HDF5": make_hdf5_check, "JSON": make_json_check}
 def run(kind, first, count, folder):
     """Check mutants; `folder`/number names the one at work. Exit code 1 after a failure."""
     check = MAKERS[kind](kind, Path(folder))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends also what never comes back from C
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends also what never comes back from C
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for n in range(first, first + count):
         Path(folder, "number").write_text(str(n))
-        signal.alarm(SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             check(n)
         except BaseException:

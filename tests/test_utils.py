@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image, ImageOps
 
+import imaging
 import utils
 
 RED, BLUE = (220, 30, 30), (30, 40, 220)
@@ -31,7 +32,7 @@ def encoded(image, kind, **options):
 
 
 def decoded(data, side=40):
-    return utils.to_model_input(utils.open_picture(data), side)
+    return imaging.to_model_input(imaging.open_picture(data), side)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_exif_turns_are_undone(orientation):
     exif[0x0112] = orientation
     expected = decoded(encoded(Image.fromarray(upright), "PNG"), 24).astype(int)
     assert np.abs(decoded(encoded(raw, "PNG", exif=exif), 24) - expected).max() <= 1
-    full = np.asarray(utils.upright(utils.open_picture(encoded(raw, "PNG", exif=exif))))
+    full = np.asarray(imaging.upright(imaging.open_picture(encoded(raw, "PNG", exif=exif))))
     assert np.array_equal(full, upright)
 
 
@@ -86,7 +87,7 @@ RAMP = np.repeat(np.linspace(0, 1, 80)[None], 60, 0)  # black on the left, white
 def greys(numbers, kind="TIFF", **options):
     """Save grey numbers as a file, read it again; return the middle row as floats 0..1."""
     data = encoded(Image.fromarray(numbers), kind, **options)
-    return np.asarray(utils.upright(utils.open_picture(data)))[30, :, 0] / 255
+    return np.asarray(imaging.upright(imaging.open_picture(data)))[30, :, 0] / 255
 
 
 @pytest.mark.parametrize(
@@ -114,7 +115,7 @@ def test_a_declared_range_counts():
     numbers = (RAMP * 4095).astype("uint16")
     assert abs(greys(numbers, tiffinfo={280: 0, 281: 8190}).max() - 0.5) < 0.01
     plain = b"P2 80 1 1000\n" + b" ".join(b"%d" % n for n in np.arange(80) * 5)
-    pixels = np.asarray(utils.upright(utils.open_picture(plain)))[0, :, 0]
+    pixels = np.asarray(imaging.upright(imaging.open_picture(plain)))[0, :, 0]
     assert np.abs(pixels - np.arange(80) * 5 * 255 / 1000).max() <= 1
 
 
@@ -126,7 +127,7 @@ def test_white_is_zero_is_no_negative(kind):
 
 def test_flat_and_empty_greys_are_pictures():
     for numbers in (np.full((9, 9), 700, "uint16"), np.full((9, 9), np.nan, "float32")):
-        image = utils.upright(utils.open_picture(encoded(Image.fromarray(numbers), "TIFF")))
+        image = imaging.upright(imaging.open_picture(encoded(Image.fromarray(numbers), "TIFF")))
         assert np.asarray(image).std() == 0
 
 
@@ -157,16 +158,16 @@ def test_a_transparent_grey_is_white_whatever_the_bits():
     shallow[:, 40:] = 230
     for numbers in (shallow, shallow.astype("uint16") * 257):
         data = encoded(Image.fromarray(numbers), "PNG", transparency=int(numbers[0, 0]))
-        pixels = np.asarray(utils.upright(utils.open_picture(data)))
+        pixels = np.asarray(imaging.upright(imaging.open_picture(data)))
         assert pixels[30, 5].tolist() == [255, 255, 255]
 
 
 def test_a_raw_file_is_not_used_as_its_preview():
     small, large = two_halves(160, 120), two_halves(640, 480)
     options = {"save_all": True, "append_images": [large]}
-    with pytest.raises(utils.RefusedError, match="small preview"):
-        utils.open_picture(encoded(small, "TIFF", tiffinfo={254: 1}, **options))
-    assert utils.open_picture(encoded(large, "TIFF", tiffinfo={254: 0})).size == (640, 480)
+    with pytest.raises(imaging.RefusedError, match="small preview"):
+        imaging.open_picture(encoded(small, "TIFF", tiffinfo={254: 1}, **options))
+    assert imaging.open_picture(encoded(large, "TIFF", tiffinfo={254: 0})).size == (640, 480)
 
 
 def test_alpha_lies_on_white_and_hidden_colours_do_not_bleed():
@@ -191,16 +192,16 @@ def test_the_largest_centre_square_is_taken():
 
 
 def test_large_jpegs_are_decoded_no_smaller_than_twice_the_side():
-    image = utils.open_picture(encoded(two_halves(1600, 1200), "JPEG"))
-    utils.to_model_input(image, 100)
+    image = imaging.open_picture(encoded(two_halves(1600, 1200), "JPEG"))
+    imaging.to_model_input(image, 100)
     assert min(image.size) >= 200
     assert max(image.size) < 1600
 
 
 @pytest.mark.parametrize("side", [13_378, 20_000])  # our own limit, and Pillow's, twice as high
 def test_a_picture_that_is_too_large_is_refused_and_no_film(side):
-    with pytest.raises(utils.RefusedError, match="larger than 178,956,970 pixels"):
-        utils.open_picture(png_of_size(side, side))
+    with pytest.raises(imaging.RefusedError, match="larger than 178,956,970 pixels"):
+        imaging.open_picture(png_of_size(side, side))
 
 
 def png_of_size(width, height):
@@ -225,7 +226,7 @@ def png_of_size(width, height):
     ids=range(12),
 )  # fmt: skip
 def test_what_is_no_picture_gives_a_reason(data):
-    with pytest.raises(utils.PictureError, match=r"\w+ \w+"):
+    with pytest.raises(imaging.PictureError, match=r"\w+ \w+"):
         decoded(data)
 
 
@@ -243,7 +244,7 @@ def test_broken_exif_does_not_lose_the_picture():
 )  # fmt: skip
 def test_crops_are_square_shifted_inside_or_padded(center, side, left_edge, size):
     pixels = np.zeros((80, 100, 3), "uint8") + np.arange(100, dtype="uint8")[None, :, None]
-    crop = utils.crop_square(pixels, *center, side)
+    crop = imaging.crop_square(pixels, *center, side)
     assert crop.shape == (size, size, 3)
     assert crop[0, 0, 0] == left_edge
     if size == 130:  # 15 columns of the edge on either side
@@ -252,9 +253,11 @@ def test_crops_are_square_shifted_inside_or_padded(center, side, left_edge, size
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"), ("Dr. ", "Dr"),
+    [("Ann", "Ann"), ("AC/DC", "AC_DC"), ("a\\b:c", "a_b_c"), (".hidden", "_hidden"),
+     ("Dr. ", "Dr"),
      ("con", "_con"), ("COM1.txt", "_COM1.txt"), ("..", "_"), ("", "_"), ("tab\there", "tab_here"),
-     ("\x1b[31mred", "_[31mred"), ("Mihály", "Mihály"), ("王", "王"), ("山田　太郎", "山田　太郎"), ("x" * 300, "x" * 80)],
+     ("\x1b[31mred", "_[31mred"), ("Mihály", "Mihály"), ("王", "王"),
+     ("山田　太郎", "山田　太郎"), ("x" * 300, "x" * 80)],
 )  # fmt: skip
 def test_folder_names_work_everywhere_and_can_be_read(name, folder):
     assert utils.folder_names([name]) == {name: folder}
@@ -271,7 +274,8 @@ def test_names_that_fall_together_are_kept_apart():
 @pytest.mark.parametrize(
     ("text", "shown"),
     [("plain", "plain"), ("a\x1b[2Jb", "a\\x1b[2Jb"), ("two\nlines", "two\\nlines"),
-     ("\udc80", "\\udc80"), ("王 é", "王 é"), ("山田　太郎", "山田　太郎"), ("two\u2028lines", "two\\u2028lines")],
+     ("\udc80", "\\udc80"), ("王 é", "王 é"), ("山田　太郎", "山田　太郎"),
+     ("two\u2028lines", "two\\u2028lines")],
 )  # fmt: skip
 def test_escape(text, shown):
     assert utils.escape(text) == shown
@@ -401,5 +405,5 @@ def test_a_picture_is_squared_as_plain_pillow_does_it():
         image.draft(None, (150, 150))
         plain = ImageOps.fit(image.convert("RGB"), (75, 75), Image.Resampling.BILINEAR)
         assert np.array_equal(
-            utils.to_model_input(utils.open_picture(file.getvalue()), 75), np.asarray(plain)
+            imaging.to_model_input(imaging.open_picture(file.getvalue()), 75), np.asarray(plain)
         ), mode
