@@ -21,7 +21,24 @@ import utils
 
 BACKENDS = ("tensorflow", "jax")
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
-LAYOUT = 16  # about so many blocks a side make the layout of a picture
+
+Base = collections.namedtuple("Base", "builder scale offset blocks levels grid_levels address md5")
+Level = collections.namedtuple("Level", "block is_grid start stop")
+# The network that all begins with. Another one is another table, as far as its layers with weights
+# are convolutions with batch normalisation behind them.
+BASE = Base(
+    builder="InceptionV3",  # in keras.applications
+    scale=1 / 127.5,
+    offset=-1,
+    blocks=tuple(f"mixed{number}" for number in range(11)),  # the last ones can be trained
+    levels=("mixed3", "mixed5", "mixed7", "mixed8", "mixed10"),  # the last is the top
+    grid_levels=("mixed3", "mixed5", "mixed7"),  # before the maps become too small for cells
+    address="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
+    "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
+    md5="bcbd6486424b2319ff4ef7d526e38f63",
+)
+GRID = 3  # cells a side: a spatial pyramid of two steps (Lazebnik et al. 2006)
+HIDDEN = 1024  # units that training teaches
 
 METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 OUR_INPUT = b'"name": "pixels"'  # stands in every model.json of ours
@@ -103,35 +120,149 @@ def silence_output():
         os.close(nowhere)
 
 
-def build_network(class_count, side, number_format="float32"):
-    """Build InceptionV3 with a new top: pooling, 1024 dense units, softmax. Weights are random.
+def build_network(class_count, side, has_grids=True, number_format="float32"):
+    """Build the backbone with a new top: a softmax layer that reads several levels of it at once.
 
-    The last layer sees the hidden units, the pooled features of block `mixed8`, and the layout:
-    means of about 16 x 16 blocks of the picture, these two with mean 0 and variance 1. The top may
-    take for a friend who is strange to them.
-
-    Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives
-    probabilities of shape (batch, class_count) in float32. number_format: a Keras dtype policy.
+    The levels are the mean-pooled feature maps of some blocks and, with has_grids, others pooled in
+    GRID x GRID cells; beside them come the hidden units that training teaches. Weights are random.
+    Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives float32
+    probabilities of shape (batch, class_count). number_format: a Keras dtype policy.
     """
     keras = import_keras()
+    layers = keras.layers
     keras.config.set_dtype_policy(number_format)  # applications take no dtype argument
     try:
         pixels = keras.Input((side, side, 3), name="pixels")
-        scaled = keras.layers.Rescaling(1 / 127.5, offset=-1, name="scaled")(pixels)
-        base = keras.applications.InceptionV3(weights=None, include_top=False, input_tensor=scaled)
-        pooled = keras.layers.GlobalAveragePooling2D(name="pooled")(base.output)
-        hidden = keras.layers.Dense(1024, activation="relu", name="hidden")(pooled)
-        middle = keras.layers.GlobalAveragePooling2D()(base.get_layer("mixed8").output)
-        middle = keras.layers.LayerNormalization(center=False, scale=False, name="middle")(middle)
-        layout = keras.layers.Flatten()(keras.layers.AveragePooling2D(round(side / LAYOUT))(scaled))
-        layout = keras.layers.LayerNormalization(center=False, scale=False, name="layout")(layout)
-        units = keras.layers.Concatenate(name="units")([hidden, middle, layout])
-        softmax = keras.layers.Dense(
-            class_count, activation="softmax", dtype="float32", name="probabilities"
-        )
+        scaled = layers.Rescaling(BASE.scale, offset=BASE.offset, name="scaled")(pixels)
+        builder = getattr(keras.applications, BASE.builder)
+        backbone = builder(weights=None, include_top=False, input_tensor=scaled)
+        means = [layers.GlobalAveragePooling2D(name=name_of(block))(backbone.get_layer(block).output)
+                 for block in BASE.levels]  # fmt: skip
+        grids = [pool_in_cells(backbone.get_layer(block).output, name_of(block, is_grid=True))
+                 for block in BASE.grid_levels if has_grids]  # fmt: skip
+        levels = layers.Concatenate(name="levels", dtype="float32")([*means, *grids])
+        hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(means[-1])
+        units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
+        softmax = layers.Dense(class_count, "softmax", dtype="float32", name="probabilities")
         return keras.Model(pixels, softmax(units))
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def name_of(block, is_grid=False):
+    """Return the name of the layer that pools a block of the backbone."""
+    return f"{block}_cells" if is_grid else f"{block}_mean"
+
+
+def pool_in_cells(feature_map, name):
+    """Return the means of about GRID x GRID cells of a feature map, flat."""
+    layers = import_keras().layers
+    cell = -(-feature_map.shape[1] // GRID)
+    cells = layers.AveragePooling2D(cell, padding="same", name=f"{name}_pool")(feature_map)
+    return layers.Flatten(name=name)(cells)
+
+
+def list_levels(network):
+    """Return the parts of the layer `levels`, in order, as [Level]."""
+    known = {layer.name for layer in network.layers}
+    pooled = [(block, False) for block in BASE.levels]
+    pooled += [(block, True) for block in BASE.grid_levels]
+    levels, start = [], 0
+    for block, is_grid in pooled:
+        if name_of(block, is_grid) in known:
+            stop = start + network.get_layer(name_of(block, is_grid)).output.shape[1]
+            levels.append(Level(block, is_grid, start, stop))
+            start = stop
+    return levels
+
+
+def backbone_of(network):
+    """Return the part of a network that weights without a top belong to, a Keras model."""
+    scaled, last = network.get_layer("scaled"), network.get_layer(BASE.blocks[-1])
+    return import_keras().Model(scaled.output, last.output)
+
+
+def cut_name(unfreeze):
+    """Return the name of the last frozen layer where so many of the top blocks are trained."""
+    return BASE.blocks[-1 - unfreeze]
+
+
+def frozen_part(network, cut, has_levels=True):
+    """Return the frozen part, folded and compiled: pixels → one flat row a picture, float32.
+
+    The row holds the levels, if has_levels, and the feature map at the layer `cut`, if there is one.
+    """
+    keras = import_keras()
+    outputs = [network.get_layer("levels").output] if has_levels else []
+    if cut:
+        outputs.append(keras.layers.Flatten(dtype="float32")(network.get_layer(cut).output))
+    row = outputs[0]
+    if len(outputs) > 1:
+        row = keras.layers.Concatenate(dtype="float32")(outputs)
+    return fold_normalisation(keras.Model(network.input, row))
+
+
+def trainable_part(network, cut, momentum=None):
+    """Return what is trained above a layer, as three Keras models that share layers with `network`.
+
+    cut: name of the last frozen layer, None for none. Gives (pooled top → probabilities: the new
+    dense layers alone; output of the cut → probabilities; output of the cut → hidden units). Their
+    softmax layer, `trained`, sees the hidden units only. momentum: of batch normalisation where it is trained; None freezes it.
+    """
+    keras = import_keras()
+    pooled = network.get_layer(name_of(BASE.levels[-1])).output
+    softmax = keras.layers.Dense(
+        network.output.shape[-1], "softmax", dtype="float32", name="trained"
+    )
+    hidden = network.get_layer("hidden").output
+    output = softmax(hidden)
+    start = network.get_layer(cut).output if cut else network.input
+    top = keras.Model(start, output)
+    for layer in top.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.trainable = momentum is not None  # frozen ones also keep their moving averages
+            layer.momentum = momentum or layer.momentum
+    return keras.Model(pooled, output), top, compiled(keras.Model(start, hidden))
+
+
+def fold_normalisation(network):
+    """Return a compiled copy of a Keras model whose convolutions do the batch normalisation, too.
+
+    The same function, an eighth faster: w * x becomes (w / s) * x + (beta - gamma * mean / s), with
+    s the square root of variance + epsilon. Raises ValueError for a layer with weights that is
+    neither a convolution without bias nor a normalisation right behind one.
+    """
+    keras = import_keras()
+    made_by = {id(layer.output): layer for layer in network.layers}
+    norms = [la for la in network.layers if isinstance(la, keras.layers.BatchNormalization)]
+    pairs = [(made_by[id(norm.input)], norm) for norm in norms]
+    folded_layers = [layer for pair in pairs for layer in pair]
+    for layer in network.layers:
+        if layer.weights and layer not in folded_layers:
+            raise ValueError(f"{layer.name}: a layer that folding does not understand")
+    for convolution, _ in pairs:
+        if type(convolution) is not keras.layers.Conv2D or convolution.use_bias:
+            raise ValueError(f"{convolution.name}: no convolution without bias")
+    names = {convolution.name for convolution, _ in pairs}
+
+    def with_bias(layer):
+        more = {"use_bias": True, "kernel_initializer": "zeros"} if layer.name in names else {}
+        return type(layer).from_config(layer.get_config() | more)
+
+    def skip(layer, inputs, **_):
+        is_norm = isinstance(layer, keras.layers.BatchNormalization)
+        return inputs if is_norm else layer(inputs)
+
+    folded = keras.models.clone_model(network, clone_function=with_bias, call_function=skip)
+    for convolution, norm in pairs:
+        kernel = convolution.get_weights()[0]
+        scale = np.sqrt(np.asarray(norm.moving_variance) + norm.epsilon)
+        if norm.scale:
+            scale = scale / np.asarray(norm.gamma)
+        offset = np.asarray(norm.beta) if norm.center else 0
+        bias = offset - np.asarray(norm.moving_mean) / scale
+        folded.get_layer(convolution.name).set_weights([kernel / scale, bias])
+    return compiled(folded)
 
 
 def compiled(model, **settings):
@@ -240,7 +371,8 @@ def load_model(prefix):
     the arrays that the network wants are read. Raises UserError for anything that is not whole.
     """
     info = check_model(prefix)
-    network = build_network(len(info["labels"]), info["image_size"])
+    has_grids = info.get("has_grids", True)
+    network = build_network(len(info["labels"]), info["image_size"], has_grids)
     load_arrays(network, model_paths(prefix)[0])
     return compiled(network), info
 

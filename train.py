@@ -1,23 +1,26 @@
-"""Teach InceptionV3 your own classes from folders of pictures.
+"""Teach a ready-made network (InceptionV3) your own classes from folders of pictures.
 
     python train.py people model
     python train.py people model --weights none --image-size 75
     python train.py held_out model --evaluate
 
-people/<class>/**/<picture> is read once; the part of the network that stays frozen runs once for each
-augmented view, and what it gives is kept; the new top is trained from there. Leaves model.h5, model.json
-and model-labels.json, and after every round a confusion matrix made of the pictures: 000.png, 001.png…
+people/<class>/**/<picture> is read once, and the frozen part of the network runs once over each
+picture. A closed-form fit to several of its levels gives a first model; rounds of fine-tuning
+follow while they help. Leaves model.h5, model.json and model-labels.json, and after every round a
+confusion matrix made of the pictures: 000.png, 001.png…
 """
 
 import argparse
 import contextlib
 import datetime
+import difflib
 import functools
 import glob
 import hashlib
 import itertools
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -28,14 +31,13 @@ import time
 import timeit
 import unicodedata
 import urllib.request
-import zlib
-from collections import Counter, OrderedDict, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
+import utils  # first: it says which Python and packages are needed
 import imaging
 import model
 import report
-import utils  # first: it says which Python and packages are needed
 
 # isort: split
 import numpy as np
@@ -45,103 +47,104 @@ from PIL import Image
 
 heavy_augmentation = True  # False for pictures that all look the way your camera will see them
 Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
-HEAVY = Augmentation(
-    rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25
-)  # degrees, of the side, factor, of 255
+# degrees, share of the side, factor, of 255
+HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
-# Tuned on flowers, grey faces and webcam faces at once; benchmarks/README.md has what was tried.
-FINE_TUNING = dict(head_epochs=20, rounds=10, round_epochs=3, patience=6, views=1, batch_size=32)
-FROM_SCRATCH = dict(head_epochs=10, rounds=5, round_epochs=4, patience=3, views=7, batch_size=32)
-# From scratch, small sets get more epochs, to have so many steps, and so many a class: people are told apart late.
-# In fine-tuning that made the model too sure of strangers.
-LEAST_STEPS = dict(head_epochs=(120, 8), round_epochs=(40, 3))
-UNFREEZE = 2  # top inception blocks that are fine-tuned
+FINE_TUNING = {
+    "head_epochs": 5,
+    "rounds": 3,
+    "round_epochs": 2,
+    "patience": 1,
+    "views": 1,
+    "batch_size": 32,
+}
+FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 2, "views": 7}
+# From scratch, rounds of small sets have more epochs: at least so many steps, and so many a class.
+MIN_STEPS, MIN_STEPS_A_CLASS = 40, 3
+UNFREEZE = 2  # top blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
-ROUND_RATE = 7e-4  # peak for the top blocks; higher jumps about in the first rounds, lower needs more of them
+ROUND_RATE = 7e-4  # peak for the top blocks
 SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
-RIDGES = dict(
-    hidden=0.1, middle=1.0, layout=0.5
-)  # of the last layer's fits, in mean variances of a unit
-BLENDS = (
-    (0.4, 0.4, 0.2),
-    (0.5, 0.5, 0),
-    (1, 0, 0),
-)  # their shares in the answer: the first that is right most often
-SCRATCH_BLENDS = (
-    (0.3, 0, 0.7),
-    (0.5, 0, 0.5),
-    (1, 0, 0),
-)  # the middle of such a network knows no more than its top
-LOGITS = 10  # between right and wrong in that fit, so that the temperature is around 1
-NEAR_ONE = 8  # how firmly few validation pictures leave it there: weight of its squared logarithm, in pictures' loss
-KEPT = 0.92  # share of rightly named pictures that the threshold lets through; with more, strangers get names too
-DOUBT = 12  # the threshold is at most 1 - so many times the mean doubt (1 - probability) of these pictures,
-SURE = 0.9  # or this, if that is lower
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
-PASS_BATCH = 16  # pictures at once through a network; 64 is no faster on a CPU, and wastes more of a last batch
+STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squares of a picture
+FIRST_STRENGTH = 5  # where the search among them begins
+GRID_SHARES = (0.0, 0.5, 1.0)  # of the kernel; leave-one-out chooses
+MAX_DUAL = 6_000  # rows: with more, the fit is in the primal, without grids
+TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
+STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
+FRIENDS_REFUSED = 0.2  # largest share of correct answers that it may cost
+MAX_LEFT_OUT = 40  # classes that play the stranger
+REVIEW_SHOWN = 40
+
+INFERENCE_BATCH = 16  # pictures; 64 is no faster on a CPU, and wastes more of a last batch
 DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
-SMALLEST_RING = 64  # views
-FEATURES = (
-    3  # what the kept cache holds: raise it when the same settings begin to give other features
-)
+CACHE_VERSION = 4  # raise it when the same settings begin to give other features
 CACHE_GB = 20.0
 MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
+MAX_DIFFERING_BITS, MIN_CORRELATION = 4, 0.95  # of near copies
+THUMBNAIL = 16  # pixels
 FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
+MAX_LINES = 20  # of one kind of warning
+MAX_TABLE = 20  # classes that are listed before training
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
 DOWNLOAD_SECONDS = 15
-IMAGENET = (
-    "https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
-    "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5"
-)
-IMAGENET_MD5 = "bcbd6486424b2319ff4ef7d526e38f63"
-MOSAICS = "[0-9][0-9][0-9].png"
-LOST = "another process of this run has ended or cannot be reached: look there, then start all again with --resume"
-MACHINES = (
-    "KERAS_DISTRIBUTION_"  # begins the three environment variables of a run on several machines
-)
+FACE_SIDES = (0.35, 0.75)  # of a picture: a face box in a crop of the tagger's framing
+FACE_SAMPLE = 100  # pictures in which faces are looked for
+MATRICES = "[0-9][0-9][0-9].png"
+DIVIDED = {"train"}, {"val", "valid", "validation"}, {"test"}  # folders of sets that are divided
+LOST = "another process of this run has ended or cannot be reached: start all again with --resume"
+DISTRIBUTION = "KERAS_DISTRIBUTION_"  # begins the variables of a run on several machines
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
-PLAIN = 0xFFFFFFFF  # the number of the view that is not augmented
+UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
+VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
+MATRIX, COLOUR = slice(0, 6), slice(6, 9)  # of the parameters of an augmentation
 
-Picture = namedtuple("Picture", "path label digest look row")  # row of the store
-Parts = namedtuple("Parts", "trunk pool head top")
-Store = namedtuple("Store", "file rows")
-Ring = namedtuple("Ring", "features keys slots free")
-# indices of pictures: train all that train, mine those of them that this process trains on, validation; most: how
-# many the process with the largest share trains on
-Data = namedtuple("Data", "pictures store train mine most validation labels targets sample_weights")
-# Parts: full is float32, fast is trained; layout: pixels → layout; augmentation: None where the cores do it; batch:
-# pictures at once where nothing is trained; devices train as one, in the scope of together()
-Nets = namedtuple(
-    "Nets", "network full fast layout augmentation batch number_format source devices together"
+Picture = namedtuple("Picture", "path label digest dhash thumbnail row")  # row of the pixels
+DiskArray = namedtuple("DiskArray", "file rows")
+# train, validation: indices of pictures; local: those of train that this process trains on;
+# largest_shard: how many the process with most trains on; groups: number of each picture's group;
+# copies: pairs of indices of equal or near copies under two classes
+Data = namedtuple(
+    "Data",
+    "pictures pixels train local largest_shard validation labels targets weights groups copies",
 )
-Rings = namedtuple("Rings", "views plain shaken")  # training views; validation as it is; augmented
-Run = namedtuple("Run", "args recipe data nets rings")
+View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
+# base: float32, never trained; exact, fast, maps: compiled frozen parts of it, see Frozen; trained:
+# a twin whose top is trained; head, top: what is trained of it
+Networks = namedtuple("Networks", "base exact fast maps trained head top hidden settings")
+# cut: last frozen layer, None from scratch; levels: of the base; augment: None on the cores
+Settings = namedtuple("Settings", "cut levels map_shape augment batch number_format source devices "
+                      "distribution_scope")  # fmt: skip
+Run = namedtuple("Run", "args recipe data networks views")
+# answers: leave-one-out, of the unaugmented rows, which come first; rows: the picture of each row;
+# block: places of rows → their part of I - hat matrix; roots: of the rows' weights
+Fit = namedtuple("Fit", "grid_share strength error answers rows block residuals roots kernel bias")
+# shares of friends correct and strangers unknown at each threshold, the chosen one, and for whom
+# strangers are taken: [(class left out, class said)]
+Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for")
+Score = namedtuple("Score", "right loss")
+Predictions = namedtuple("Predictions", "probabilities accuracy rows title")
 
 
 # ---------------------------------------------------------------- arguments
-# A new option: README.md must name it. A number of the recipe stands in FINE_TUNING, FROM_SCRATCH and the list below.
-# What else changes the result belongs in settings_of, what changes the features in made_from of cache_name.
+# What changes the result belongs in resume_settings, what changes the features in cache_name.
 
 
-def parse_arguments():
-    """Read the command line. Options whose default depends on the kind of training are absent unless given."""
+def parse_arguments(argv=None):
+    """Read the command line. Options whose default depends on the kind of training may be absent."""
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
-        epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. A GPU, several of them and "
-        "several machines are used with KERAS_BACKEND=jax (README.md says how); with TensorFlow a run is one process.",
+        epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. GPUs "
+        "and several machines are used with KERAS_BACKEND=jax (see README.md).",
     )
-    parser.add_argument(
-        "data_dir", type=Path, help="a folder with a folder of pictures for each class"
-    )
-    parser.add_argument(
-        "model", help="prefix of the files to write: model.h5, model.json, model-labels.json…"
-    )
+    parser.add_argument("data_dir", type=Path, help="a folder with a folder for each class")
+    parser.add_argument("model", help="prefix of the files: model.h5, model.json…")
 
     def option(name, text, shown="%(default)s", **settings):
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **settings)
@@ -149,56 +152,40 @@ def parse_arguments():
     def flag(name, text):
         option(name, text, "off", action="store_true")
 
-    option("weights", "where to start: auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
+    number = utils.number
+    option("weights", "auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
            default="auto")  # fmt: skip
-    option("image-size", "side in pixels", "224; 96 from scratch", type=utils.number(int, 75, 1024))
-    option("validation-split", "share of each class kept for validation", default=0.2,
-           type=utils.number(float, 1e-6, 1 - 1e-6))  # fmt: skip
+    option("image-size", "side in pixels", "224; 96 from scratch", type=number(int, 75, 1024))
+    share = number(float, 1e-6, 1 - 1e-6)
+    option("validation-split", "share of each class kept for validation", "0.2", type=share)
     flag("group-by-folder", "keep files of one folder on one side of the split")
-    option(
-        "seed", "same seed, same split and result", type=utils.number(int, 0, 2**31), default=1337
-    )
-    option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip", default=heavy_augmentation,
-           action=argparse.BooleanOptionalAction)  # fmt: skip
-    for name, text, low in (
-        ("head-epochs", "epochs for the new dense layers", 1),
-        ("rounds", "rounds of fine-tuning", 0),
-        ("round-epochs", "epochs a round", 1),
-        ("patience", "rounds without improvement before stopping, 0: never", 0),
-        ("views", "augmented views of each picture at the start", 1),
-        ("batch-size", "pictures a training step", 1),
+    option("seed", "same seed, same split and result", type=number(int, 0, 2**31), default=1337)
+    option("heavy-augmentation", "turn, shift, zoom, tint and flip; or only shift and flip",
+           default=heavy_augmentation, action=argparse.BooleanOptionalAction)  # fmt: skip
+    for name, text, low, high in (
+        ("head-epochs", "epochs for the new dense layers", 1, 10**6),
+        ("rounds", "rounds of fine-tuning, all of them made if given", 0, 999),
+        ("round-epochs", "epochs a round", 1, 10**6),
+        ("patience", "rounds without improvement before stopping, 0: never", 0, 10**6),
+        ("views", "augmented views of each picture at the start", 1, 10**6),
+        ("batch-size", "pictures a training step", 1, 10**6),
     ):
         key = name.replace("-", "_")
-        small = ", more on small sets" if key in LEAST_STEPS else ""
-        shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch{small}"
-        high = 999 if name == "rounds" else 10**6  # the mosaics' names have three digits
-        option(name, text, shown, type=utils.number(int, low, high), default=argparse.SUPPRESS)
-    option(
-        "unfreeze",
-        "how many top inception blocks are fine-tuned",
-        type=utils.number(int, 0, 10),
-        default=UNFREEZE,
-    )
+        shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch"
+        option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
+    option("unfreeze", "top blocks that are fine-tuned", type=number(int, 0, 10), default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
-    option(
-        "cache-gb",
-        "how large the cache may be",
-        type=utils.number(float, 1e-6, 1e6),
-        default=CACHE_GB,
-    )
+    option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")
+    flag("fit-all", "fit the readout of the saved model once more, on validation pictures too")
     flag("class-weight", "weigh classes by 1/frequency")
     flag("resume", "go on from the last whole round after a stop or a kill")
     flag("evaluate", "no training: score the saved model on all of data_dir")
-    option(
-        "min-accuracy", "exit 3 if the accuracy is lower", "none", type=utils.number(float, 0, 1)
-    )
+    option("min-accuracy", "exit 3 if it is lower", "none", type=number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if not args.model.endswith(("/", os.sep)):
-        args.model = Path(
-            args.model
-        ).as_posix()  # `./model` is `model`, also in the pictures that are its own
+        args.model = Path(args.model).as_posix()  # `./model` is `model`
     find_processes(args)
     return args
 
@@ -206,28 +193,53 @@ def parse_arguments():
 # ---------------------------------------------------------------- folder → file list
 
 
-def find_files(data_dir):
-    """Return [(path, label)] of everything below data_dir/<class>/; labels are safe to print, and NFC.
+def find_division(data_dir):
+    """Return ({part: folder}, name of a test folder or None) of a set that is divided already.
 
-    Warns about files beside the class folders and classes without files.
+    Such a set has folders called train and val (or validation) with the same class folders inside.
     """
-    below = [(path, path.relative_to(data_dir).parts) for path in utils.list_files(data_dir)]
-    files = [(path, label_of(parts[0])) for path, parts in below if len(parts) > 1]
-    loose = len(below) - len(files)
+    folders = {path.name: path for path in list_folders(data_dir)}
+    parts = [sorted(names & folders.keys()) for names in DIVIDED]
+    if len(folders) != sum(map(len, parts)) or not (len(parts[0]) == len(parts[1]) == 1):
+        return None, None
+    train, validation = folders[parts[0][0]], folders[parts[1][0]]
+    classes = [{path.name for path in list_folders(part)} for part in (train, validation)]
+    if not classes[0] or classes[0] != classes[1]:
+        return None, None
+    return {"train": train, "validation": validation}, next(iter(parts[2]), None)
+
+
+def list_folders(folder):
+    """Return the folders in a folder that people mean."""
+    return [p for p in folder.iterdir() if p.is_dir() and not utils.is_ignored(p.name)]
+
+
+def find_files(data_dir):
+    """Return [(path, label)] of everything below data_dir/<class>/; labels are printable, and NFC.
+
+    Warns about files beside the class folders, classes without files, and links not followed.
+    """
+    left_out = []
+    found = [(p, p.relative_to(data_dir).parts) for p in utils.list_files(data_dir, left_out)]
+    files = [(path, label_of(parts[0])) for path, parts in found if len(parts) > 1]
+    name, loose = utils.escape(data_dir), len(found) - len(files)
     if loose:
+        beside = utils.count(loose, "file lies", "files lie")
+        utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
+    if left_out:
+        links = utils.count(len(left_out), "link")
+        example = utils.escape(left_out[0])
         utils.warn(
-            f"{utils.escape(data_dir)}: {loose} files lie beside the class folders and are not used"
+            f"{name}: {links} that lead out of it or in a circle are not followed: {example}"
         )
-    folders = {
-        label_of(p.name) for p in data_dir.iterdir() if p.is_dir() and not utils.is_ignored(p.name)
-    }
-    for name in sorted(folders - {label for _, label in files}):
-        utils.warn(f"{utils.escape(data_dir)}/{name}: an empty class is left out")
+    folders = {label_of(path.name) for path in list_folders(data_dir)}
+    for label in sorted(folders - {label for _, label in files}):
+        utils.warn(f"{name}/{label}: a class without files is left out")
     return files
 
 
 def label_of(folder):
-    """Return the class name of a folder's: one spelling for all systems, fit for terminal, file name and CSV."""
+    """Return the class name of a folder's: one spelling, fit for terminal, file name and CSV."""
     return utils.escape(unicodedata.normalize("NFC", folder))
 
 
@@ -236,71 +248,128 @@ def in_batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def read_pictures(args, side):
-    """Decode every file below data_dir once, in parallel, to squares of that side.
+def read_pictures(args, files, side):
+    """Decode files once, in parallel, to squares of that side in pixels.
 
-    With several processes each reads its share and tells the others. What gives no picture is listed with the
-    reason and left out. Returns ([Picture], number skipped, Store of the squares or None in a dry run).
+    files: [(path, label)]. With several processes each reads its share and tells the others.
+    Returns ([Picture], number skipped, DiskArray of the squares or None in a dry run).
     """
-    files = find_files(args.data_dir)
-    store = (
-        None
-        if args.dry_run
-        else open_store(args, None, max(1, len(files)), (side, side, 3), "uint8")
+    pixels = None
+    if not args.dry_run:
+        pixels = temporary_array(args, (max(1, len(files)), side, side, 3), "uint8")
+    local = range(args.process, len(files), args.processes)
+    few = in_batches(local, min(8, max(1, 2**19 // side**2)))  # one by one, threads wait more
+    read = utils.ordered_parallel_map(
+        lambda some: [read_picture(files[row][0], side) for row in some], few
     )
-    mine, found = range(args.process, len(files), args.processes), []
-    # a few at a time: one by one, small pictures spend an eighth of the time between the threads
-    few = in_batches(mine, min(8, max(1, 2**19 // side**2)))
-    pieces = utils.ordered_parallel_map(
-        lambda some: [read_picture(files[n][0], side) for n in some], few
-    )
-    results = itertools.chain.from_iterable(pieces)
-    for n, (pixels, digest, look) in zip(mine, utils.progress(results, len(mine), "reading")):
-        if pixels is not None and store is not None:
-            write_rows(store, [n], pixels[None])
-        found.append((n, digest, look))
-    pictures, skipped = [], 0
-    for n, digest, look in sorted(row for rows in exchange(args, found) for row in rows):
-        path, label = files[n]
+    results = itertools.chain.from_iterable(read)
+    found = []
+    for row, (square, *facts) in zip(local, utils.progress(results, len(local), "reading")):
+        if square is not None and pixels is not None:
+            write_rows(pixels, [row], square[None])
+        found.append((row, *facts))
+    pictures, skipped = [], defaultdict(list)
+    for row, digest, dhash, thumbnail in sorted(itertools.chain(*all_gather(args, found))):
+        path, label = files[row]
         if digest is None:
-            utils.warn(f"{utils.escape(path)}: skipped: {look}")
-            skipped += 1
+            skipped[dhash].append(path)
         else:
-            pictures.append(Picture(path, label, bytes.fromhex(digest), look, n))
+            thumbnail = np.frombuffer(bytes.fromhex(thumbnail), "uint8")
+            pictures.append(
+                Picture(path, label, bytes.fromhex(digest), int(dhash, 16), thumbnail, row)
+            )
+    warn_about_skipped(skipped)
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
-    return pictures, skipped, store
+    return pictures, sum(map(len, skipped.values())), pixels
+
+
+def warn_about_skipped(skipped):
+    """Warn about files by reason, {reason: [path]}: one line for what is no picture by its ending."""
+    others = skipped.pop(NO_PICTURE, [])
+    if others:
+        endings = Counter(path.suffix.lower() or "without ending" for path in others)
+        kinds = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(8))
+        no_pictures = utils.count(len(others), "file is no picture", "files are no pictures")
+        utils.warn(f"{utils.escape(others[0].parent)}…: {no_pictures}: {utils.escape(kinds)}")
+    for reason, paths in skipped.items():
+        for path in paths[:MAX_LINES]:
+            utils.warn(f"{utils.escape(path)}: skipped: {reason}")
+        if len(paths) > MAX_LINES:
+            utils.warn(f"{len(paths) - MAX_LINES} more files skipped: {reason}")
+
+
+NO_PICTURE = "not a picture of a known format"
+PICTURE_ENDINGS = frozenset(
+    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .avif".split()
+)
 
 
 def read_picture(path, side):
-    """Read one file: (uint8 (side, side, 3), SHA-256 of the file, difference hash: text), or (None, None, reason)."""
+    """Read one file: (uint8 (side, side, 3), SHA-256, difference hash, thumbnail: hexadecimal).
+
+    Of what gives no picture: (None, None, reason, None).
+    """
     import cv2
 
     try:
         data, image = imaging.read_picture(path)
         if max(image.size) > MAX_RATIO * min(image.size):
-            return None, None, "the longer side is more than twice the shorter one"
+            return None, None, "the longer side is more than twice the shorter one", None
         pixels = imaging.to_model_input(image, side)
-    except imaging.PictureError as reason:
-        return None, None, str(reason)
-    grey = cv2.resize(
-        cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), (9, 8), interpolation=cv2.INTER_AREA
-    )
-    look = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes().hex()  # 64 bits: equal for near copies
-    return pixels, hashlib.sha256(data).hexdigest(), look
+    except imaging.PictureError as error:
+        reason = str(error)
+        if reason == NO_PICTURE and path.suffix.lower() in PICTURE_ENDINGS:
+            reason = (
+                "damaged, or no picture in spite of its name" if path.stat().st_size else "empty"
+            )
+        return None, None, reason, None
+    grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
+    small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
+    dhash = np.packbits(small[:, 1:] > small[:, :-1]).tobytes().hex()
+    thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
+    return pixels, hashlib.sha256(data).hexdigest(), dhash, thumbnail.tobytes().hex()
 
 
 # ---------------------------------------------------------------- file list → split
 
 
-def group_pictures(pictures, data_dir, by_folder):
-    """Return sets of indices of pictures that must stay together: equal bytes; with by_folder, one folder.
+def find_near_copies(pictures):
+    """Return pairs of indices of pictures that nearly look alike, or are equal.
 
-    Warns where the same bytes lie under two classes.
+    At most MAX_DIFFERING_BITS of their difference hashes differ, so one of the five parts of the
+    hash is equal: only pictures that share a part are compared, each with few others at most.
+    """
+    hashes = np.array([picture.dhash for picture in pictures], "uint64")
+    thumbnails = normalise_rows(np.array([picture.thumbnail for picture in pictures], "float32"))
+    pairs = set()
+    for shift in range(0, 65, 13):
+        part = (hashes >> np.uint64(shift)) & np.uint64(2**13 - 1)
+        order = np.lexsort((hashes, part))
+        for step in range(1, 17):  # neighbours in this order
+            one, other = order[:-step], order[step:]
+            bits = np.bitwise_count(hashes[one] ^ hashes[other])
+            near = (part[one] == part[other]) & (bits <= MAX_DIFFERING_BITS)
+            one, other = one[near], other[near]
+            alike = (thumbnails[one] * thumbnails[other]).sum(1) > MIN_CORRELATION
+            pairs |= {(int(min(p)), int(max(p))) for p in zip(one[alike], other[alike])}
+    return sorted(pairs)
+
+
+def normalise_rows(rows):
+    """Return rows with mean 0 and length 1, so that their products are correlations."""
+    rows = rows - rows.mean(1, keepdims=True)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
+
+
+def group_pictures(pictures, data_dir, by_folder):
+    """Return (sets of indices that stay together, pairs under two classes, number of near copies).
+
+    Together stay equal bytes, near copies within a class and, with by_folder, one folder.
     """
     from scipy.cluster.hierarchy import DisjointSet
 
-    first, together = {}, DisjointSet(range(len(pictures)))
+    together, first, copies = DisjointSet(range(len(pictures))), {}, set()
     for i, picture in enumerate(pictures):
         keys = [picture.digest]
         inner = picture.path.relative_to(data_dir).parent
@@ -308,330 +377,507 @@ def group_pictures(pictures, data_dir, by_folder):
             keys.append(inner)
         for key in keys:
             together.merge(i, first.setdefault(key, i))
-        twin = pictures[first[picture.digest]]
-        if twin.label != picture.label:
-            utils.warn(
-                f"{utils.escape(picture.path)}: the same bytes as {utils.escape(twin.path)}, of another class"
-            )
-    return together.subsets()
+        twin = first[picture.digest]
+        if pictures[twin].label != picture.label:
+            copies.add((twin, i))
+    near = set()
+    for one, other in find_near_copies(pictures):
+        if pictures[one].label != pictures[other].label:
+            copies.add((one, other))
+        else:
+            together.merge(one, other)
+            near |= {one, other}
+    return together.subsets(), sorted(copies), len(near)
+
+
+def warn_about_copies(pictures, copies):
+    """Warn about equal or near copies under two classes, and say what is done with them."""
+    for one, other in copies[:MAX_LINES]:
+        kind = "the same bytes as"
+        if pictures[one].digest != pictures[other].digest:
+            kind = "looks the same as"
+        paths = (utils.escape(pictures[i].path) for i in (other, one))
+        first, second = paths
+        utils.warn(f"{first}: {kind} {second}, of another class; both are used: move one away")
+    if len(copies) > MAX_LINES:
+        utils.warn(f"{len(copies) - MAX_LINES} more pairs of copies under two classes")
 
 
 def split(pictures, groups, fraction, seed):
-    """Divide into training and validation, stratified; groups stay whole. Returns two sorted index arrays.
+    """Divide into training and validation, stratified; groups stay whole. Returns index arrays.
 
     Groups are ordered by a hash of seed and content, so that added pictures move only those at the
-    boundary. Each class gives max(1, round(n * fraction)) pictures, never its last group.
-    Raises UserError for fewer than two classes, or if no class can be divided.
+    boundary. Each class gives max(1, round(n * fraction)) pictures, never its last group. Raises
+    UserError for fewer than two classes, or if no class can be divided.
     """
     digests = [min(pictures[i].digest for i in group) for group in groups]
     rank = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in digests]
     members = [Counter(pictures[i].label for i in group) for group in groups]
     sizes = sum(members, Counter())
-    left = Counter(
-        label for counts in members for label in counts
-    )  # groups of a class not in validation
-    if len(sizes) < 2:
-        raise utils.UserError(
-            "fewer than two classes with pictures: make a folder for each class, `unknown` say"
-        )
+    left = Counter(label for counts in members for label in counts)  # groups that still train
+    of_class = defaultdict(list)
+    for group, counts in enumerate(members):
+        for label in counts:
+            of_class[label].append(group)
     chosen, taken = set(), Counter()
     for label in sorted(sizes):
         wanted = max(1, round(sizes[label] * fraction))
-        for g in sorted(
-            (g for g in range(len(groups)) if label in members[g]), key=rank.__getitem__
-        ):
-            if (
-                taken[label] < wanted
-                and g not in chosen
-                and all(left[other] > 1 for other in members[g])
-            ):
-                chosen.add(g)
-                taken += members[g]
-                left -= Counter(members[g].keys())
+        for group in sorted(of_class[label], key=rank.__getitem__):
+            is_free = group not in chosen and all(left[other] > 1 for other in members[group])
+            if taken[label] < wanted and is_free:
+                chosen.add(group)
+                taken += members[group]
+                left -= Counter(members[group].keys())
         if not taken[label]:
-            utils.warn(f"{label}: its pictures all belong together, so they only train: add others")
+            utils.warn(
+                f"{label}: not tested, since its pictures are one group (near copies, or one "
+                "folder with --group-by-folder): add pictures of another occasion"
+            )
     if not chosen:
-        raise utils.UserError(
-            "no class can be divided into training and validation: add pictures to each class"
-        )
-    validation = sorted(i for g in chosen for i in groups[g])
+        raise utils.UserError("no class can be divided: add other pictures to each class")
+    validation = sorted(i for group in chosen for i in groups[group])
     return np.setdiff1d(np.arange(len(pictures)), validation), np.array(validation)
 
 
-def warn_as_a_colleague(pictures, train, validation):
+def warn_about_data(args, pictures, validation):
     """Warn about what makes a result poor or its score too good."""
     sizes = Counter(picture.label for picture in pictures)
     for label, size in sorted(sizes.items()):
         if size < FEW_PICTURES:
-            utils.warn(
-                f"{label}: only {size} pictures: {FEW_PICTURES} or more make a class reliable"
-            )
+            pictures_there = utils.count(size, "picture")
+            utils.warn(f"{label}: only {pictures_there}: {FEW_PICTURES} or more are reliable")
     (most, large), *_, (least, small) = sizes.most_common()
     if large > 20 * small:
-        utils.warn(
-            f"{most}: {large / small:.0f} times as many pictures as {least}: even them out or use --class-weight"
-        )
+        times = f"{large / small:.0f} times as many pictures as {least}"
+        utils.warn(f"{most}: {times}: even them out or use --class-weight")
     if len(validation) < FEW_VALIDATION:
-        utils.warn(f"only {len(validation)} validation pictures: the accuracy is a rough figure")
-    looks = {(p.label, p.look): p.path for p in (pictures[i] for i in train)}
-    copies = [p for p in (pictures[i] for i in validation) if (p.label, p.look) in looks]
-    if copies:
-        one, other = (
-            utils.escape(copies[0].path),
-            utils.escape(looks[copies[0].label, copies[0].look]),
-        )
+        there = utils.count(len(validation), "validation picture")
+        utils.warn(f"only {there}: the accuracy is a rough figure")
+    films = sum(CROP_NAME.fullmatch(picture.path.name) is not None for picture in pictures)
+    if films > len(pictures) / 2 and not args.group_by_folder:
         utils.warn(
-            f"{one}: looks like {other}; {len(copies)} validation pictures have such a near copy in training, which "
-            "flatters the accuracy: put what belongs together into one folder and use --group-by-folder"
+            f"{utils.escape(args.data_dir)}: crops of films: frames of one film lie on both sides "
+            "of the split, which flatters the accuracy: use --group-by-folder"
         )
 
 
-# ---------------------------------------------------------------- the cache
+CROP_NAME = re.compile(r"\d{6}-\d+-[0-9a-f]{10}\.jpg")  # as --save-faces names them
 
 
-def open_store(args, name, count, shape, dtype):
-    """Open a file of `count` rows of one shape: written by ordinary writes, read through a memory map.
+def print_table(pictures, labels, groups, validation):
+    """Print how many pictures and groups each class has, and how they are divided."""
+    held = set(validation.tolist())
+    total = Counter(picture.label for picture in pictures)
+    tested = Counter(pictures[i].label for i in held)
+    together = {label: set() for label in labels}
+    for picture, group in zip(pictures, groups.tolist()):
+        together[picture.label].add(group)
+    utils.print_line("pictures  groups  train  validation  class")
+    for label in labels:
+        n, v = total[label], tested[label]
+        utils.print_line(f"{n:8}  {len(together[label]):6}  {n - v:5}  {v:10}  {label}")
 
-    It lies in --cache-dir, else beside the model. Without --cache-dir, or with None as its name, it is a temporary
-    file that vanishes with the process, kills included.
-    """
-    folder = args.cache_dir or Path(args.model).parent
-    size = count * int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if name is None or not args.cache_dir:
-        file = tempfile.TemporaryFile(dir=folder, buffering=0)
+
+def read_data(args, side):
+    """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
+    parts, test = find_division(args.data_dir)
+    if parts and args.validation_split:
+        raise utils.UsageError(
+            f"--validation-split: {utils.escape(args.data_dir)} is divided already"
+        )
+    roots = parts or {"all": args.data_dir}
+    files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
+    check_labels(args, sorted({label for _, label, _ in files}))
+    pictures, skipped, pixels = read_pictures(args, [file[:2] for file in files], side)
+    labels = sorted({picture.label for picture in pictures})
+    check_labels(args, labels)
+    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder)
+    if parts:
+        is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
+        train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
+        if not len(train) or not len(validation):
+            raise utils.UserError(f"{utils.escape(args.data_dir)}: a part without pictures")
     else:
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        file = open(os.open(folder / name, flags, 0o600), "r+b", buffering=0)
-        kept = os.fstat(file.fileno()).st_size  # a longer run may want it all again
-        size = max(size, kept) if kept <= args.cache_gb * 1e9 else size
-    file.truncate(size)  # takes no space yet: the map must not end before the file
-    return Store(file, np.memmap(file, dtype, "r", shape=(count, *shape)))
-
-
-def write_rows(store, indices, values):
-    """Write rows of a Store; a full disk is an OSError here, and never a crash in the memory map."""
-    values, breaks = (
-        np.ascontiguousarray(values, store.rows.dtype),
-        np.flatnonzero(np.diff(indices) != 1) + 1,
+        train, validation = split(pictures, groups, args.validation_split or 0.2, args.seed)
+    group_of = np.zeros(len(pictures), int)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    utils.print_line(
+        f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, "
+        f"{skipped} skipped"
     )
-    for first, some in zip(
-        np.array(indices)[[0, *breaks]], np.split(values, breaks)
-    ):  # neighbours at one go
-        data = memoryview(some).cast("B")
-        store.file.seek(int(first) * values[0].nbytes)
+    if parts:
+        names = " and ".join(sorted(path.name for path in parts.values()))
+        rest = f"; {test} is left alone, for --evaluate" if test else ""
+        utils.print_line(f"divided as the folders {names} are{rest}")
+    if near:
+        utils.print_line(f"near copies: {near} pictures stay with theirs")
+    if args.dry_run or len(labels) <= MAX_TABLE:
+        print_table(pictures, labels, group_of, validation)
+    warn_about_copies(pictures, copies)
+    warn_about_data(args, pictures, validation)
+    return make_data(args, pictures, pixels, train, validation, labels, group_of, copies)
+
+
+def check_folders(args):
+    """Raise UserError unless there are two class folders at least; cheap, nothing is read."""
+    if not find_division(args.data_dir)[0]:
+        check_labels(args, sorted(label_of(path.name) for path in list_folders(args.data_dir)))
+
+
+def check_labels(args, labels):
+    """Raise UserError for class names, or a number of them, that no model can have."""
+    if len(labels) < 2:
+        hint = "make a folder for each class"
+        if not labels and any(path.is_file() for path in args.data_dir.iterdir()):
+            hint = f"did you mean {utils.escape(args.data_dir.resolve().parent)}?"
+        name = utils.escape(args.data_dir)
+        raise utils.UserError(f"{name}: fewer than two classes with pictures: {hint}")
+    if len(labels) > model.MAX_CLASSES:
+        raise utils.UserError(f"{len(labels):,} classes: use at most {model.MAX_CLASSES:,}")
+    longest = max(labels, key=len)
+    if len(longest) > model.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
+        raise utils.UserError(f"{longest[:60]}…: too long for a class name: rename the folder")
+    if len(json.dumps(labels)) > model.MAX_LABELS:
+        raise utils.UserError(f"{len(labels):,} classes with such long names: shorten the names")
+
+
+def make_data(args, pictures, pixels, train, validation, labels, groups, copies):
+    """Return the Data of this process. Raises UserError if there are too many processes."""
+    owner = np.array([picture.row % args.processes for picture in pictures])
+    shards = np.bincount(owner[train], minlength=args.processes)
+    if not shards.all():
+        n = len(train)
+        raise utils.UserError(f"{args.processes} processes are too many for {n} pictures")
+    if args.process == 0:  # it scores, so it needs what others have read
+        for i in validation[owner[validation] != 0]:
+            square, _, reason, _ = read_picture(pictures[i].path, pixels.rows.shape[1])
+            if square is None:
+                path = utils.escape(pictures[i].path)
+                raise utils.UserError(f"{path}: has changed meanwhile: {reason}")
+            write_rows(pixels, [pictures[i].row], square[None])
+    targets = np.array([labels.index(picture.label) for picture in pictures])
+    weights = np.ones(len(pictures), "float32")
+    if args.class_weight:
+        frequency = np.bincount(targets[train], minlength=len(labels))
+        weights = (len(train) / len(labels) / frequency)[targets].astype("float32")
+    local = train[owner[train] == args.process]
+    return Data(pictures, pixels, train, local, int(shards.max()), validation, labels, targets,
+                weights, groups, copies)  # fmt: skip
+
+
+# ---------------------------------------------------------------- arrays on disk
+
+
+def cache_folder(args):
+    """Return where the cache lies: in --cache-dir, else beside the model."""
+    return args.cache_dir or Path(args.model).parent
+
+
+def temporary_array(args, shape, dtype):
+    """Open an array in a file without a name, which vanishes with the process, kills included.
+
+    It is written by ordinary writes, and read through a memory map.
+    """
+    file = tempfile.TemporaryFile(dir=cache_folder(args), buffering=0)
+    return map_array(file, shape, dtype)
+
+
+def map_array(file, shape, dtype):
+    """Return the DiskArray in an open file, which takes no space before it is written."""
+    file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    return DiskArray(file, np.memmap(file, dtype, "r", shape=tuple(shape)))
+
+
+def write_rows(array, rows, values):
+    """Write rows of a DiskArray; a full disk is an OSError here, and never a crash in the map."""
+    values = np.ascontiguousarray(values, array.rows.dtype)
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    for first, some in zip(np.array(rows)[[0, *breaks]], np.split(values, breaks)):
+        data = memoryview(some.view("uint8").reshape(-1))
+        array.file.seek(int(first) * values[0].nbytes)
         while data:
-            data = data[store.file.write(data) :]
+            data = data[array.file.write(data) :]
 
 
-def open_ring(args, name, count, shape, dtype):
-    """Open a ring of `count` slots, each of one (picture, view); a kept one knows what it holds already."""
-    features = open_store(args, f"{name}.features", count, shape, dtype)
-    keys = open_store(
-        args, f"{name}.keys", count, (40,), "uint8"
-    )  # digest, view, checksum of the slot
-    slots = (
-        OrderedDict()
-    )  # {key: slot}, the next to go first; a dict takes ever longer to find its first one
-    for slot in np.flatnonzero(keys.rows.any(1)).tolist():
-        record = keys.rows[slot].tobytes()
-        if checksum(features.rows[slot]) == record[36:] and is_finite(features.rows[slot]):
-            slots[record[:36]] = slot
-    return Ring(
-        features, keys, slots, sorted(set(range(count)) - set(slots.values()), reverse=True)
-    )
+# ---------------------------------------------------------------- pictures → views
 
 
-def checksum(row):
-    """Return four bytes that tell whether a row came whole through a kill or a bad disk."""
-    return zlib.crc32(np.ascontiguousarray(row)).to_bytes(4, "big")
+def augmentation_parameters(args, side, digests, view):
+    """Return how one view of pictures with these digests differs from them: float64 (n, 9).
 
-
-def is_finite(features):
-    """Say whether all numbers of an array end. NumPy is slow with 16-bit ones: those without end have exponent 31."""
-    if features.dtype == "float16":
-        return (features.view("uint16") & 0x7C00).max() < 0x7C00
-    return np.isfinite(features).all()
-
-
-def claim_slots(ring, keys):
-    """Give every key (digest and view, 36 bytes) a slot, if need be the oldest one.
-
-    Returns the positions of those whose slots are still to be filled. At most as many keys as slots.
+    MATRIX: from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row;
+    COLOUR: what is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone.
+    Draw new chances last, so that the others stay; view_settings tells versions apart.
     """
-    for key in keys:  # those that are wanted are the youngest, before any slot is given away
-        if key in ring.slots:
-            ring.slots.move_to_end(key)
-    missing = []
-    for position, key in enumerate(keys):
-        if key not in ring.slots:
-            ring.slots[key] = ring.free.pop() if ring.free else ring.slots.popitem(last=False)[1]
-            missing.append(position)
-    return missing
-
-
-# ---------------------------------------------------------------- pictures → views → features
-
-
-def draw_changes(args, side, keys):
-    """Return how the views under some keys (digest, number) differ from their pictures: float64 (n, 9).
-
-    Six numbers of a matrix, from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row; and what
-    is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone. Draw new chances last, so that the
-    others stay. A change that no setting shows needs another number FEATURES.
-    """
+    parameters = np.zeros((len(digests), 9))
+    if view in (UNAUGMENTED, MIRRORED):
+        identity, mirror = (1, 0, 0, 0, 1, 0), (-1, 0, side - 1, 0, 1, 0)
+        parameters[:, MATRIX] = identity if view == UNAUGMENTED else mirror
+        return parameters
     kind = HEAVY if args.heavy_augmentation else LIGHT
-    hashes = (
-        hashlib.shake_128(f"{args.seed} {view} ".encode() + digest).digest(9 * 8)
-        for digest, view in keys
-    )
+    hashes = [hashlib.shake_128(f"{args.seed} {view} ".encode() + d).digest(72) for d in digests]
     chance = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 9) / 2**64  # 0 to 1
-    chance[[view == PLAIN for _, view in keys]] = 0  # no change
     strength = np.sqrt(chance[:, 0])
     angle = np.deg2rad(kind.rotation) * (2 * chance[:, 1] - 1) * strength
     low, high = np.log(kind.zoom)
     zoom = np.exp((low + (high - low) * chance[:, 2]) * strength)
     flip = np.where(chance[:, 3] < 0.5, 1, -1)
-    center, shift = (
-        (side - 1) / 2,
-        kind.shift * (2 * chance[:, 4:6, None] - 1) * side * strength[:, None, None],
-    )
+    center = (side - 1) / 2
+    shift = kind.shift * side * (2 * chance[:, 4:6] - 1) * strength[:, None]
     cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
     turn = np.array([[cos * flip, -sin], [sin * flip, cos]]).transpose(2, 0, 1)
-    matrix = np.concatenate([turn, center - turn @ (center + shift)], axis=2)
-    colour = kind.colour * (2 * chance[:, 6:] - 1) * strength[:, None]
-    return np.column_stack([matrix.reshape(-1, 6), colour])
+    offset = center - turn @ (center + shift)[:, :, None]
+    parameters[:, MATRIX] = np.concatenate([turn, offset], axis=2).reshape(-1, 6)
+    parameters[:, COLOUR] = kind.colour * (2 * chance[:, 6:] - 1) * strength[:, None]
+    return parameters
 
 
-def augment(picture, changes):
+def view_settings(args):
+    """Return all that views are made of, plain data: what the cache and --resume compare."""
+    kind = HEAVY if args.heavy_augmentation else LIGHT
+    return [CACHE_VERSION, args.seed, *kind]
+
+
+def augment(picture, parameters):
     """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3).
 
-    changes: a row of `draw_changes`. A new kind of change belongs into `build_augmentation`, too.
+    parameters: a row of `augmentation_parameters`. A new kind of change belongs into
+    `build_augmentation`, too, which does the same on a GPU.
     """
     import cv2
 
-    size, flags = picture.shape[1::-1], cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
-    view = cv2.warpAffine(
-        picture, changes[:6].reshape(2, 3), size, flags=flags, borderMode=cv2.BORDER_REFLECT
-    )
-    return cv2.add(view, (*changes[6:], 0)) if changes[6:].any() else view
+    size, matrix = picture.shape[1::-1], parameters[MATRIX].reshape(2, 3)
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    view = cv2.warpAffine(picture, matrix, size, flags=flags, borderMode=cv2.BORDER_REFLECT)
+    colour = parameters[COLOUR]
+    return cv2.add(view, (*colour, 0)) if colour.any() else view
 
 
 def build_augmentation(side):
-    """Return the Keras model that does what `augment` does, for a GPU say: [pictures, changes] → uint8 views."""
+    """Return the Keras model that does what `augment` does: [pictures, parameters] → uint8 views."""
     keras = model.import_keras()
-    ops, pictures, changes = (
-        keras.ops,
-        keras.Input((side, side, 3), dtype="uint8"),
-        keras.Input((9,)),
-    )
-    matrix = ops.pad(changes[:, :6], ((0, 0), (0, 2)))
-    views = ops.image.affine_transform(ops.cast(pictures, "float32"), matrix, "bilinear", "reflect")
-    views = ops.round(ops.clip(views + changes[:, None, None, 6:], 0, 255))
-    return model.compiled(keras.Model([pictures, changes], ops.cast(views, "uint8")))
+    ops = keras.ops
+    pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
+    matrix = ops.pad(parameters[:, MATRIX], ((0, 0), (0, 2)))
+    moved = ops.cast(pictures, "float32")
+    views = ops.image.affine_transform(moved, matrix, "bilinear", "reflect")
+    views = ops.round(ops.clip(views + parameters[:, None, None, COLOUR], 0, 255))
+    return model.compiled(keras.Model([pictures, parameters], ops.cast(views, "uint8")))
 
 
-def make_views(run, pairs):
-    """Return the views of a batch of (index, view) pairs, uint8 (n, side, side, 3): an array of the device, if any."""
-    pictures, rows, size = (
-        [run.data.pictures[i] for i, _ in pairs],
-        run.data.store.rows,
-        run.nets.batch,
-    )
+def make_views(run, indices, view):
+    """Return one view of some pictures, uint8 (n, side, side, 3): an array of the device, if any."""
+    settings, rows = run.networks.settings, run.data.pixels.rows
+    pictures = [run.data.pictures[i] for i in indices]
     places = [picture.row for picture in pictures]
-    changes = draw_changes(
-        run.args, rows.shape[1], [(p.digest, view) for p, (_, view) in zip(pictures, pairs)]
-    )
-    if run.nets.augmentation is None:
-        numbered = zip(places, changes, pairs)
-        return np.stack(
-            [rows[n] if view == PLAIN else augment(rows[n], row) for n, row, (_, view) in numbered]
+    digests = [picture.digest for picture in pictures]
+    parameters = augmentation_parameters(run.args, rows.shape[1], digests, view)
+    if settings.augment is None:
+        if view == UNAUGMENTED:
+            return rows[places]
+        return np.stack([augment(rows[place], p) for place, p in zip(places, parameters)])
+    size = settings.batch
+    filled = [rows[np.resize(places, size)], np.resize(parameters, (size, 9))]
+    return model.predict_batch(settings.augment, filled)[: len(indices)]
+
+
+# ---------------------------------------------------------------- views → cached features
+
+
+def list_views(run, round_number):
+    """Return the numbers of the views that a round trains on, of which the cache holds the latest.
+
+    A picture as it is, its mirror image, and then random ones, some fresh ones each round.
+    """
+    recipe = run.recipe
+    last = recipe["views"] + (round_number - 1) * recipe["fresh"] if round_number else 0
+    room = views_that_fit(run)
+    views = list(range(last + 1))
+    return views if len(views) <= room else views[:1] + views[len(views) - room + 1 :]
+
+
+def row_type(run, has_levels):
+    """Return the dtype of a row of a view's file: digest, levels, and the feature map at the cut."""
+    settings, recipe = run.networks.settings, run.recipe
+    fields = [("digest", "V32")]
+    if has_levels:
+        fields.append(("levels", "float32", (settings.levels[-1].stop,)))
+    if recipe["rounds"]:
+        kind = "float32" if run.args.float32 else "float16"
+        fields.append(("map", "uint8" if settings.cut is None else kind, settings.map_shape))
+    return np.dtype(fields)
+
+
+def views_that_fit(run):
+    """Return how many views of the training pictures --cache-gb has room for.
+
+    Raises UserError if not even the pictures and one view fit.
+    """
+    args, data = run.args, run.data
+    view = row_type(run, True).itemsize * len(data.local)
+    fixed = data.pixels.rows.nbytes // args.processes
+    fixed += 2 * row_type(run, True).itemsize * len(data.validation)
+    fitting = int((args.cache_gb * 1e9 - fixed) // view)
+    if fitting < 1:
+        raise utils.UserError(
+            f"--cache-gb {args.cache_gb:g}: the cache needs {(fixed + view) * 1.06 / 1e9:.2g} GB at "
+            "least: give more with --cache-gb, and a folder on a disk that has it with --cache-dir"
         )
-    filled = [rows[np.resize(places, size)], np.resize(changes, (size, changes.shape[1]))]
-    return model.predict_batch(run.nets.augmentation, filled)[: len(pairs)]
+    return fitting
 
 
-def training_views(seed, train, start, stop):
-    """Return [(index, view)] of places start..stop in the endless sequence in which views are made.
+def get_view(run, view):
+    """Return a View, computed if this run has not done so; the oldest one that is not needed goes.
 
-    All pictures once, in a random order, then all of them again as another view.
+    The unaugmented one has all pictures of this process, and on the first one, which scores, all of
+    validation; others have pictures of one side. Only those that the readout reads have levels.
     """
-    wanted = []
-    for view in range(start // len(train), -(-stop // len(train))):
-        order = np.random.default_rng([seed, view]).permutation(train)
-        first = view * len(train)
-        wanted += [(int(i), view) for i in order[max(0, start - first) : stop - first]]
-    return wanted
+    if view not in run.views:
+        data = run.data
+        indices = data.validation if view == VALIDATION_VIEW else data.local
+        if view == UNAUGMENTED and run.args.process == 0:
+            indices = np.union1d(indices, data.validation)
+        run.views[view] = compute_view(run, view, indices)
+    return run.views[view]
 
 
-def views_made(recipe, number):
-    """Return how many augmented views of each picture a run has made by a round."""
-    later = number - recipe["first"]
-    return recipe["views"] + later * recipe["fresh"] if later >= 0 else 0
+def compute_view(run, view, indices):
+    """Run one view of some pictures through the frozen part, but for what a kept cache holds."""
+    args, data = run.args, run.data
+    has_levels = view in (UNAUGMENTED, MIRRORED)
+    dtype = row_type(run, has_levels)
+    row_of = np.full(len(data.pictures), -1)
+    row_of[indices] = np.arange(len(indices))
+    if not args.cache_dir:
+        array = temporary_array(args, (len(indices),), dtype)
+        fill_view(run, view, array, indices, np.arange(len(indices)))
+        return View(array.rows, row_of)
+    path = args.cache_dir / f"{cache_name(run)}-{view}.features"
+    with utils.atomic_write(path) as part, open(part, "r+b", buffering=0) as file:
+        array = map_array(file, (len(indices),), dtype)
+        missing = copy_known_rows(data, path, array, indices)
+        fill_view(run, view, array, indices, missing)
+        del array
+    return View(np.memmap(path, dtype, "r", shape=(len(indices),)), row_of)
 
 
-def view_key(pictures, index, view):
-    """Return the 36 bytes under which a view is kept."""
-    return pictures[index].digest + view.to_bytes(4, "big")
+def copy_known_rows(data, path, array, indices):
+    """Copy what an earlier file of a view holds into a new one. Returns the rows still missing."""
+    dtype, known = array.rows.dtype, {}
+    if path.exists() and path.stat().st_size and path.stat().st_size % dtype.itemsize == 0:
+        old = np.memmap(path, dtype, "r")
+        known = {digest.tobytes(): row for row, digest in enumerate(old["digest"])}
+    before = np.array([known.get(data.pictures[i].digest, -1) for i in indices])
+    for rows in in_batches(np.flatnonzero(before >= 0), 256):
+        write_rows(array, rows, old[before[rows]])
+    return np.flatnonzero(before < 0)
 
 
-def fill_ring(run, ring, trunk, wanted, label):
-    """Run those of the wanted [(index, view)] through the frozen part that the ring does not hold yet.
+def fill_view(run, view, array, indices, missing):
+    """Compute the missing rows of a view's file.
 
-    While the network works on one batch, the next ones are prepared and the last ones written. trunk: a Keras model,
-    or None to keep the views themselves. Raises UserError for features that the ring's numbers cannot hold.
+    While the network works on one batch, the next ones are prepared and the last ones written.
     """
-    keys = [view_key(run.data.pictures, *pair) for pair in wanted]
-    missing = claim_slots(ring, keys)
-    batches = in_batches(missing, run.nets.batch)
+    if not len(missing):
+        return
+    settings, data = run.networks.settings, run.data
+    batches = in_batches(missing, settings.batch)
+    if view == UNAUGMENTED:  # what is scored goes through the float32 network
+        held = np.isin(indices[missing], data.validation)
+        batches = [b for part in (held, ~held) for b in in_batches(missing[part], settings.batch)]
 
-    def pass_on(pixels):
-        """Return what the ring keeps of a batch of views, the checksum of each, and whether all its numbers end."""
-        with np.errstate(over="ignore"):  # what does not fit is told below
-            kind = ring.features.rows.dtype
-            features = (
-                np.asarray(pixels)
-                if trunk is None
-                else model.predict(trunk, pixels, run.nets.batch, kind)
-            )
-        return features, [checksum(row) for row in features], is_finite(features)
+    def compute(batch, pixels):
+        exact = view == UNAUGMENTED and indices[batch[0]] in held_out
+        values = np.zeros(len(batch), array.rows.dtype)
+        digests = b"".join(data.pictures[i].digest for i in indices[batch])
+        values["digest"] = np.frombuffer(digests, "V32")
+        compute_features(run, values, pixels, exact)
+        return values
 
-    # On the cores two at once: while one batch waits for Python, the other keeps them busy. A device has them for what
-    # comes before and after: a thread takes longer for the checksums of a batch than a device for the network.
+    held_out = set(data.validation.tolist())
+    # On the cores two at once: while one batch waits for Python, the other keeps them busy.
     workers, at_once = (4, 8) if on_device() else (1, 2)
     views = utils.ordered_parallel_map(
-        lambda batch: make_views(run, [wanted[p] for p in batch]), batches, workers=workers
+        lambda batch: (batch, make_views(run, indices[batch], view)), batches, workers=workers
     )
-    results = utils.ordered_parallel_map(pass_on, views, workers=at_once)
-    for batch, (features, sums, finite) in zip(
-        batches, utils.progress(results, len(batches), label)
-    ):
-        if not finite:
-            rounded = ring.features.rows.dtype == "float16"
-            why = (
-                "too large for 16-bit numbers: use --float32"
-                if rounded
-                else "without end: use other --weights"
-            )
-            raise utils.UserError(f"the network's features are {why}")
-        slots = [ring.slots[keys[p]] for p in batch]
-        write_rows(ring.features, slots, features)
-        write_rows(
-            ring.keys, slots, [np.frombuffer(keys[p] + s, "uint8") for p, s in zip(batch, sums)]
-        )
+    results = utils.ordered_parallel_map(lambda pair: compute(*pair), views, workers=at_once)
+    label = {UNAUGMENTED: "pictures", MIRRORED: "mirror images"}.get(view, "augmented views")
+    for batch, values in zip(batches, utils.progress(results, len(batches), label)):
+        if not is_finite(values):
+            rounded = run.recipe["rounds"] and array.rows.dtype["map"].base == "float16"
+            why = "too large for 16 bits: use --float32" if rounded else "not finite: use others"
+            raise utils.UserError(f"--weights: the network's features are {why}")
+        write_rows(array, batch, values)
 
 
-def find_slots(run, ring, pairs):
-    """Return where the views of [(index, view)] lie in a ring that holds them, as a list of rows."""
-    return [ring.slots[view_key(run.data.pictures, *pair)] for pair in pairs]
+def compute_features(run, values, pixels, exact):
+    """Fill the fields `levels` and `map` of rows (n,) with what the frozen part makes of pixels."""
+    networks, fields = run.networks, values.dtype.names
+    settings = networks.settings
+    has_map = "map" in fields
+    if has_map and settings.cut is None:
+        values["map"] = np.asarray(pixels)
+        has_map = False
+    if "levels" not in fields:
+        network = networks.maps
+    else:
+        network = networks.exact if exact else networks.fast
+    if not has_map and "levels" not in fields:
+        return
+    flat = model.predict(network, pixels, settings.batch)
+    if "levels" in fields:
+        values["levels"] = flat[:, : settings.levels[-1].stop]
+        flat = flat[:, settings.levels[-1].stop :]
+    if has_map:
+        with np.errstate(over="ignore"):  # what does not fit is reported by the caller
+            values["map"] = flat.reshape(-1, *settings.map_shape)
 
 
-def predict_views(run, network, ring, pairs):
-    """Run a `pool` on (index, view) pairs of a ring. Returns pooled features (n, 2048), middle (n, 1280 or 0)."""
-    slots, size = find_slots(run, ring, pairs), run.nets.batch
-    parts = [
-        model.predict(network, ring.features.rows[some], size) for some in in_batches(slots, size)
-    ]
-    return np.split(np.concatenate(parts), [2048], axis=1)
+def is_finite(values):
+    """Say whether all features in rows (n,) are finite."""
+    fields = [name for name in ("levels", "map") if name in values.dtype.names]
+    return all(np.isfinite(values[name].max()) and np.isfinite(values[name].min())
+               for name in fields)  # fmt: skip
+
+
+def cache_name(run):
+    """Return how the names of the cache's files begin: other features lie in other files."""
+    args, settings = run.args, run.networks.settings
+    backend = model.import_keras().config.backend()
+    made_from = [view_settings(args), settings.source, settings.cut, settings.map_shape]
+    made_from += [[level._asdict() for level in settings.levels], run.data.pixels.rows.shape[1:]]
+    made_from += [settings.number_format, args.float32, backend, on_device(), args.process]
+    made_from += [args.processes, bool(run.recipe["rounds"])]
+    return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
+
+
+def gather_levels(run, view):
+    """Return (levels of a view, float32 (rows, units); {picture: row} as an int array).
+
+    The first process, which fits the readout, gets those of all others, who must call it too.
+    """
+    args, data, known = run.args, run.data, ("levels", view)
+    local = get_view(run, view)
+    if args.processes == 1:
+        return local.rows["levels"], local.row_of
+    if known in run.views:
+        return run.views[known]
+    mine = np.flatnonzero(local.row_of >= 0)
+    width = run.networks.settings.levels[-1].stop
+    most = max(all_gather(args, len(mine)))
+    table = temporary_array(args, (len(data.pictures), width), "float32")
+    for start in range(0, most, INFERENCE_BATCH):
+        some = mine[start : start + INFERENCE_BATCH]
+        rows = np.zeros((INFERENCE_BATCH, width), "float32")
+        rows[: len(some)] = local.rows["levels"][local.row_of[some]]
+        numbers = np.r_[some, np.full(INFERENCE_BATCH - len(some), -1)]
+        for indices, values in zip(gather_arrays(numbers), gather_arrays(rows)):
+            for index, row in zip(indices, values):
+                if index >= 0 and args.process == 0:
+                    write_rows(table, [index], row[None])
+    run.views[known] = table.rows, np.arange(len(data.pictures))
+    return run.views[known]
 
 
 # ---------------------------------------------------------------- the network
@@ -641,19 +887,18 @@ def predict_views(run, network, ring, pairs):
 def on_device():
     """Say whether JAX computes on something faster than the cores, a GPU say."""
     keras = model.import_keras()
-    return keras.config.backend() == "jax" and not keras.distribution.list_devices()[0].startswith(
-        "cpu"
-    )
+    devices = keras.distribution.list_devices() if keras.config.backend() == "jax" else ["cpu"]
+    return not devices[0].startswith("cpu")
 
 
-def pass_batch(side):
-    """Return how many pictures of a side in pixels go through a network at once: a power of two."""
+def inference_batch(side):
+    """Return how many pictures of a side in pixels are predicted at once: a power of two."""
     fitting = DEVICE_BATCH * min(1, 224 / side) ** 2
-    return 1 << int(np.log2(max(PASS_BATCH, fitting))) if on_device() else PASS_BATCH
+    return 1 << int(np.log2(max(INFERENCE_BATCH, fitting))) if on_device() else INFERENCE_BATCH
 
 
 def fastest_format(args):
-    """Return the Keras dtype policy to work in: mixed_bfloat16 where a short trial finds it faster.
+    """Return the Keras dtype policy of the frozen pass: mixed_bfloat16 where a trial is faster.
 
     The median of five alternating timings of a convolution decides. A processor without such
     instructions is slower or raises: then it is float32.
@@ -665,31 +910,28 @@ def fastest_format(args):
     try:
         for name in ("float32", "mixed_bfloat16"):
             layers = [keras.layers.Conv2D(192, 3, padding="same", dtype=name) for _ in range(2)]
-            network = model.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
-            trials.append(functools.partial(network.predict_on_batch, batch))
+            trial = model.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
+            trials.append(functools.partial(trial.predict_on_batch, batch))
             trials[-1]()
         times = [[timeit.timeit(trial, number=1) for trial in trials] for _ in range(5)]
     except Exception:  # what a library raises for want of an instruction is its own affair
         return "float32"
-    plain, rounded = np.median(times, axis=0)
-    return "mixed_bfloat16" if plain / rounded >= WORTH_ROUNDING else "float32"
+    exact, rounded = np.median(times, axis=0)
+    return "mixed_bfloat16" if exact / rounded >= WORTH_ROUNDING else "float32"
 
 
 def find_weights(args):
-    """Return (path of notop weights or None for from scratch, lines of warning to repeat at the end)."""
+    """Return (path of notop weights, None for from scratch; warnings to repeat at the end)."""
     if args.weights == "none":
         return None, []
     if args.weights not in ("auto", "imagenet"):
-        if not args.weights.endswith(
-            (".h5", ".hdf5")
-        ):  # Keras would read a .keras file as something else
-            raise utils.UserError(
-                f"--weights {utils.escape(args.weights)}: give a file whose name ends in .h5"
-            )
-        with model.open_hdf5(Path(args.weights)):
-            pass
+        if not args.weights.endswith((".h5", ".hdf5")):
+            name = utils.escape(args.weights)
+            raise utils.UserError(f"--weights {name}: give a file whose name ends in .h5")
+        model.check_file(Path(args.weights))
         return Path(args.weights), []
-    keras, name = model.import_keras(), IMAGENET.rpartition("/")[2]
+    keras, address = model.import_keras(), model.BASE.address
+    name = address.rpartition("/")[2]
     try:
         return download(keras, name), []
     except Exception as error:  # urllib, ssl, sockets and Keras each raise their own
@@ -698,713 +940,581 @@ def find_weights(args):
             print(file=sys.stderr)  # Keras's bar has no end of line
     if args.weights == "imagenet":
         raise utils.UserError(
-            f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand: {IMAGENET}"
+            f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand, {address}, "
+            f"and give it with --weights {name}"
         )
     return None, [
         f"the ImageNet weights cannot be had ({reason})",
-        "training starts from scratch instead: expect a far lower accuracy unless there are many pictures",
-        f"to have them, download {IMAGENET}",
+        "training starts from scratch: expect far lower accuracy unless there are many pictures",
+        f"to have them, download {address}",
         f"on any machine and run again with --weights {name}",
     ]
 
 
 def download(keras, name):
-    """Return the path of Keras's own ImageNet weights, which it keeps under that name. Raises whatever goes wrong."""
+    """Return the path of Keras's own ImageNet weights. Raises whatever goes wrong."""
     if not sys.stderr.isatty():
-        keras.config.disable_interactive_logging()  # no bar in colours, without an end of line, in a log
-    homes = (
-        os.environ.get("KERAS_HOME", Path.home() / ".keras"),
-        "/tmp/.keras",
-    )  # the second if there is no first
+        keras.config.disable_interactive_logging()  # no bar in colours in a log
+    # the second where there is no home
+    homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
         if not any(Path(home, "models", name).exists() for home in homes):
-            try_connection(IMAGENET)
+            urllib.request.urlopen(model.BASE.address, timeout=DOWNLOAD_SECONDS).close()
         with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
-            return Path(
-                keras.utils.get_file(name, IMAGENET, cache_subdir="models", file_hash=IMAGENET_MD5)
-            )
+            settings = {"cache_subdir": "models", "file_hash": model.BASE.md5}
+            return Path(keras.utils.get_file(name, model.BASE.address, **settings))
     finally:
         socket.setdefaulttimeout(None)
 
 
-def source_of(path):
+def weights_fingerprint(path):
     """Return what tells one file of weights from another; path: None for from scratch."""
-    return (
-        "none"
-        if path is None
-        else f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
-    )
+    if path is None:
+        return "none"
+    return f"{path.name}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-def try_connection(address):
-    """Raise OSError unless a server answers in DOWNLOAD_SECONDS, however many addresses its name has."""
-    answers = []
-
-    def ask():
-        """Note None, or why there is no answer."""
-        try:
-            with urllib.request.urlopen(address):
-                answers.append(None)
-        except Exception as error:
-            answers.append(error)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(DOWNLOAD_SECONDS)
-    if not answers or answers[0]:
-        raise OSError(answers[0] if answers else f"no connection within {DOWNLOAD_SECONDS} s")
-
-
-def load_base(network, path):
-    """Load a file of notop weights, of either Keras format, into the blocks of a network. Raises UserError."""
+def choose_devices(args, number_format):
+    """Settle on the number format of the frozen pass, if it is None, and the devices."""
     keras = model.import_keras()
-    model.load_arrays(
-        keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output), path
-    )
-
-
-def cut_network(network, args, scratch):
-    """Divide a network at the block `--unfreeze` names. Returns Parts: Keras models that share its layers.
-
-    trunk: pixels → feature map (None from scratch: nothing is frozen). pool: feature map → 2048 pooled features, and
-    the 1280 of the middle where the feature map comes before it. head: pooled features → probabilities. top: feature
-    map → probabilities. The last layer that is trained sees the hidden units alone; the network's own is fitted.
-    """
-    keras = model.import_keras()
-    pooled, hidden, middle = (
-        network.get_layer(name).output for name in ("pooled", "hidden", "middle")
-    )
-    last = keras.layers.Dense(
-        network.output.shape[-1], activation="softmax", dtype="float32", name="trained"
-    )(hidden)
-    cut = network.input if scratch else network.get_layer(f"mixed{10 - args.unfreeze}").output
-    top = keras.Model(cut, last)
-    for layer in top.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = scratch  # frozen ones also keep their moving averages
-            layer.momentum = SCRATCH_MOMENTUM if scratch else layer.momentum
-    trunk = None if scratch else keras.Model(network.input, cut)
-    both = keras.layers.Concatenate()([pooled, middle]) if scratch or args.unfreeze >= 2 else pooled
-    return Parts(trunk, model.compiled(keras.Model(cut, both)), keras.Model(pooled, last), top)
-
-
-def fold_trunk(parts):
-    """Return Parts whose trunk is a compiled copy: its convolutions do the batch normalisation behind them, too.
-
-    The same function, an eighth faster: w * x becomes (w / s) * x + (beta - mean / s), where s is the square root of
-    variance + epsilon.
-    """
-    if parts.trunk is None:
-        return parts
-    keras, network = model.import_keras(), parts.trunk
-    made_by = {id(layer.output): layer for layer in network.layers}
-    norms = [
-        layer for layer in network.layers if isinstance(layer, keras.layers.BatchNormalization)
-    ]
-    pairs = [(made_by[id(norm.input)], norm) for norm in norms]
-    names = {convolution.name for convolution, _ in pairs}
-
-    def with_bias(layer):
-        more = {"use_bias": True, "kernel_initializer": "zeros"} if layer.name in names else {}
-        return type(layer).from_config(layer.get_config() | more)
-
-    def skip(layer, inputs, **_):
-        return inputs if isinstance(layer, keras.layers.BatchNormalization) else layer(inputs)
-
-    folded = keras.models.clone_model(network, clone_function=with_bias, call_function=skip)
-    for convolution, norm in pairs:
-        (kernel,), (beta, mean, variance) = convolution.get_weights(), norm.get_weights()
-        scale = np.sqrt(variance + norm.epsilon)
-        folded.get_layer(convolution.name).set_weights([kernel / scale, beta - mean / scale])
-    return parts._replace(trunk=model.compiled(folded))
-
-
-def prepare(run, network):
-    """Compile a model for training with AdamW. Its rate is set before each step: a schedule would be traced along."""
-    keras = model.import_keras()
-    with run.nets.together():
-        optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
-        loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
-        # by name alone, the graph would be made twice; a further one has to be named in train_epoch
-        accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
-        model.compiled(network, optimizer=optimizer, loss=loss, metrics=[accuracy])
-        optimizer.build(network.trainable_variables)  # now, so that --resume finds its variables
-
-
-def learning_rates(run, network):
-    """Return the rate of every step of a model's training, float (steps,): rising to its peak, then a cosine to 0."""
-    recipe, scratch, (steps, _) = run.recipe, run.nets.full.trunk is None, epoch_size(run)
-    if network is run.nets.fast.head:
-        warm_up, total_steps, peak = steps, recipe["head_epochs"] * steps, HEAD_RATE
-    else:
-        epochs = recipe["rounds"] * recipe["round_epochs"] + (
-            recipe["head_epochs"] if scratch else 0
-        )
-        warm_up, total_steps = int(epochs * steps * WARM_UP), epochs * steps
-        peak = SCRATCH_RATE if scratch else ROUND_RATE
-    rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
-    falling = (
-        peak
-        / 2
-        * (1 + np.cos(np.linspace(0, np.pi, max(1, total_steps - warm_up), endpoint=False)))
-    )
-    return np.concatenate([rising, falling])
-
-
-# ---------------------------------------------------------------- what a run works on
-
-
-def read_data(args, side):
-    """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
-    pictures, skipped, store = read_pictures(args, side)
-    groups = group_pictures(pictures, args.data_dir, args.group_by_folder)
-    train, validation = split(pictures, groups, args.validation_split, args.seed)
-    labels = sorted({picture.label for picture in pictures})
-    if len(labels) > model.MAX_CLASSES:
-        raise utils.UserError(f"{len(labels):,} classes: use at most {model.MAX_CLASSES:,}")
-    longest = max(labels, key=len)
-    if len(longest) > model.MAX_LABEL:  # as escaped: an undecodable byte takes six characters
-        raise utils.UserError(f"{longest[:60]}…: too long for a class name: rename the folder")
-    if len(json.dumps(labels)) > model.MAX_LABELS:
-        raise utils.UserError(
-            f"{len(labels):,} classes with such long names: give the folders shorter ones"
-        )
-    utils.print_line(
-        f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, {skipped} skipped"
-    )
-    warn_as_a_colleague(pictures, train, validation)
-    owner = np.array([picture.row % args.processes for picture in pictures])
-    shares = np.bincount(owner[train], minlength=args.processes)
-    if not shares.all():
-        raise utils.UserError(
-            f"{args.processes} processes are too many for {len(train)} pictures: start fewer"
-        )
-    if args.process == 0:  # it scores, so it needs what others have read
-        for i in validation[owner[validation] != 0]:
-            pixels, _, reason = read_picture(pictures[i].path, side)
-            if pixels is None:
-                raise utils.UserError(
-                    f"{utils.escape(pictures[i].path)}: has changed meanwhile: {reason}"
-                )
-            write_rows(store, [pictures[i].row], pixels[None])
-    targets = np.array([labels.index(picture.label) for picture in pictures])
-    frequency = np.bincount(targets[train], minlength=len(labels))
-    weights = (
-        (len(train) / len(labels) / frequency)[targets]
-        if args.class_weight
-        else np.ones(len(pictures))
-    )
-    mine = train[owner[train] == args.process]
-    return Data(
-        pictures, store, train, mine, int(shares.max()), validation, labels, targets, weights
-    )
-
-
-def set_up_keras(args, number_format):
-    """Settle on the number format, if it is None, and the devices. Returns both."""
-    keras = model.import_keras()
-    with (
-        model.silence_output()
-    ):  # under JAX, Keras imports a chatting TensorFlow when a layer first describes itself
+    with model.silence_output():  # under JAX, a first layer imports a chatting TensorFlow
         keras.layers.Identity().get_config()
     if number_format is None and args.process == 0:
         number_format = fastest_format(args)
-    number_format = exchange(args, number_format)[0]
+    number_format = all_gather(args, number_format)[0]
     utils.print_line(f"number format: {number_format}")
-    return (
-        number_format,
-        keras.distribution.list_devices() if keras.config.backend() == "jax" else [None],
-    )
+    is_jax = keras.config.backend() == "jax"
+    return number_format, keras.distribution.list_devices() if is_jax else [None]
 
 
-def build_networks(args, path, class_count, side, number_format):
-    """Build the float32 network to save and, where it pays, a bfloat16 one to train. Returns Nets.
+def build_networks(args, path, data, recipe, number_format):
+    """Build the network as it is, its frozen part, and a twin to be trained. Returns Networks.
 
-    path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to find out.
-    Where several devices or processes train as one, the network that they train is another one again: only they
-    together can compute with it. What is frozen runs on the first device of each process.
+    path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to
+    find out. Where several devices or processes train as one, only they together can compute with
+    the twin; what is frozen runs on the first device of each process.
     """
     keras = model.import_keras()
-    number_format, devices = set_up_keras(args, number_format)
+    number_format, devices = choose_devices(args, number_format)
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
-    network = model.build_network(class_count, side)
-    together = contextlib.nullcontext
+    side, class_count = data.pixels.rows.shape[1], len(data.labels)
+    has_grids = 2 * len(data.train) <= MAX_DUAL
+    base = model.build_network(class_count, side, has_grids)
     if path is not None:
-        load_base(network, path)
-
-    def twin():
-        """Build the network once more, to be trained, with the same numbers. Returns its Parts."""
-        other = model.build_network(class_count, side, number_format)
-        other.set_weights(network.get_weights())
-        return cut_network(other, args, path is None)
-
-    full = fold_trunk(cut_network(network, args, path is None))
-    fast = full if number_format == "float32" else fold_trunk(twin())
+        model.load_arrays(model.backbone_of(base), path)
+    cut = model.cut_name(args.unfreeze) if path is not None else None
+    scope = contextlib.nullcontext
     if len(devices) > 1:
-        together = keras.distribution.DataParallel(auto_shard_dataset=False).scope
-        with together():
-            shared = twin()
-        fast = fast._replace(head=shared.head, top=shared.top)
-    layout = model.compiled(keras.Model(network.input, network.get_layer("layout").output))
-    augmentation, batch = build_augmentation(side) if on_device() else None, pass_batch(side)
-    return Nets(
-        network,
-        full,
-        fast,
-        layout,
-        augmentation,
-        batch,
-        number_format,
-        source_of(path),
-        devices,
-        together,
+        scope = keras.distribution.DataParallel(auto_shard_dataset=False).scope
+    with scope():
+        trained = model.build_network(class_count, side, has_grids)
+        trained.set_weights(base.get_weights())
+        momentum = SCRATCH_MOMENTUM if path is None else None
+        head, top, hidden = model.trainable_part(trained, cut, momentum)
+    has_map = cut is not None and bool(recipe["rounds"])
+    exact = model.frozen_part(base, cut if has_map else None)
+    fast, rounded = exact, base
+    if number_format != "float32":
+        rounded = model.build_network(class_count, side, has_grids, number_format)
+        rounded.set_weights(base.get_weights())
+        fast = model.frozen_part(rounded, cut if has_map else None)
+    maps = model.frozen_part(rounded, cut, has_levels=False) if has_map else None
+    settings = Settings(
+        cut=cut,
+        levels=model.list_levels(base),
+        map_shape=tuple(top.input_shape[1:]),
+        augment=build_augmentation(side) if on_device() else None,
+        batch=inference_batch(side),
+        number_format=number_format,
+        source=weights_fingerprint(path),
+        devices=devices,
+        distribution_scope=scope,
     )
-
-
-def cache_name(args, nets, square, kind):
-    """Return how the names of the cache's files begin: features made in another way lie in other files."""
-    views, backend = (
-        (HEAVY if args.heavy_augmentation else LIGHT, args.seed),
-        model.import_keras().config.backend(),
-    )
-    made_from = (
-        FEATURES,
-        nets.source,
-        args.unfreeze,
-        square,
-        kind,
-        nets.number_format,
-        views,
-        backend,
-        on_device(),
-    )
-    name = hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
-    return f"{name}-{args.process}-of-{args.processes}" if args.processes > 1 else name
-
-
-def open_rings(args, data, nets, recipe):
-    """Make room for views: as many as the whole run makes, or as --cache-gb allows. Returns Rings.
-
-    Raises UserError if not even the pictures and a small ring fit.
-    """
-    cut, square, scratch = (
-        nets.full.top.input_shape[1:],
-        data.store.rows.shape[1:],
-        nets.full.trunk is None,
-    )
-    kind = "uint8" if scratch else "float32" if args.float32 else "float16"
-    plain_kind = "uint8" if scratch else "float32"
-    picture, view, plain = (
-        np.dtype(row).itemsize for row in (("uint8", square), (kind, cut), (plain_kind, cut))
-    )
-    view += 0 if scratch else nets.full.head.input_shape[1] * 4  # which train_head keeps of each
-    scored = len(data.validation) if args.process == 0 else 1
-    fixed = len(data.pictures) // args.processes * picture + scored * (view + plain)
-    least = fixed + min(len(data.mine), SMALLEST_RING) * view
-    if least > args.cache_gb * 1e9:
-        raise utils.UserError(
-            f"--cache-gb {args.cache_gb:g}: the cache needs at least {least * 1.06 / 1e9:.2g} GB: give more with "
-            "--cache-gb, and a folder on a disk that has it with --cache-dir"
-        )
-    wanted = 1 + views_made(recipe, recipe["rounds"])
-    slots = int(min(wanted * len(data.mine), (args.cache_gb * 1e9 - fixed) // view))
-    if slots < 2 * len(data.mine):
-        fitted = f"the last layer is fitted on {slots // 2} of {len(data.mine)} pictures"
-        utils.warn(f"--cache-gb {args.cache_gb:g}: {fitted}: give more if you can")
-    name = cache_name(args, nets, square, kind)
-    return Rings(
-        open_ring(args, f"{name}-views", slots, cut, kind),
-        open_ring(args, f"{name}-plain", scored, cut, plain_kind),
-        open_ring(args, f"{name}-shaken", scored, cut, kind),
-    )
+    return Networks(base, exact, fast, maps, trained, head, top, hidden, settings)
 
 
 # ---------------------------------------------------------------- training
 
 
-def train_epoch(run, network, rows, order, targets, label):
-    """Train one epoch with bare `train_on_batch`. Returns the mean {"loss", "accuracy"} over its steps.
+def compile_for_training(run, network):
+    """Compile a model with AdamW. Its rate is set before each step: a schedule would be traced."""
+    keras = model.import_keras()
+    with run.networks.settings.distribution_scope():
+        optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
+        # by name alone, the graph would be made twice
+        accuracy = keras.metrics.CategoricalAccuracy(name="accuracy")
+        model.compiled(network, optimizer=optimizer, loss=loss, metrics=[accuracy])
+        optimizer.build(network.trainable_variables)  # now, so that --resume finds its variables
 
-    rows: features (slots, …). order: (slot, index) pairs, int (n, 2), repeated from the beginning until the last
-    batch is full. targets: float (pictures, classes), one-hot. label: of its progress.
-    """
-    steps, batch_size, weights = *epoch_size(run), run.data.sample_weights
-    batches = np.resize(order, (steps, batch_size, 2))
-    logs, features_ahead = (
-        [],
-        utils.ordered_parallel_map(lambda b: rows[b[:, 0]], batches, workers=1),
-    )
-    rates = learning_rates(run, network)[int(network.optimizer.iterations) :]
-    with run.nets.together():
-        for batch, features, rate in zip(
-            utils.progress(batches, steps, label), features_ahead, rates
-        ):
-            network.optimizer.learning_rate = rate
-            logs.append(
-                network.train_on_batch(features, targets[batch[:, 1]], weights[batch[:, 1]])
-            )
-    return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist(), strict=True))
+
+def training_schedule(run, network):
+    """Return the learning rate of every step: rising to its peak, then a cosine to 0. (steps,)."""
+    recipe, (steps, _) = run.recipe, epoch_size(run)
+    if network is run.networks.head:
+        warm_up, total, peak = steps, recipe["head_epochs"] * steps, HEAD_RATE
+    else:
+        total = recipe["rounds"] * recipe["round_epochs"] * steps
+        warm_up = int(total * WARM_UP)
+        peak = SCRATCH_RATE if run.networks.settings.cut is None else ROUND_RATE
+    rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
+    angles = np.linspace(0, np.pi, max(1, total - warm_up), endpoint=False)
+    return np.concatenate([rising, peak / 2 * (1 + np.cos(angles))])
 
 
 def epoch_size(run):
-    """Return (steps an epoch, pictures a step of this process): alike in all processes, which wait for each other.
+    """Return (steps an epoch, pictures a step of this process): alike in all processes.
 
     The pictures of a step are divided evenly among the devices of all processes.
     """
-    args, devices = run.args, len(run.nets.devices)
-    batch_size = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
-    return -(-run.data.most // batch_size), batch_size
+    args, devices = run.args, len(run.networks.settings.devices)
+    batch = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
+    return -(-run.data.largest_shard // batch), batch
 
 
-def epoch_order(seed, window, slots, round_number, epoch):
-    """Return (slot, index) pairs, int (n, 2): every picture that has views in the window once, a random one of them.
+def train_epoch(run, network, read, label, *chances):
+    """Train one epoch with bare `train_on_batch`. Returns {"loss", "accuracy"}, means of its steps.
 
-    window: [(index, view)]. slots: where each of these lies.
+    Every local picture comes once, and some twice to fill the last batch. read: picture indices
+    (n,) and a random generator → features (n, …). chances: round and epoch, for the generator.
     """
-    rng = np.random.default_rng([seed, round_number, epoch])
-    mixed = np.column_stack([slots, [i for i, _ in window]])[rng.permutation(len(window))]
-    _, first = np.unique(mixed[:, 1], return_index=True)
-    return mixed[np.sort(first)]
+    data, (steps, size) = run.data, epoch_size(run)
+    rng = np.random.default_rng([run.args.seed, *chances])
+    order = np.resize(rng.permutation(data.local), (steps, size))
+    targets = np.eye(len(data.labels), dtype="float32")
+    ahead = utils.ordered_parallel_map(lambda batch: read(batch, rng), order, workers=1)
+    rates = training_schedule(run, network)[int(network.optimizer.iterations) :]
+    logs = []
+    with run.networks.settings.distribution_scope():
+        for batch, features, rate in zip(utils.progress(order, steps, label), ahead, rates):
+            network.optimizer.learning_rate = rate
+            y, weights = targets[data.targets[batch]], data.weights[batch]
+            logs.append(network.train_on_batch(features, y, weights))
+    return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist(), strict=True))
 
 
-def train_epochs(run, network, rows, slots, window, number, validation):
-    """Train the epochs of one round, a line each. Returns them as rows of the history, dicts by column.
+def train_epochs(run, network, read, round_number, predict_validation):
+    """Train the epochs of one round, a line each. Returns them as rows of the history, dicts.
 
-    rows, slots: the features, and where those of each view in the window lie. validation: gives the pooled features
-    (n, 2048) of the augmented validation pictures; the float32 network scores them with the last layer that is trained.
+    read: see train_epoch. predict_validation: gives the probabilities (n, classes) of what the
+    epoch is scored on.
     """
     data, history = run.data, []
-    targets = np.eye(len(data.labels), dtype="float32")[data.targets]
-    for epoch in range(1, run.recipe["round_epochs" if number else "head_epochs"] + 1):
+    actual = data.targets[data.validation]
+    count = run.recipe["round_epochs" if round_number else "head_epochs"]
+    for epoch in range(1, count + 1):
         start = time.monotonic()
-        order = epoch_order(run.args.seed, window, slots, number, epoch)
-        name = f"round {number} epoch {epoch}"
-        logs = train_epoch(run, network, rows, order, targets, name)
+        name = f"round {round_number} epoch {epoch}"
+        logs = train_epoch(run, network, read, name, round_number, epoch)
         if run.args.process:
             continue  # the first one scores
-        bring_up(run.nets)
-        units, actual = hidden_units(run, validation()), data.targets[data.validation]
-        probabilities = answers(units, run.nets.full.top.get_layer("trained").get_weights())
-        logs["val_loss"] = float(network.loss(targets[data.validation], probabilities))
+        probabilities = predict_validation()
+        logs["val_loss"] = log_loss(probabilities, actual, LABEL_SMOOTHING)
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
         utils.print_line(f"{name}: {shown}, {seconds:.0f} s")
-        unprinted = {
-            "plain_accuracy": "",
-            "learning_rate": float(network.optimizer.learning_rate),
-            "seconds": seconds,
-        }
-        history.append(
-            {"round": number, "epoch": epoch} | logs | unprinted
-        )  # the columns of model-history.csv
+        rate = float(network.optimizer.learning_rate)
+        more = {"plain_accuracy": "", "learning_rate": rate, "seconds": seconds}
+        history.append({"round": round_number, "epoch": epoch} | logs | more)
     return history
 
 
-def train_head(run, window):
-    """Round 0 of fine-tuning: the new dense layers, on pooled features computed once for each view."""
-    args, _, data, nets, rings = run
-    pooled = open_store(args, None, len(window), (2048,), "float32")
-    for places in in_batches(range(len(window)), nets.batch):
-        features, _ = predict_views(run, nets.fast.pool, rings.views, [window[n] for n in places])
-        write_rows(pooled, places, features)
-    if args.process == 0:
-        validation, _ = predict_views(
-            run, nets.fast.pool, rings.shaken, [(i, 0) for i in data.validation]
-        )
-    prepare(run, nets.fast.head)
-    return train_epochs(
-        run, nets.fast.head, pooled.rows, range(len(window)), window, 0, lambda: validation
-    )
+def train_head(run):
+    """Round 0: the new dense layers, on the top level of the unaugmented pictures."""
+    networks, data = run.networks, run.data
+    view, top_level = get_view(run, UNAUGMENTED), networks.settings.levels
+    last = next(lv for lv in top_level if lv.block == model.BASE.levels[-1] and not lv.is_grid)
+
+    def read(indices, _=None):
+        return view.rows["levels"][view.row_of[indices], last.start : last.stop]
+
+    def predict_validation():
+        layers = [networks.trained.get_layer("hidden"), networks.head.get_layer("trained")]
+        (kernel, bias), (kernel2, bias2) = (layer.get_weights() for layer in layers)
+        hidden = np.maximum(read(data.validation) @ kernel + bias, 0)
+        return softmax(hidden @ kernel2 + bias2)
+
+    compile_for_training(run, networks.head)
+    return train_epochs(run, networks.head, read, 0, predict_validation)
 
 
-def train_top(run, window, number):
+def train_top(run, round_number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
-    _, _, data, nets, rings = run
-    shaken = [(i, 0) for i in data.validation]
-    slots = find_slots(run, rings.views, window)
+    wanted = list_views(run, round_number)
+    for view in set(run.views) - {*wanted, UNAUGMENTED, MIRRORED, VALIDATION_VIEW}:
+        if isinstance(view, int):  # its file goes with it
+            del run.views[view]
+    views = [get_view(run, view) for view in wanted]
+    is_scorer = run.args.process == 0
+    held = get_view(run, VALIDATION_VIEW) if is_scorer else None
 
-    def validation():
-        return predict_views(run, nets.full.pool, rings.shaken, shaken)[0]
+    def read(indices, rng):
+        chosen = rng.integers(0, len(views), len(indices))
+        pairs = ((views[number], index) for number, index in zip(chosen, indices))
+        return np.stack([view.rows["map"][view.row_of[index]] for view, index in pairs])
 
-    return train_epochs(
-        run, nets.fast.top, rings.views.features.rows, slots, window, number, validation
-    )
+    def predict_validation():
+        return predict_trained(run, held, run.data.validation)[1]
 
-
-def bring_up(nets):
-    """Bring the float32 network up to date with the one that is trained."""
-    if nets.fast is not nets.full:
-        nets.full.top.set_weights(nets.fast.top.get_weights())
-
-
-def hidden_units(run, pooled):
-    """Return the float32 network's hidden units (n, 1024) for pooled features (n, 2048)."""
-    kernel, bias = run.nets.network.get_layer("hidden").get_weights()
-    return np.maximum(pooled @ kernel + bias, 0)
+    return train_epochs(run, run.networks.top, read, round_number, predict_validation)
 
 
-def last_units(run, ring, indices, view):
-    """Return what the network's last layer sees of one view of pictures, which a ring holds: float32 (n, units) a part.
+def predict_trained(run, view, indices):
+    """Return what the trained part makes of a view: (logits, probabilities), (n, classes) each."""
+    networks, size = run.networks, run.networks.settings.batch
+    parts = []
+    for some in in_batches(view.row_of[indices], size):
+        parts.append(model.predict(networks.hidden, view.rows["map"][some], size))
+    kernel, bias = networks.top.get_layer("trained").get_weights()
+    logits = np.concatenate(parts) @ kernel + bias
+    return logits, softmax(logits)
 
-    Parts: the hidden units, the middle (zeros where the feature maps come after it), the layout.
+
+# ---------------------------------------------------------------- readout
+# Ridge regression of the one-hot classes on the levels of the frozen network. Classes count alike,
+# or a stranger would be taken for whoever has most pictures. Each level weighs alike.
+
+
+def fit_readout(run, indices, views, levels, like=None):
+    """Fit the classes to some levels of pictures, in closed form. Returns a Fit.
+
+    views: those whose levels are read, unaugmented first. levels: [Level]. like: a Fit, whose share
+    of grids and strength are taken over. The strength, and the grids' share of the kernel, have the
+    least leave-one-out error; what belongs to one group is left out together.
     """
-    size = run.nets.batch
-    views = (make_views(run, [(i, view) for i in chunk]) for chunk in in_batches(indices, size))
-    layout = np.concatenate([model.predict(run.nets.layout, pixels, size) for pixels in views])
-    pooled, middle = predict_views(run, run.nets.full.pool, ring, [(i, view) for i in indices])
-    if not middle.size:
-        middle = np.zeros(
-            (len(indices), run.nets.network.get_layer("middle").output.shape[1]), "float32"
+    data, tables = run.data, [gather_levels(run, view) for view in views]
+    parts = [indices, *(np.intersect1d(indices, data.train) for _ in views[1:])]
+    starts = np.cumsum([0, *map(len, parts)])
+
+    def read(level, some=slice(None)):
+        """Return one level, float32 (n, units), of sorted places among all rows."""
+        places, found = np.arange(starts[-1])[some], []
+        for start, part, (rows, row_of) in zip(starts, parts, tables):
+            inside = places[(places >= start) & (places < start + len(part))] - start
+            found.append(rows[row_of[part[inside]], level.start : level.stop])
+        return np.concatenate(found)
+
+    rows = np.concatenate(parts)
+    fit = fit_primal if len(rows) > MAX_DUAL else fit_dual
+    return fit(run, rows, len(indices), read, levels, like)
+
+
+def class_roots(targets, class_count):
+    """Return the square roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
+    weights = 1 / np.maximum(1, np.bincount(targets, minlength=class_count))[targets]
+    return np.sqrt(weights / weights.sum())[:, None]
+
+
+def centred(targets, class_count):
+    """Return one-hot classes less their mean, float64 (n, classes)."""
+    return np.eye(class_count)[targets] - 1 / class_count
+
+
+def standardise(x):
+    """Return (rows with mean 0 whose mean square length is 1, the mean, the factor)."""
+    mean = x.mean(axis=0)
+    x = x - mean
+    factor = 1 / max(1e-12, np.sqrt(np.square(x).sum(axis=1).mean()))
+    return x * np.float32(factor), mean, factor
+
+
+def fit_dual(run, rows, plain, read, levels, like):
+    """Do what `fit_readout` does while there are fewer rows than numbers. plain: unaugmented rows.
+
+    With weights in K, the mean kernel of the levels plus 1 for the bias, the dual coefficients are
+    inv(K + strength) y, and I - hat matrix is strength * inv(K + strength).
+    """
+    data, class_count = run.data, len(run.data.labels)
+    targets = data.targets[rows]
+    roots, y = class_roots(targets, class_count), centred(targets, class_count)
+    groups = loo_groups(data, rows)
+    grams = {False: 0.0, True: 0.0}
+    for level in levels:
+        x = standardise(read(level))[0]
+        share = 1 / sum(other.is_grid == level.is_grid for other in levels)
+        grams[level.is_grid] = grams[level.is_grid] + share * (x @ x.T).astype("float64")
+    best = None
+    shares = GRID_SHARES if any(level.is_grid for level in levels) else (0.0,)
+    for grid_share in shares if like is None else (like.grid_share,):
+        kernel = (1 - grid_share) * grams[False] + grid_share * grams[True] + 1
+        weighted = roots * kernel * roots.T
+
+        def fit(strength, weighted=weighted, grid_share=grid_share):
+            inverse = invert(weighted + strength * np.eye(len(rows)))
+            residuals = inverse @ (roots * y)
+            answers = leave_out(inverse_block(inverse), residuals, roots, y, groups)
+            error = float(np.square(roots * (answers - y))[:plain].sum())
+            return Fit(
+                grid_share=grid_share,
+                strength=strength,
+                error=error,
+                answers=answers[:plain],
+                rows=rows,
+                block=inverse_block(inverse),
+                residuals=residuals,
+                roots=roots,
+                kernel=None,
+                bias=None,
+            )
+
+        found = search_strength(fit, like)
+        best = found if best is None or found.error < best.error else best
+    kernel, bias = primal_coefficients(read, levels, best, roots * best.residuals, class_count)
+    return best._replace(kernel=kernel, bias=bias)
+
+
+def inverse_block(inverse):
+    """Return a function that cuts the block of some rows out of a symmetric matrix."""
+    return lambda rows: inverse[np.ix_(rows, rows)]
+
+
+def invert(matrix):
+    """Return the inverse of a symmetric positive definite matrix, by Cholesky decomposition."""
+    from scipy.linalg import lapack
+
+    factor, problem = lapack.dpotrf(matrix, lower=1)
+    inverse, problem_2 = lapack.dpotri(factor, lower=1)
+    if problem or problem_2 or not np.isfinite(inverse).all():
+        raise utils.UserError("--weights: the network's features are not finite: use others")
+    lower = np.tril(inverse)
+    return lower + np.tril(lower, -1).T
+
+
+def search_strength(fit, like):
+    """Return fit(strength) with the least error, walking downhill among STRENGTHS."""
+    if like is not None:
+        return fit(like.strength)
+    place = FIRST_STRENGTH
+    best = fit(STRENGTHS[place])
+    for step in (-1, 1):
+        while 0 <= place + step < len(STRENGTHS):
+            other = fit(STRENGTHS[place + step])
+            if other.error >= best.error:
+                break
+            best, place = other, place + step
+    return best
+
+
+def loo_groups(data, rows):
+    """Return arrays of places in `rows` (picture indices, repeated for views) left out together.
+
+    A class that is one group only would have nothing to learn from: its pictures count alone.
+    """
+    groups = data.groups[rows]
+    of_class = defaultdict(set)
+    for target, group in zip(data.targets[rows].tolist(), groups.tolist()):
+        of_class[target].add(group)
+    single = {target for target, some in of_class.items() if len(some) == 1}
+    alone = np.isin(data.targets[rows], list(single))
+    keys = np.where(alone, rows + len(data.pictures), groups)
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+
+
+def leave_out(block, residuals, roots, y, groups):
+    """Return what a fit without a row's group answers for it: (n, classes), in units of y.
+
+    The residuals r of a group left out are inv(B) r, where B is its block of I - hat matrix; a
+    factor on both cancels out (Cook and Weisberg 1982, for several rows at once).
+    """
+    answers = np.empty_like(residuals)
+    for group in groups:
+        answers[group] = y[group] - np.linalg.solve(block(group), residuals[group]) / roots[group]
+    return answers
+
+
+def primal_coefficients(read, levels, fit, dual, class_count):
+    """Return kernel (units of all levels, classes) and bias (classes,) of dual coefficients."""
+    kernel = np.zeros((levels[-1].stop, class_count))
+    bias = dual.sum(axis=0) + 1 / class_count
+    for level in levels:
+        share = fit.grid_share if level.is_grid else 1 - fit.grid_share
+        share /= sum(other.is_grid == level.is_grid for other in levels)
+        if share:
+            x, mean, factor = standardise(read(level))
+            part = share * factor * (x.T @ dual)
+            kernel[level.start : level.stop] = part
+            bias = bias - mean @ part
+    return kernel, bias
+
+
+def fit_primal(run, rows, plain, read, levels, like):
+    """Do what `fit_readout` does with sums over all rows; the levels' means alone are read.
+
+    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot.
+    """
+    data, class_count = run.data, len(run.data.labels)
+    levels = [level for level in levels if not level.is_grid]
+    targets, chunks = data.targets[rows], in_batches(np.arange(len(rows)), 1024)
+    roots, y = class_roots(targets, class_count), centred(targets, class_count)
+    scales = [running_scale(read, level, chunks) for level in levels]
+
+    def standard_rows(some):
+        """Return standardised levels and 1 for the bias, times the weights' roots."""
+        parts = [(read(level, some) - mean) * (factor / np.sqrt(len(levels)))
+                 for level, (mean, factor) in zip(levels, scales)]  # fmt: skip
+        return roots[some] * np.column_stack([*parts, np.ones(len(some))])
+
+    width = sum(level.stop - level.start for level in levels) + 1
+    gram, products = np.zeros((width, width)), np.zeros((width, class_count))
+    for some in chunks:
+        x = standard_rows(some)
+        gram += x.T @ x
+        products += x.T @ (roots[some] * y[some])
+    drawn = np.sort(np.random.default_rng(run.args.seed).permutation(plain)[:MAX_DUAL])
+    x, y, roots = standard_rows(drawn), y[drawn], roots[drawn]
+    groups = loo_groups(data, rows[drawn])
+
+    def fit(strength):
+        inverse = invert(gram + strength * np.eye(width))
+        coefficients = inverse @ products
+        half = x @ inverse
+
+        def block(some):
+            return np.eye(len(some)) - half[some] @ x[some].T
+
+        residuals = roots * y - x @ coefficients
+        answers = leave_out(block, residuals, roots, y, groups)
+        return Fit(
+            grid_share=0.0,
+            strength=strength,
+            error=float(np.square(roots * (answers - y)).sum()),
+            answers=answers,
+            rows=rows[drawn],
+            block=block,
+            residuals=residuals,
+            roots=roots,
+            kernel=coefficients,
+            bias=None,
         )
-    return hidden_units(run, pooled), middle, layout
+
+    best = search_strength(fit, like)
+    kernel, bias = np.zeros((levels[-1].stop, class_count)), best.kernel[-1] + 1 / class_count
+    start = 0
+    for level, (mean, factor) in zip(levels, scales):
+        stop = start + level.stop - level.start
+        part = best.kernel[start:stop] * (factor / np.sqrt(len(levels)))
+        kernel[level.start : level.stop] = part
+        bias = bias - mean @ part
+        start = stop
+    return best._replace(kernel=kernel, bias=bias)
 
 
-def answers(units, last):
-    """Return the probabilities (n, classes) for units (n, k). last: kernel (k, classes) and bias (classes,)."""
-    from scipy.special import softmax
+def running_scale(read, level, chunks):
+    """Return what `standardise` does beside the rows, from sums: (the mean, the factor)."""
+    total, squares, count = 0.0, 0.0, 0
+    for some in chunks:
+        x = read(level, some).astype("float64")
+        total, squares, count = total + x.sum(axis=0), squares + np.square(x).sum(), count + len(x)
+    mean = total / count
+    return mean, 1 / np.sqrt(max(1e-24, squares / count - mean @ mean))
 
-    kernel, bias = last
-    return softmax(units @ kernel + bias, axis=1)
+
+# ---------------------------------------------------------------- calibration and strangers
 
 
-def fit_parts(run, window):
-    """Fit a last layer to each part of its units alone. Returns [(kernel (units, classes), bias (classes,))].
+def softmax(logits):
+    """Return softmax over the last axis."""
+    from scipy.special import softmax as scipy_softmax
 
-    Ridge regression of the one-hot classes on the units of the training pictures as they are; classes count alike, or a
-    stranger would be taken for whoever has most pictures. Gradient steps with cross-entropy leave a layer that is too
-    sure of what it has never seen; least squares does not, and errs no more often. In one fit to all, the hidden units,
-    which know every training picture by heart, would leave the others no say.
+    return scipy_softmax(logits, axis=-1)
+
+
+def log_loss(probabilities, targets, smoothing=0.0):
+    """Return the mean cross-entropy of (n, classes) with target classes (n,).
+
+    smoothing: the share of a target that is spread over all classes.
     """
-    data, sums = run.data, [0] * len(RIDGES)
-    indices = [i for i, view in window if view == PLAIN]
-    weights = 1 / np.bincount(data.targets[data.train])
-    bring_up(run.nets)
-    for chunk in in_batches(indices, 16 * run.nets.batch):
-        y = data.targets[chunk, None] == np.arange(len(data.labels))
-        for n, part in enumerate(last_units(run, run.rings.views, chunk, PLAIN)):
-            x = np.column_stack([part, np.ones(len(chunk))])
-            sums[n] = sums[n] + (x * weights[data.targets[chunk], None]).T @ np.column_stack([x, y])
-    return [
-        ridge_regression(total(run.args, one), ridge) for one, ridge in zip(sums, RIDGES.values())
-    ]
+    logs = np.log(np.maximum(probabilities, 1e-30))
+    own = logs[np.arange(len(targets)), targets]
+    return float(-((1 - smoothing) * own + smoothing * logs.mean(axis=1)).mean())
 
 
-def ridge_regression(sums, ridge):
-    """Return kernel (n, classes) and bias (classes,) of the least squares fit of one-hot classes, times LOGITS.
+def fit_temperature(logits, targets):
+    """Return the temperature with the least log loss (Guo et al. 2017).
 
-    sums: float64 (n + 1, n + 1 + classes), the weighted sum over all samples of the outer product of (x, 1) and
-    (x, 1, one-hot y). ridge: in mean variances of x. Raises UserError if training has led to numbers without end.
-    """
-    from scipy.linalg import solve
-
-    n = len(sums) - 1
-    if not np.isfinite(sums).all():
-        raise utils.UserError(
-            "training has led to numbers without end: use --float32, or other pictures"
-        )
-    means = sums / sums[n, n]
-    mean, shares = means[n, :n], means[n, n + 1 :]
-    covariance, cross = (
-        means[:n, :n] - np.outer(mean, mean),
-        means[:n, n + 1 :] - np.outer(mean, shares),
-    )
-    strength = ridge * max(np.trace(covariance) / n, 1e-12)
-    kernel = LOGITS * solve(covariance + strength * np.eye(n), cross, assume_a="pos")
-    return kernel, LOGITS * shares - mean @ kernel
-
-
-def train_rounds(run, state):
-    """Train round after round, save the best, until the rounds or the patience are used up. Returns the state.
-
-    state: of the last whole round of an interrupted run, or None.
-    """
-    args, recipe, data, nets, rings = run
-    scratch = nets.full.trunk is None
-    if args.process == 0:
-        fill_ring(
-            run,
-            rings.shaken,
-            nets.fast.trunk,
-            [(i, 0) for i in data.validation],
-            "validation views",
-        )
-        fill_ring(
-            run, rings.plain, nets.full.trunk, [(i, PLAIN) for i in data.validation], "validation"
-        )
-    prepare(run, nets.fast.top)
-    if state:
-        restore_weights(run, state)
-    state = state or {"round": -1, "stale": 0, "best": None, "history": []}
-    while state["round"] < recipe["rounds"] and not (
-        recipe["patience"] and state["stale"] >= recipe["patience"]
-    ):
-        number = state["round"] + 1
-        window = ring_window(run, number)
-        fill_ring(run, rings.views, nets.fast.trunk, window, "views")
-        rows = (
-            train_head(run, window)
-            if number == 0 and not scratch
-            else train_top(run, window, number)
-        )
-        fits = fit_parts(run, window)
-        best = exchange(
-            args, None if args.process else finish_round(run, number, rows, fits, state["best"])
-        )[0]
-        stale = 0 if best != state["best"] else state["stale"] + 1
-        state = {"round": number, "stale": stale, "best": best, "history": state["history"] + rows}
-        if args.process == 0:
-            save_state(run, state)
-            write_history(
-                args, state["history"]
-            )  # after it: on Windows a CSV that is open elsewhere is an error
-    return state
-
-
-def write_history(args, rows):
-    """Write model-history.csv: a row an epoch, whose keys are the columns."""
-    utils.write_csv(f"{args.model}-history.csv", list(rows[0]), [row.values() for row in rows])
-
-
-def ring_window(run, number):
-    """Return the [(index, view)] that the ring holds in a round: pictures as they are, and the latest views.
-
-    Where not all fit, at most half of the ring holds pictures as they are. Dense layers that are only a beginning learn
-    from these alone: views would make round 0 take twice as long.
-    """
-    capacity, mine, seed = len(run.rings.views.keys.rows), run.data.mine, run.args.seed
-    as_they_are = [
-        (i, PLAIN) for i, _ in training_views(seed, mine, 0, min(len(mine), max(1, capacity // 2)))
-    ]
-    room = capacity - len(as_they_are)
-    made = len(mine) * views_made(run.recipe, number)
-    return as_they_are + training_views(seed, mine, max(0, made - room), made)
-
-
-def choose_last_layer(run, fits):
-    """Return the last layer, of those that average the fits by BLENDS, that is right most often on validation.
-
-    Returns (its kernel and bias, probabilities (n, classes) of the pictures as they are, of their augmented views).
-    """
-    indices, rings, layers = run.data.validation, run.rings, []
-    plain = np.column_stack(last_units(run, rings.plain, indices, PLAIN))
-    augmented = np.column_stack(last_units(run, rings.shaken, indices, 0))
-    for shares in SCRATCH_BLENDS if run.nets.full.trunk is None else BLENDS:
-        kernel = np.concatenate([share * kernel for share, (kernel, _) in zip(shares, fits)])
-        layers.append((kernel, sum(share * bias for share, (_, bias) in zip(shares, fits))))
-    last = max(
-        layers,
-        key=lambda layer: (answers(plain, layer).argmax(1) == run.data.targets[indices]).sum(),
-    )
-    return last, answers(plain, last), answers(augmented, last)
-
-
-def finish_round(run, number, rows, fits, best):
-    """Print the round's line, draw its mosaic, save the model if it is the best yet.
-
-    fits: of the last layer, from `fit_parts`. best: {"round", "right", "loss"} of the best so far, or None. Returns the
-    best now.
-    """
-    args, _, data, _, _ = run
-    last, plain, augmented = choose_last_layer(run, fits)
-    actual = data.targets[data.validation]
-    right = int((plain.argmax(1) == actual).sum())
-    rows[-1]["plain_accuracy"] = right / len(actual)
-    line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
-    utils.print_line(line)
-    if number == 0:
-        for old in Path().glob(MOSAICS):  # of an earlier run with the same prefix
-            if is_mosaic_of(old, args.model):
-                old.unlink()
-        remove_state(args.model)
-    path, picture = (
-        Path(f"{number:03d}.png"),
-        lambda i: data.store.rows[data.pictures[data.validation[i]].row],
-    )
-    check_mosaic(path, args.model)  # another run may have begun in this folder meanwhile
-    report.draw_confusion_matrix(
-        path, args.model, line, data.labels, actual, plain.argmax(1), picture
-    )
-    temperature = fit_temperature(plain, actual)
-    calibrated, shaken = soften(plain, temperature), soften(augmented, temperature)
-    loss = log_loss(
-        np.concatenate([calibrated, shaken]), np.concatenate([actual, actual])
-    )  # breaks ties
-    if best and (right, -loss) <= (best["right"], -best["loss"]):
-        return best
-    save_round(run, number, right, last, temperature, choose_threshold(calibrated, actual))
-    return {"round": number, "right": right, "loss": loss}
-
-
-def save_round(run, number, right, last, temperature, threshold):
-    """Save the model with its new last layer, and what must travel with it."""
-    args, _, data, nets, _ = run
-    info = {
-        "labels": data.labels,
-        "image_size": data.store.rows.shape[1],
-        "round": number,
-        "temperature": temperature,
-        "threshold": threshold,
-        "weights": nets.source,
-        "accuracy": right / len(data.validation),
-        "interval": interval(right, len(data.validation)),
-        "number_format": nets.number_format,
-        "seed": args.seed,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
-    }
-    nets.network.get_layer("probabilities").set_weights([array / temperature for array in last])
-    model.save_model(nets.network, info, args.model)
-
-
-# ---------------------------------------------------------------- calibration and scores
-
-
-def soften(probabilities, temperature):
-    """Return softmax(log p / temperature), float64 (n, classes): temperature scaling, Guo et al. 2017."""
-    from scipy.special import softmax
-
-    return softmax(np.log(np.maximum(probabilities, 1e-30)) / temperature, axis=1)
-
-
-def log_loss(probabilities, actual):
-    """Return the mean negative log probability of the actual classes."""
-    return float(-np.log(np.maximum(probabilities[np.arange(len(actual)), actual], 1e-30)).mean())
-
-
-def fit_temperature(probabilities, actual):
-    """Return the temperature, 1/8 to 8, under which the probabilities say best how often they are right.
-
-    No finite set proves certainty: half a mistake more is assumed (Jeffreys' prior), as smoothed targets. And few
-    pictures say little about it: its logarithm has a normal prior around 0, of variance 1 / (2 * NEAR_ONE).
+    Targets count n + 1 of n + 2 times, as in Platt 1999: a finite set proves no certainty.
     """
     from scipy.optimize import minimize_scalar
 
-    smooth, classes = 0.5 / (len(actual) + 1), probabilities.shape[1]
+    classes = logits.shape[1]
+    smoothing = classes / (classes - 1) / (len(targets) + 2)
+    scale = max(1e-12, np.abs(logits).max())
 
     def loss(log_temperature):
-        """Return the log loss of all pictures and the prior's share, up to a constant."""
-        p = np.log(np.maximum(soften(probabilities, np.exp(log_temperature)), 1e-30))
-        fit = ((1 - smooth) * p[np.arange(len(actual)), actual] + smooth / classes * p.sum(1)).sum()
-        return NEAR_ONE * log_temperature**2 - fit
+        return log_loss(softmax(logits / np.exp(log_temperature)), targets, smoothing)
 
-    bounds = (-np.log(8), np.log(8))
+    bounds = np.log(scale) + np.array([-8, 5])
     return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
 
 
-def choose_threshold(probabilities, actual):
-    """Return the probability that a new picture, if rightly named, reaches in KEPT of all cases.
+def simulate_strangers(run, fit, temperature):
+    """Leave each class out in turn; return Strangers for the model's answers, None with two classes.
 
-    The quantile k / (n + 1), as in conformal prediction, keeps that promise with few validation pictures too. DOUBT and
-    SURE limit it: easy pictures all reach much the same probability, and a film's are seldom as easy.
+    The pictures of the class left out are the strangers, leave-one-out answers of the others the
+    friends. A class `unknown` is no friend: its pictures are strangers in the full model. Only
+    frozen levels can tell: what was trained has seen the class.
     """
-    right = probabilities.max(1)[probabilities.argmax(1) == actual]
-    if not len(right):
-        return 0.5
-    limit = max(SURE, 1 - DOUBT * (1 - right.mean()))
-    return float(min(limit, np.quantile(right, 1 - KEPT, method="weibull")))
+    data = run.data
+    count, labels = len(data.labels), data.labels
+    if count < 3:
+        return None
+    nobody = labels.index("unknown") if "unknown" in labels else -1
+    plain = len(fit.answers)
+    targets, row_targets = data.targets[fit.rows[:plain]], data.targets[fit.rows]
+    y = centred(row_targets, count)
+    answers, is_friend = softmax(fit.answers / temperature), targets != nobody
+    scores = [(answers[~is_friend], np.full((~is_friend).sum(), nobody))]
+    classes = [c for c in range(count) if c != nobody]
+    for left in np.random.default_rng(run.args.seed).permutation(classes)[:MAX_LEFT_OUT]:
+        some = np.flatnonzero(row_targets == left)
+        without = leave_out(fit.block, fit.residuals, fit.roots, y, [some])[some[some < plain]]
+        without[:, left] = -np.inf
+        scores.append((softmax(without / temperature), np.full(len(without), left)))
+    strangers = np.concatenate([answer for answer, _ in scores])
+    known = strangers.argmax(1) != nobody
+    names = zip(np.concatenate([left for _, left in scores]), strangers.argmax(1))
+    taken_for = Counter(labels[said] for (_, said), some in zip(names, known) if some)
+    reached = np.where(known, strangers.max(1), 0)
+    friends, right = answers[is_friend], answers[is_friend].argmax(1) == targets[is_friend]
+    return weigh_thresholds(friends.max(1), right, reached, taken_for)
+
+
+def weigh_thresholds(friends, right, strangers, taken_for):
+    """Return Strangers for every threshold that makes a difference, with the chosen one.
+
+    friends: probabilities of friends' answers, and whether these are correct. strangers: those with
+    which strangers are taken for somebody. Chosen is the middle, in log odds, between the lowest
+    threshold that calls STRANGERS_UNKNOWN of the strangers unknown and the one where both shares
+    have the largest sum; never one that refuses over FRIENDS_REFUSED of the correct answers.
+    """
+    thresholds = np.unique(np.concatenate([[0.0], friends, strangers]))
+    correct = np.sort(friends[right])
+    passed = len(correct) - np.searchsorted(correct, thresholds)
+    friends_share = passed / max(1, len(friends))
+    unknown = np.searchsorted(np.sort(strangers), thresholds) / max(1, len(strangers))
+    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))[-1]
+    enough = np.flatnonzero(unknown >= STRANGERS_UNKNOWN)
+    low = min(enough[0] if len(enough) else allowed, allowed)
+    high = max(low, min(np.argmax(friends_share + unknown), allowed))
+    middle = special_middle(thresholds[low], thresholds[high])
+    return Strangers(thresholds, friends_share, unknown, float(middle), taken_for)
+
+
+def special_middle(low, high):
+    """Return the middle of two probabilities in log odds."""
+    from scipy.special import expit, logit
+
+    return expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
+
+
+def shares_at(strangers, threshold):
+    """Return (share of friends correct, share of strangers unknown) at a threshold."""
+    place = min(np.searchsorted(strangers.thresholds, threshold), len(strangers.thresholds) - 1)
+    return float(strangers.friends[place]), float(strangers.unknown[place])
 
 
 def interval(right, total):
@@ -1414,13 +1524,276 @@ def interval(right, total):
     return list(binomtest(right, total).proportion_ci(0.95, method="exact"))
 
 
+# ---------------------------------------------------------------- rounds
+
+
+# network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
+Candidate = namedtuple(
+    "Candidate", "network kernel bias probabilities fit temperature trained_share"
+)
+
+
+def readout_candidate(run, fit):
+    """Return the Candidate of a readout alone, with its temperature folded in."""
+    data, width = run.data, model.HIDDEN
+    targets = data.targets[fit.rows[: len(fit.answers)]]
+    temperature = fit_temperature(fit.answers, targets)
+    kernel, bias = fit.kernel / temperature, fit.bias / temperature
+    probabilities = softmax(read_validation(run) @ kernel + bias)
+    kernel = np.concatenate([kernel, np.zeros((width, kernel.shape[1]))])
+    return Candidate(run.networks.base, kernel, bias, probabilities, fit, temperature, 0.0)
+
+
+def read_validation(run):
+    """Return the levels of the validation pictures, float32 (n, units)."""
+    view = get_view(run, UNAUGMENTED)
+    return view.rows["levels"][view.row_of[run.data.validation]]
+
+
+def trained_candidates(run, readout):
+    """Yield Candidates that mix the trained layer's logits with a readout of what stayed frozen.
+
+    From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
+    What was trained knows its pictures by heart, so only validation can judge these.
+    """
+    data, networks = run.data, run.networks
+    actual = data.targets[data.validation]
+    logits, _ = predict_trained(run, get_view(run, UNAUGMENTED), data.validation)
+    kernel, bias = networks.top.get_layer("trained").get_weights()
+    cut, blocks = networks.settings.cut, model.BASE.blocks
+    frozen = [level for level in networks.settings.levels
+              if cut and blocks.index(level.block) <= blocks.index(cut)]  # fmt: skip
+    width = networks.settings.levels[-1].stop
+    frozen_kernel, frozen_bias = np.zeros((width, len(data.labels))), 0.0
+    if frozen:
+        fit = fit_readout(run, data.train, views_read(run), frozen, like=readout.fit)
+        frozen_kernel[: len(fit.kernel)] = fit.kernel / readout.temperature
+        frozen_bias = fit.bias / readout.temperature
+    frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
+    for share in TRAINED_SHARES if frozen else (1.0,):
+        mixed = share * logits + (1 - share) * frozen_logits
+        heat = fit_temperature(mixed, actual)
+        mixed_kernel = np.concatenate([(1 - share) * frozen_kernel, share * kernel]) / heat
+        mixed_bias = ((1 - share) * frozen_bias + share * bias) / heat
+        yield Candidate(networks.trained, mixed_kernel, mixed_bias, softmax(mixed / heat),
+                        readout.fit, readout.temperature, share)  # fmt: skip
+
+
+def views_read(run):
+    """Return the views that the readout reads: mirror images only while the fit is in the dual."""
+    is_small = 2 * len(run.data.train) <= MAX_DUAL
+    return [view for view in (UNAUGMENTED, MIRRORED) if view == UNAUGMENTED or is_small]
+
+
+def best_readout(run, round_number, before):
+    """Return the Fit of a round: that of round 0, or with mirror images if leave-one-out says so."""
+    levels, train = run.networks.settings.levels, run.data.train
+    if before is None:
+        before = fit_readout(run, train, [UNAUGMENTED], levels)
+    if round_number == 1 and len(views_read(run)) > 1:
+        mirrored = fit_readout(run, train, views_read(run), levels)
+        # weights sum to one over twice the rows, so the error of the same answers is half
+        return mirrored if 2 * mirrored.error < before.error else before
+    return before
+
+
+def run_rounds(run, state):
+    """Train round after round, save the best, until nothing improves. Returns the state.
+
+    state: of the last whole round of an interrupted run, or None.
+    """
+    args, recipe, networks = run.args, run.recipe, run.networks
+    if recipe["rounds"]:
+        compile_for_training(run, networks.top)
+    fit = None
+    if state:
+        restore_state(run, state)
+        fit = refit(run, state["round"])
+    else:
+        remove_state(args.model)
+        state = {"round": -1, "stale": 0, "best": None, "history": []}
+    while not is_finished(run, state):
+        number = state["round"] + 1
+        get_view(run, UNAUGMENTED)
+        rows = train_top(run, number) if number else []
+        fit = exchange_fit(run, number, fit)
+        if number == 0:
+            rows = train_head(run)
+        best = None
+        if args.process == 0:
+            best = finish_round(run, number, rows, fit, state["best"])
+        best = all_gather(args, best)[0]
+        stale = 0 if best != state["best"] else state["stale"] + 1
+        history = state["history"] + rows
+        state = {"round": number, "stale": stale, "best": best, "history": history}
+        if args.process == 0:
+            save_state(run, state)
+            write_history(args, history)  # after it: on Windows a CSV that is open is an error
+    return state
+
+
+def exchange_fit(run, number, fit):
+    """Return the readout of a round to the first process; the others only give their levels."""
+    if run.args.process == 0:
+        return best_readout(run, number, fit)
+    for view in [UNAUGMENTED] if number == 0 else views_read(run)[1:] if number == 1 else []:
+        gather_levels(run, view)
+    return None
+
+
+def refit(run, last_round):
+    """Return the readout as it was after a round, from the same features."""
+    fit = None
+    for number in range(min(last_round, 1) + 1):
+        fit = exchange_fit(run, number, fit)
+    return fit
+
+
+def is_finished(run, state):
+    """Say whether no further round is due: all made, none that improves, or no mistake is left."""
+    recipe = run.recipe
+    if state["round"] >= recipe["rounds"]:
+        return True
+    if state["round"] < 0 or "rounds" in run.args:  # rounds that were asked for are made
+        return False
+    is_perfect = state["best"]["right"] == len(run.data.validation)
+    return is_perfect or (recipe["patience"] and state["stale"] >= recipe["patience"])
+
+
+def finish_round(run, number, rows, fit, best):
+    """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
+
+    best: {"round", "right", "loss"} of the best so far, or None.
+    """
+    data = run.data
+    actual = data.targets[data.validation]
+    readout = readout_candidate(run, fit)
+    candidates = [readout, *(trained_candidates(run, readout) if number else [])]
+    chosen = min(candidates, key=lambda c: score(c.probabilities, actual))
+    right = int((chosen.probabilities.argmax(1) == actual).sum())
+    if rows:
+        rows[-1]["plain_accuracy"] = right / len(actual)
+    line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
+    utils.print_line(line)
+    loss = log_loss(chosen.probabilities, actual)
+    if best is None or (right, -loss) > (best["right"], -best["loss"]):
+        best = {"round": number, "right": right, "loss": loss}
+        save_candidate(run, number, right, chosen)
+    draw_round(run, number, line, chosen.probabilities)
+    return best
+
+
+def score(probabilities, actual):
+    """Return what is least for the best answers: (mistakes, log loss)."""
+    return int((probabilities.argmax(1) != actual).sum()), log_loss(probabilities, actual)
+
+
+def draw_round(run, number, title, probabilities):
+    """Draw the confusion matrix of a round; a picture that cannot be drawn is a warning."""
+    args, data = run.args, run.data
+    path = Path(f"{number:03d}.png")
+    if number == 0:
+        for old in Path().glob(MATRICES):  # of an earlier run with the same prefix
+            if is_matrix_of(old, args.model):
+                old.unlink()
+    check_matrix(path, args.model)  # another run may have begun in this folder meanwhile
+    with drawing(path):
+        report.draw_confusion_matrix(
+            path, args.model, title, data.labels, data.targets[data.validation],
+            probabilities.argmax(1), lambda i: square_of(data, data.validation[i]),
+        )  # fmt: skip
+
+
+def square_of(data, index):
+    """Return the pixels of a picture, uint8 (side, side, 3)."""
+    return data.pixels.rows[data.pictures[index].row]
+
+
+@contextlib.contextmanager
+def drawing(path):
+    """Turn what goes wrong while a picture is drawn into a warning; the model is safe already."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        utils.warn(f"{utils.escape(path)}: could not be drawn ({utils.first_line(error)})")
+
+
+def save_candidate(run, number, right, chosen):
+    """Save a network with its new last layer, and what must travel with it."""
+    args, data, networks = run.args, run.data, run.networks
+    settings, count = networks.settings, len(data.validation)
+    strangers = simulate_strangers(run, chosen.fit, chosen.temperature)
+    promise, threshold = None, 0.5
+    if strangers:
+        threshold, promise = strangers.chosen, shares_at(strangers, strangers.chosen)
+    if strangers and chosen.trained_share:
+        # only frozen levels can be simulated: as many answers are refused as there
+        refused = 1 - promise[0] / max(1e-9, strangers.friends[0])
+        threshold = float(np.quantile(chosen.probabilities.max(1), np.clip(refused, 0, 1)))
+    info = {
+        "labels": data.labels,
+        "base": model.BASE.builder,
+        "has_grids": any(level.is_grid for level in settings.levels),
+        "image_size": data.pixels.rows.shape[1],
+        "face_crops": share_of_face_crops(data),
+        "round": number,
+        "trained_share": chosen.trained_share,
+        "threshold": threshold,
+        "strangers": promise and {"friends": promise[0], "unknown": promise[1]},
+        "weights": settings.source,
+        "accuracy": right / count,
+        "interval": interval(right, count),
+        "number_format": settings.number_format,
+        "seed": args.seed,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+    }
+    save_network(args, chosen.network, chosen.kernel, chosen.bias, info)
+
+
+def save_network(args, network, kernel, bias, info):
+    """Save a network with these numbers in its last layer."""
+    if not np.isfinite(kernel).all():
+        raise utils.UserError("training has led to numbers that are not finite: use --float32")
+    network.get_layer("probabilities").set_weights([kernel, bias])
+    model.save_model(network, info, args.model)
+
+
+@functools.cache
+def load_cascade():
+    """Return OpenCV's face detector from beside this script."""
+    import cv2
+
+    return cv2.CascadeClassifier(str(Path(__file__).with_name(utils.CASCADE)))
+
+
+def share_of_face_crops(data):
+    """Return in what share of the training pictures there is one face of a crop's size.
+
+    The tagger's crops are twice as wide as the face box.
+    """
+    import cv2
+
+    found, side = [], data.pixels.rows.shape[1]
+    step = max(1, len(data.local) // FACE_SAMPLE)
+    low, high = (max(24, round(share * side)) for share in FACE_SIDES)
+    for index in data.local[::step]:
+        grey = cv2.cvtColor(square_of(data, index), cv2.COLOR_RGB2GRAY)
+        faces = load_cascade().detectMultiScale(
+            grey, 1.1, 3, minSize=(low, low), maxSize=(high, high)
+        )
+        found.append(len(faces) == 1)
+    return round(float(np.mean(found)), 3)
+
+
 def versions():
     """Return the versions of what made a model."""
     from importlib.metadata import version
 
-    found = {"python": sys.version.split()[0]} | {
-        name: version(name) for name in ("keras", "numpy", "pillow")
-    }
+    found = {"python": sys.version.split()[0]}
+    found |= {name: version(name) for name in ("keras", "numpy", "pillow")}
     backend = model.import_keras().config.backend()
     return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
 
@@ -1429,31 +1802,24 @@ def versions():
 
 
 def check_outputs(args):
-    """Raise UserError before any work where something the user has would be overwritten or cannot be written."""
-    folder = Path(args.model).parent
+    """Raise UserError before any work where a file would be overwritten or cannot be written."""
+    name, folder = utils.escape(args.model), Path(args.model).parent
+    # Keras reads names in .weights.h5 as another format; `m-labels.json` belongs to the model `m`
+    ends = (".weights", "-labels", "-resume", "-evaluate", "-review")
+    problem = None
     if not folder.is_dir():
-        raise utils.UserError(
-            f"{utils.escape(folder)}: no such folder: make it or choose another prefix"
-        )
-    if not utils.is_utf8(args.model):
-        raise utils.UserError(
-            f"{utils.escape(args.model)}: no name in UTF-8: choose another prefix"
-        )
-    if args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
-        raise utils.UserError(
-            f"{utils.escape(args.model)}: is a folder: give a prefix such as {Path('model')}"
-        )
-    # Keras reads names in .weights.h5 as another format; `m-labels.json`, say, belongs to the model `m`
-    ends = (".weights", "-labels", "-resume", "-evaluate")
-    if not args.evaluate and args.model.endswith(ends):
-        raise utils.UserError(
-            f"{utils.escape(args.model)}: choose a prefix that does not end in {', '.join(ends)}"
-        )
-    if not args.evaluate and not model.may_replace_model(args.model):
-        raise utils.UserError(
-            f"{utils.escape(args.model)}.h5: a model from elsewhere: choose another prefix"
-        )
-    if args.cache_dir:
+        name, problem = utils.escape(folder), "no such folder: make it or choose another prefix"
+    elif not utils.is_utf8(args.model):
+        problem = "no name in UTF-8: choose another prefix"
+    elif args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
+        problem = f"is a folder: give a prefix such as {Path('model')}"
+    elif not args.evaluate and args.model.endswith(ends):
+        problem = f"choose a prefix that does not end in {', '.join(ends)}"
+    elif not args.evaluate and not model.may_replace_model(args.model):
+        name, problem = f"{name}.h5", "a model from elsewhere: choose another prefix"
+    if problem:
+        raise utils.UserError(f"{name}: {problem}")
+    if args.cache_dir and not args.dry_run:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in {folder, Path(), args.cache_dir or folder}:
         try:
@@ -1461,348 +1827,358 @@ def check_outputs(args):
         except OSError as error:
             error.filename = place.resolve()  # not that of a file that nobody knows
             raise
-    for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MOSAICS)):
-        check_mosaic(path, args.model)
+    for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MATRICES)):
+        check_matrix(path, args.model)
 
 
-def check_mosaic(path, prefix):
+def check_matrix(path, prefix):
     """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
-    if path.exists() and not is_mosaic_of(path, prefix):
-        raise utils.UserError(
-            f"{path}: not a picture of this model: move it away or run in another folder"
-        )
+    if path.exists() and not is_matrix_of(path, prefix):
+        what = "not a picture of this model"
+        raise utils.UserError(f"{path}: {what}: move it away or run in another folder")
 
 
-def is_mosaic_of(path, prefix):
-    """Say whether a file is a mosaic that a run with this prefix has made: `report.draw_confusion_matrix` notes it inside."""
+def is_matrix_of(path, prefix):
+    """Say whether a file is a confusion matrix of ours, made with this prefix."""
     if not path.is_file():  # a named pipe would wait for ever
         return False
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            return image.info.get("Software") == f"{utils.KIT}: {prefix}"
+            kit, _, made_for = image.info.get("Software", "").partition(": ")
+            return kit == utils.KIT and Path(made_for).resolve() == Path(prefix).resolve()
     except Exception:  # Pillow's parsers raise much
         return False
 
 
 def remove_unfinished(prefix):
-    """Remove the unfinished files of an earlier run that was killed: only those that this prefix can have."""
+    """Remove the unfinished files of an earlier run that was killed: those of this prefix."""
     folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
-    ends = (".h5 .json -labels.json -history.csv -report.png -mistakes.csv -evaluate.csv -evaluate-report.png "
-            "-resume.json -resume-files.txt -resume.0.npy -resume.1.npy").split()  # fmt: skip
-    for stem, _, kind in (end.rpartition(".") for end in ends):
+    ends = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png "
+    ends += "-evaluate.csv -evaluate-report.png -resume.npz"
+    for stem, _, kind in (end.rpartition(".") for end in ends.split()):
         for path in folder.glob(f".{name}{stem}-unfinished-*.{kind}"):
             path.unlink()
-    for path in Path().glob(f".{MOSAICS.replace('.', '-unfinished-*.')}"):
+    for path in Path().glob(f".{MATRICES.replace('.', '-unfinished-*.')}"):
         path.unlink()
 
 
-def score_saved(args, network, data, what):
-    """Score a saved model, as anybody would read it, on data.validation.
+def write_history(args, rows):
+    """Write model-history.csv: a row an epoch, whose keys are the columns."""
+    utils.write_csv(f"{args.model}-history.csv", list(rows[0]), [row.values() for row in rows])
 
-    what: begins the line that is printed, `evaluate: accuracy` say. Returns (probabilities (n, classes), accuracy,
-    rows of PREDICTION_COLUMNS, a title for pictures).
+
+def score_saved(args, network, data, indices, what):
+    """Score a saved model, as anybody would read it. Returns Predictions.
+
+    what: begins the line that is printed, `evaluate: accuracy` say.
     """
-    actual = data.targets[data.validation]
-    size = pass_batch(data.store.rows.shape[1])
-    chunks = in_batches([data.pictures[i].row for i in data.validation], size)
+    actual, side = data.targets[indices], data.pixels.rows.shape[1]
+    size = inference_batch(side)
+    chunks = in_batches([data.pictures[i].row for i in indices], size)
     shown = utils.progress(chunks, len(chunks), "scoring")
-    probabilities = np.concatenate(
-        [model.predict(network, data.store.rows[chunk], size) for chunk in shown]
-    )
+    parts = [model.predict(network, data.pixels.rows[chunk], size) for chunk in shown]
+    probabilities = np.concatenate(parts)
     right = int((probabilities.argmax(1) == actual).sum())
     low, high = interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(f"{line}, 95% interval {low:.4f} to {high:.4f}")
     rows = []
-    for i, p in zip(data.validation, probabilities):
-        name = data.pictures[i].path.relative_to(args.data_dir).as_posix()
-        rows.append([name, data.labels[data.targets[i]], data.labels[p.argmax()], f"{p.max():.6f}"])
-    return (
-        probabilities,
-        right / len(actual),
-        rows,
-        f"{utils.escape(Path(args.model).name)}, {line}",
-    )
+    for i, p in zip(indices, probabilities):
+        said = data.labels[p.argmax()]
+        rows.append(
+            [file_name(args, data, i), data.labels[data.targets[i]], said, f"{p.max():.6f}"]
+        )
+    title = f"{utils.escape(Path(args.model).name)}, {line}"
+    return Predictions(probabilities, right / len(actual), rows, title)
+
+
+def file_name(args, data, index):
+    """Return the name of a picture below data_dir."""
+    return data.pictures[index].path.relative_to(args.data_dir).as_posix()
 
 
 def finish_run(run, state):
-    """Score the saved files; print `best:`, write mistakes and report, say what is next. Returns the accuracy."""
-    args, _, data, _, _ = run
+    """Score the saved files, write what is to be looked at, say what is next. Returns accuracy."""
+    args, data = run.args, run.data
     network, info = model.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
-    probabilities, accuracy, rows, title = score_saved(args, network, data, what)
-    wrong = sorted((row for row in rows if row[1] != row[2]), key=lambda row: row[3], reverse=True)
-    utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong)
-    write_history(
-        args, state["history"]
-    )  # again: a kill may have come between the last state and its rows
-    actual = data.targets[data.validation]
-    report.draw_report(
-        f"{args.model}-report.png", title, data.labels, actual, probabilities, state["history"]
-    )
-    tell_what_next(args, info, rows)
-    return accuracy
+    found = score_saved(args, network, data, data.validation, what)
+    fit = refit(run, info["round"])
+    temperature = fit_temperature(fit.answers, data.targets[fit.rows[: len(fit.answers)]])
+    strangers = simulate_strangers(run, fit, temperature)
+    if info["strangers"]:
+        friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
+        utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
+                         f"correct, {unknown:.2f} of strangers unknown")  # fmt: skip
+    wrong = sorted((row for row in found.rows if row[1] != row[2]), key=lambda row: row[3])
+    utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong[::-1])
+    write_history(args, state["history"])  # again: a kill may have come between state and rows
+    with drawing(f"{args.model}-report.png"):
+        panel = strangers and (strangers.thresholds, strangers.friends, strangers.unknown,
+                               info["threshold"])  # fmt: skip
+        report.draw_report(
+            f"{args.model}-report.png", found.title, data.labels, data.targets[data.validation],
+            found.probabilities, state["history"], panel,
+        )  # fmt: skip
+    everything = fit_readout(run, np.arange(len(data.pictures)), [UNAUGMENTED],
+                             run.networks.settings.levels, like=fit)  # fmt: skip
+    review = review_labels(args, data, everything, temperature)
+    write_review(args, data, review)
+    if args.fit_all:
+        fit_all(run, network, info, everything, temperature)
+    print_next_steps(args, info, found.rows, strangers, len(review))
+    return found.accuracy
 
 
-def tell_what_next(args, info, rows):
-    """Say on stderr, in words, how good the model is, what it confuses, what to look at and what to run next."""
-    name, confused = (
-        utils.escape(args.model),
-        Counter((row[1], row[2]) for row in rows if row[1] != row[2]),
+def fit_all(run, network, info, everything, temperature):
+    """Save the model once more with a readout of all pictures; its figures are those from before."""
+    args = run.args
+    if info["trained_share"]:
+        utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
+        return
+    width = (model.HIDDEN, len(run.data.labels))
+    kernel = np.concatenate([everything.kernel / temperature, np.zeros(width)])
+    save_network(args, network, kernel, everything.bias / temperature, info | {"fit_all": True})
+    utils.print_line(
+        "fit-all: the saved model's readout knows all pictures now; every figure printed and stored "
+        "is that of the model before"
     )
+
+
+# ---------------------------------------------------------------- labels worth a look
+
+
+def review_labels(args, data, fit, temperature):
+    """Return rows (index, suggested label, probability, why) for labels that deserve a look.
+
+    `label`: a readout that has not seen the picture gives its label less than another; `copy`:
+    equal or near copies under two classes. The most doubtful come first.
+    """
+    answers = softmax(fit.answers / temperature)
+    found = {}
+    for i, p in zip(fit.rows[: len(answers)].tolist(), answers):
+        if p.argmax() != data.targets[i]:
+            found[i] = (i, data.labels[p.argmax()], float(p.max() - p[data.targets[i]]), "label")
+    for pair in data.copies:
+        for i, other in (pair, pair[::-1]):
+            found[i] = (i, data.pictures[other].label, 1.0, "copy")
+    return sorted(found.values(), key=lambda row: (-row[2], row[0]))
+
+
+def write_review(args, data, review):
+    """Write model-review.csv, and the first pictures of it as model-review.png."""
+    header = ["file", "label", "suggested", "probability", "why"]
+    rows = [[file_name(args, data, i), data.pictures[i].label, suggested, f"{p:.6f}", why]
+            for i, suggested, p, why in review]  # fmt: skip
+    utils.write_csv(f"{args.model}-review.csv", header, rows)
+    path, first = Path(f"{args.model}-review.png"), review[:REVIEW_SHOWN]
+    if not first:
+        path.unlink(missing_ok=True)
+        return
+    squares = [square_of(data, i) for i, *_ in first]
+    with drawing(path):
+        report.draw_review_sheet(path, squares, [row[1] for row in rows], [row[1] for row in first])
+
+
+def print_next_steps(args, info, rows, strangers, doubtful):
+    """Say on stderr how good the model is, what it confuses, what to look at and to run next."""
+    name = utils.escape(args.model)
+    confused = Counter((row[1], row[2]) for row in rows if row[1] != row[2])
     right = len(rows) - confused.total()
     low, high = interval(right, len(rows))
-    lines = [f"{name}.h5 names {right} of {len(rows)} pictures rightly that it was not trained on;"]
-    lines.append(f"on more pictures like these, expect {low:.0%} to {high:.0%}.")
+    lines = [
+        f"{name}.h5 classifies {right} of {len(rows)} pictures correctly that it was not trained "
+        f"on; on more pictures like these, expect {low:.0%} to {high:.0%}."
+    ]
     if confused:
         pairs = ", ".join(f"{a} for {p} ({n})" for (a, p), n in confused.most_common(3))
-        lines.append(f"Taken for another most often: {pairs}.")
+        lines.append(f"Confused most often: {pairs}.")
+    if doubtful:
+        labels = utils.count(doubtful, "label deserves", "labels deserve")
+        lines.append(f"{labels} a look: {name}-review.png and {name}-review.csv.")
     lines.append(f"Below a probability of {info['threshold']:.3f} the tagger says unknown.")
+    if strangers and strangers.taken_for:
+        most = ", ".join(label for label, _ in strangers.taken_for.most_common(3))
+        lines.append(f"Strangers are taken most often for: {most}.")
     if "unknown" not in info["labels"]:
-        lines.append("There is no class `unknown`: `--threshold 0` gives everybody a name.")
-    lines.append(
-        f"Look at {info['round']:03d}.png, {name}-report.png and {name}-mistakes.csv. Then:"
-    )
-    lines.append(f"    python webcam.py {shlex.quote(name)}")
-    lines.append("or, if these are not faces, the same with --whole-picture.")
+        lines.append("A class `unknown`, with pictures of many others, teaches it who is strange.")
+    lines.append(f"Look at {info['round']:03d}.png, {name}-report.png, {name}-mistakes.csv. Then:")
+    command = f"    python webcam.py {shlex.quote(name)}"
+    lines.append(command if info["face_crops"] >= 0.5 else f"{command} --source FOLDER_OF_PHOTOS")
     if args.cache_dir and args.cache_dir.exists():
-        stats = [
-            path.lstat() for end in ("features", "keys") for path in args.cache_dir.glob(f"*.{end}")
-        ]
-        size = sum(
-            getattr(stat, "st_blocks", 0) * 512 or stat.st_size for stat in stats
-        )  # the files have holes
+        files = list(args.cache_dir.glob("*.features"))
+        size = sum(path.stat().st_size for path in files) / 1e9
         folder = shlex.quote(utils.escape(args.cache_dir))
-        lines.append(
-            f"The kept cache takes {size / 1e9:.2f} GB; it shows what your pictures show. To delete it:"
-        )
-        lines.append(f"    rm {folder}/*.features {folder}/*.keys")
+        lines.append(f"The kept cache takes {size:.2f} GB and shows what your pictures show.")
+        lines.append(f"To delete it: rm {folder}/*.features")
     print("\n".join(lines), file=sys.stderr)
 
 
 # ---------------------------------------------------------------- stop and go on
 
 
-def state_files(prefix, number=0):
-    """Return the paths of what --resume needs: facts as JSON, the files, the numbers of a round, of the one before."""
-    ends = ".json", "-files.txt", f".{number % 2}.npy", f".{1 - number % 2}.npy"  # by turns
-    return [Path(f"{prefix}-resume{end}") for end in ends]
+def state_path(prefix):
+    """Return the path of what --resume needs: facts, split and variables after a whole round."""
+    return Path(f"{prefix}-resume.npz")
 
 
-def settings_of(args, recipe, data):
-    """Return what must be the same when a run goes on, by the name to show."""
-    names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32 cache_gb".split()
-    settings = {name: getattr(args, name) for name in names}
-    side = data.store.rows.shape[1]
-    settings |= recipe | {"image_size": side, "processes": args.processes}
-    # Last, since what a user can give again changes these as well: how another version divides, and its network
-    return settings | {
-        "split": zlib.crc32(data.validation),
-        "network": len(data.labels),
-    }
+def resume_settings(args, recipe, data):
+    """Return what must be the same when a run goes on, by the name to show; plain data."""
+    names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32"
+    settings = {name: getattr(args, name) for name in [*names.split(), "cache_gb", "processes"]}
+    settings |= recipe | {"image_size": data.pixels.rows.shape[1], "labels": data.labels}
+    views = json.loads(json.dumps(view_settings(args)))
+    return settings | {"views_made_of": views, "split": data.validation.tolist()}
 
 
 def file_list(args, data):
-    """Return a line for each picture used, as UTF-8: the file below data_dir and its SHA-256."""
-    names = (
-        utils.escape(picture.path.relative_to(args.data_dir).as_posix())
-        for picture in data.pictures
-    )
-    return "\n".join(f"{name} {p.digest.hex()}" for name, p in zip(names, data.pictures)).encode()
+    """Return a line for each picture used: the file below data_dir and its SHA-256."""
+    digests = (picture.digest.hex() for picture in data.pictures)
+    return [f"{utils.escape(file_name(args, data, i))} {d}" for i, d in enumerate(digests)]
 
 
 def training_variables(run):
-    """Return the weights of the trained part and the variables of its optimizer, as Keras variables, in order."""
-    top = run.nets.fast.top
-    return [*top.weights, *top.optimizer.variables]
+    """Return the weights of the trained part and its optimizer's variables, in order."""
+    top = run.networks.top
+    return [*top.weights, *top.optimizer.variables] if run.recipe["rounds"] else []
 
 
 def save_state(run, state):
-    """Save the state after a whole round. The rename of the JSON is the commit; it names the numbers it belongs to."""
-    facts, files, numbers, old = state_files(run.args.model, state["round"])
-    flat = np.concatenate(
-        [np.asarray(variable, "float32").ravel() for variable in training_variables(run)]
-    )
-    with utils.atomic_write(numbers) as part:
-        np.save(part, flat)
-    if not files.exists():
-        with utils.atomic_write(files) as part:
-            part.write_bytes(file_list(run.args, run.data))
-    more = {
-        "settings": settings_of(run.args, run.recipe, run.data),
-        "number_format": run.nets.number_format,
+    """Save the state after a whole round."""
+    facts = state | {
+        "settings": resume_settings(run.args, run.recipe, run.data),
+        "files": file_list(run.args, run.data),
+        "number_format": run.networks.settings.number_format,
+        "weights": run.networks.settings.source,
     }
-    with utils.atomic_write(facts) as part:
-        part.write_text(
-            json.dumps(state | more | {"weights": run.nets.source, "numbers": zlib.crc32(flat)})
-        )
-    old.unlink(missing_ok=True)
+    arrays = {f"v{n}": np.asarray(v) for n, v in enumerate(training_variables(run))}
+    with utils.atomic_write(state_path(run.args.model)) as part:
+        np.savez(part, facts=np.frombuffer(json.dumps(facts).encode(), "uint8"), **arrays)
 
 
 def read_state(args):
-    """Return the state of an interrupted run as plain data, or None if there is none. Raises UserError."""
-    facts = state_files(args.model)[0]
-    if not facts.exists():
+    """Return the state of an interrupted run as plain data, or None if there is none."""
+    path = state_path(args.model)
+    if not path.exists():
         utils.print_line("nothing to resume: starting from the beginning")
         return None
-    state = model.parse_json(facts, model.read_capped(facts, model.MAX_JSON * 10))
-    if not is_sound(state):
-        raise utils.UserError(f"{utils.escape(facts)}: damaged: train again without --resume")
-    return state
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            state = json.loads(file["facts"].tobytes())
+        if not model.model_paths(args.model)[0].exists():
+            utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the next is saved")
+            state["best"] = None
+        known = {"round", "stale", "best", "history", "settings", "files", "weights"}
+        if not known <= state.keys() or not state["history"]:
+            raise ValueError
+        return state
+    except Exception:  # NumPy's and zip's parsers raise much
+        raise damaged_state(path) from None
 
 
-def is_sound(state):
-    """Say whether plain data can be a state that we have saved: what is not printed or used is left out."""
-    kinds = dict(
-        round=int, stale=int, best=dict, history=list, settings=dict, weights=str, numbers=int
-    )
-    if not isinstance(state, dict) or not all(
-        isinstance(state.get(name), kind) for name, kind in kinds.items()
-    ):
-        return False
-    rows, best = state["history"], state["best"]
-    plotted = ("loss", "accuracy", "val_loss", "val_accuracy", "plain_accuracy")
-    return (
-        len(rows) > 0
-        and state.get("number_format") in ("float32", "mixed_bfloat16")
-        and 0 <= state["round"] <= 999
-        and all(isinstance(best.get(name), int | float) for name in ("round", "right", "loss"))
-        and all(isinstance(row, dict) and isinstance(row.get("round"), int) for row in rows)
-        and all(
-            row.get(name) == "" or isinstance(row.get(name), int | float)
-            for row in rows
-            for name in plotted
-        )
-    )
+def damaged_state(path):
+    """Return the UserError for a state that cannot be used."""
+    name = utils.escape(path)
+    return utils.UserError(f"{name}: damaged or of another version: train without --resume")
 
 
 def check_state(args, state, recipe, data):
     """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
-    files = state_files(args.model)[1]
-    if not files.exists():
-        raise utils.UserError(
-            f"{utils.escape(files)}: missing, or of another version: train again without --resume"
-        )
-    before, now = model.read_capped(files, model.MAX_JSON * 100), file_list(args, data)
-    if before != now:  # told first: other pictures can change the recipe, too
-        line = min(
-            set(before.split(b"\n")) ^ set(now.split(b"\n")), default=b"the order of the files "
-        )
-        name = utils.escape(line.rpartition(b" ")[0].decode(errors="replace"))[:200]
-        raise utils.UserError(
-            f"--resume: the data has changed ({name}): train anew without --resume"
-        )
-    for name, value in settings_of(args, recipe, data).items():
-        if state["settings"].get(name) != value:
+    now = file_list(args, data)
+    if state["files"] != now:  # reported first: other pictures can change the recipe, too
+        changed = min(set(state["files"]) ^ set(now), default="the order of the files ")
+        name = utils.escape(changed.rpartition(" ")[0])[:200]
+        raise utils.UserError(f"--resume: the data has changed ({name}): train without --resume")
+    for name, value in resume_settings(args, recipe, data).items():
+        before = state["settings"].get(name)
+        if before != value:
+            shown = utils.escape(before)[:100]
             raise utils.UserError(
-                f"--resume: the interrupted run had other {name.replace('_', ' ')} "
-                f"({utils.escape(state['settings'].get(name))[:200]}): give it again, or train anew without --resume"
+                f"--resume: the interrupted run had other {name.replace('_', ' ')} ({shown}): give "
+                "it again, or train without --resume"
             )
 
 
-def restore_weights(run, state):
-    """Give the trained part and its optimizer the numbers of the last whole round. Raises UserError."""
-    path = state_files(run.args.model, state["round"])[2]
-    variables = training_variables(run)
-    sizes = [int(np.prod(variable.shape)) for variable in variables]
+def restore_state(run, state):
+    """Give the trained part and its optimizer the numbers of the last whole round."""
+    path, variables = state_path(run.args.model), training_variables(run)
     try:
-        flat = np.load(path, mmap_mode="r", allow_pickle=False)
-        good = (
-            flat.shape == (sum(sizes),)
-            and flat.dtype == "float32"
-            and zlib.crc32(flat) == state["numbers"]
-        )
-    except Exception:  # NumPy's parser raises much
-        good = False
-    if not good:
-        raise utils.UserError(
-            f"{utils.escape(path)}: missing or damaged: train again without --resume"
-        )
-    for variable, numbers in zip(variables, np.split(flat, np.cumsum(sizes)[:-1])):
-        variable.assign(numbers.reshape(variable.shape))
-    (steps, _), scratch = epoch_size(run), run.nets.full.trunk is None
-    epochs = sum(scratch or row["round"] > 0 for row in state["history"])
-    if int(run.nets.fast.top.optimizer.iterations) != epochs * steps:
-        raise utils.UserError(
-            f"{utils.escape(path)}: belongs to another round: train again without --resume"
-        )
+        with np.load(path, allow_pickle=False) as file:
+            for number, variable in enumerate(variables):
+                array = file[f"v{number}"]
+                if array.shape != tuple(variable.shape):
+                    raise ValueError
+                variable.assign(array)
+    except Exception:
+        raise damaged_state(path) from None
 
 
 def remove_state(prefix):
     """Remove what --resume needs, at the end of a run that needs it no more."""
-    for path in state_files(prefix):  # the commit first
-        path.unlink(missing_ok=True)
+    state_path(prefix).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- several processes
 
 
 def end_with_parent():
-    """Wait, in a thread, until the parent's end of the pipe is closed, by a kill say; then end this process."""
+    """Wait, in a thread, until the parent's end of the pipe is closed, by a kill say; then end."""
     os.read(0, 1)
     os._exit(1)
 
 
 def find_processes(args):
-    """Set args.process and args.processes: which of how many processes of one run this is. Raises UserError."""
+    """Set args.process and args.processes: which of how many processes of one run this is."""
     args.process, args.processes = 0, 1
-    if args.evaluate or args.dry_run or not os.environ.get(f"{MACHINES}NUM_PROCESSES"):
+    if args.evaluate or args.dry_run or not os.environ.get(f"{DISTRIBUTION}NUM_PROCESSES"):
         return
     try:
-        args.processes = int(os.environ[f"{MACHINES}NUM_PROCESSES"])
-        args.process = int(os.environ[f"{MACHINES}PROCESS_ID"])
-        known = 0 <= args.process < args.processes and os.environ[f"{MACHINES}JOB_ADDRESSES"]
+        args.processes = int(os.environ[f"{DISTRIBUTION}NUM_PROCESSES"])
+        args.process = int(os.environ[f"{DISTRIBUTION}PROCESS_ID"])
+        addresses = os.environ[f"{DISTRIBUTION}JOB_ADDRESSES"]
+        known = 0 <= args.process < args.processes and addresses
     except (KeyError, ValueError):
         known = False
     if not known:
-        raise utils.UserError(
-            f"{MACHINES}NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES: set all three, see the README"
-        )
+        names = f"{DISTRIBUTION}NUM_PROCESSES, _PROCESS_ID and _JOB_ADDRESSES"
+        raise utils.UserError(f"{names}: set all three, see the README")
     if args.processes > 1 and os.environ.get("KERAS_BACKEND") != "jax":
-        raise utils.UserError(
-            "several processes need JAX: `pip install jax`, and set KERAS_BACKEND=jax"
-        )
+        raise utils.UserError("several processes need JAX: pip install jax, set KERAS_BACKEND=jax")
 
 
-def exchange(args, value):
-    """Return what every process gave, plain data, as a list in their order. All of them must call it.
+def all_gather(args, value):
+    """Return what every process gave, plain data, as a list in their order. All must call it.
 
-    What only the first one knows, it gives to all: `exchange(args, None if args.process else …)[0]`.
+    What only the first one knows, it gives to all: `all_gather(args, value or None)[0]`.
     """
     if args.processes == 1:
         return [value]
-    model.import_keras()
-    from jax.experimental import multihost_utils
-
     data = np.frombuffer(json.dumps(value).encode(), "uint8")
-    sizes = multihost_utils.process_allgather(np.array([len(data)])).ravel()
-    rows = multihost_utils.process_allgather(np.resize(data, max(sizes)))
+    sizes = gather_arrays(np.array([len(data)])).ravel()
+    rows = gather_arrays(np.resize(data, max(sizes)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
-def total(args, array):
-    """Return the sum of an array over all processes, in JAX's 32 bits. All of them must call it."""
-    if args.processes == 1:
-        return array
+def gather_arrays(array):
+    """Return the arrays of all processes, of one shape, as one with a first axis more."""
+    model.import_keras()
     from jax.experimental import multihost_utils
 
-    return multihost_utils.process_allgather(array.astype("float32")).sum(axis=0, dtype="float64")
+    return np.asarray(multihost_utils.process_allgather(array))
 
 
 def watch(args):
     """Run this process's part of the work as a child; return its exit code.
 
-    JAX ends its process from C++ when another one is gone: somebody has to be left to say so. The child ends
-    with its parent, whose end of a pipe is then closed. Raises UserError.
+    JAX ends its process from C++ when another one is gone: somebody has to be left to say so. The
+    child ends with its parent, whose end of a pipe is then closed. Raises UserError.
     """
-    child = subprocess.Popen(
-        [sys.executable, *sys.argv], stdin=subprocess.PIPE, env=os.environ | {model.CHILD: "1"}
-    )
+    environment = os.environ | {model.CHILD: "1"}
+    command = [sys.executable, *sys.argv]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     code = None
     while code is None:
-        with contextlib.suppress(
-            KeyboardInterrupt
-        ):  # the child has it too, and says what is to be said
+        with contextlib.suppress(KeyboardInterrupt):  # the child has it too
             code = child.wait()
     if code in (0, 1, 3, 130):
         return code
@@ -1813,31 +2189,49 @@ def watch(args):
 
 
 def evaluate(args):
-    """Score a saved model on all of data_dir. Writes evaluate.png, model-evaluate.csv and a report."""
+    """Score a saved model on all of data_dir. Writes evaluate.png, a CSV file and a report."""
     network, info = model.load_model(args.model)
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
-    pictures, skipped, store = read_pictures(args, side)
-    strange = sorted({p.label for p in pictures} - set(labels))
-    if strange and "unknown" not in labels:
-        raise utils.UserError(
-            f"{', '.join(strange)}: classes that the model does not know: remove these folders"
-        )
+    files = find_files(args.data_dir)
+    files = rename_strange(args, files, labels)
+    pictures, skipped, pixels = read_pictures(args, files, side)
     if not pictures:
-        raise utils.UserError(
-            f"{utils.escape(args.data_dir)}: no pictures: give a folder with a folder for each class"
-        )
+        name = utils.escape(args.data_dir)
+        raise utils.UserError(f"{name}: no pictures: give a folder with a folder for each class")
     utils.print_line(
         f"images: {len(pictures)} to evaluate, {len(labels)} classes, {skipped} skipped"
     )
-    actual = np.array([labels.index(p.label if p.label in labels else "unknown") for p in pictures])
-    data = Data(pictures, store, None, None, None, np.arange(len(pictures)), labels, actual, None)
-    probabilities, accuracy, rows, title = score_saved(args, network, data, "evaluate: accuracy")
-    utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, rows)
-    report.draw_report(f"{args.model}-evaluate-report.png", title, labels, actual, probabilities)
-    report.draw_confusion_matrix("evaluate.png", args.model, title, labels, actual, probabilities.argmax(1),
-                      lambda i: store.rows[pictures[i].row])  # fmt: skip
-    return gate(args, accuracy)
+    targets = np.array([labels.index(picture.label) for picture in pictures])
+    everything = np.arange(len(pictures))
+    data = Data(pictures, pixels, None, None, None, everything, labels, targets, None, None, ())
+    found = score_saved(args, network, data, everything, "evaluate: accuracy")
+    utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, found.rows)
+    with drawing("evaluate.png"):
+        path = f"{args.model}-evaluate-report.png"
+        report.draw_report(path, found.title, labels, targets, found.probabilities)
+        predicted = found.probabilities.argmax(1)
+        report.draw_confusion_matrix("evaluate.png", args.model, found.title, labels, targets,
+                                     predicted, lambda i: square_of(data, i))  # fmt: skip
+    return gate(args, found.accuracy)
+
+
+def rename_strange(args, files, labels):
+    """Return files whose labels the model knows; others become `unknown`, or are left out."""
+    for strange in sorted({label for _, label in files} - set(labels)):
+        near = difflib.get_close_matches(strange.casefold(), [s.casefold() for s in labels], 1, 0.7)
+        name = next((label for label in labels if [label.casefold()] == near), None)
+        hint = f" (did you mean {name}?)" if name else ""
+        what = "counts as unknown" if "unknown" in labels else "is left out"
+        utils.warn(f"{utils.escape(args.data_dir)}/{strange}: no class of the model{hint}: {what}")
+    if "unknown" in labels:
+        return [(path, label if label in labels else "unknown") for path, label in files]
+    kept = [(path, label) for path, label in files if label in labels]
+    if not kept:
+        name = utils.escape(args.data_dir)
+        hint = f"to name photos: python webcam.py {shlex.quote(args.model)} --source {name}"
+        raise utils.UserError(f"{name}: no folder is a class of the model; {hint}")
+    return kept
 
 
 def gate(args, accuracy):
@@ -1848,65 +2242,83 @@ def gate(args, accuracy):
     return 3
 
 
-def make_recipe(args, scratch, count, classes):
-    """Return the recipe for so many training pictures and classes: what the options say, else the defaults. A dict."""
-    defaults = FROM_SCRATCH if scratch else FINE_TUNING
+def make_recipe(args, is_scratch, count, classes):
+    """Return the recipe for so many training pictures and classes, a dict."""
+    defaults = FROM_SCRATCH if is_scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
-    steps = -(-count // recipe["batch_size"])
-    for name, (least, a_class) in LEAST_STEPS.items() if scratch else ():
-        if name not in args:
-            recipe[name] = max(recipe[name], -(-max(least, a_class * classes) // steps))
-    recipe["fresh"] = recipe["round_epochs"] if scratch else 1  # new views of each picture a round
-    if not scratch and not args.unfreeze:
+    if is_scratch and "round_epochs" not in args:
+        steps = -(-count // recipe["batch_size"])
+        wanted = max(MIN_STEPS, MIN_STEPS_A_CLASS * classes)
+        recipe["round_epochs"] = max(recipe["round_epochs"], -(-wanted // steps))
+    recipe["fresh"] = recipe["round_epochs"] if is_scratch else 1  # new views a round
+    if not is_scratch and not args.unfreeze:
         recipe["rounds"] = 0
-    recipe["first"] = 0 if scratch or not recipe["rounds"] else 1  # round with augmented views
     return recipe
 
 
 def train(args):
-    """The whole way: folder → pictures → split → networks → rounds → report. Returns the exit code."""
-    import cv2  # noqa: F401 - if it is missing, that is said now and not after reading
-
+    """The whole way: folder → pictures → split → features → rounds → report. Returns exit code."""
+    state = read_state(args) if args.resume else None
+    check_folders(args)  # before any weights are fetched
     path, warnings = find_weights(args)
     for line in warnings:
         utils.warn(line)
-    scratch = path is None
-    if len(set(exchange(args, scratch))) > 1:
-        raise utils.UserError(
-            "--weights auto: not every process could have the weights: give their file to --weights"
-        )
-    if scratch and args.unfreeze != UNFREEZE:
+    is_scratch = path is None
+    if len(set(all_gather(args, is_scratch))) > 1:
+        raise utils.UserError("--weights auto: a process could not have them: give it their file")
+    if is_scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
-    state = read_state(args) if args.resume else None
-    if state and state["weights"] != source_of(path):
-        raise utils.UserError(
-            f"--resume: the interrupted run had other --weights ({utils.escape(state['weights'])}): give these again"
-        )
-    data = read_data(args, args.image_size or (96 if scratch else 224))
-    recipe = make_recipe(args, scratch, len(data.train), len(data.labels))
+    if state and state["weights"] != weights_fingerprint(path):
+        shown = utils.escape(state["weights"])
+        raise utils.UserError(f"--resume: the interrupted run had other --weights ({shown})")
+    data = read_data(args, args.image_size or (96 if is_scratch else 224))
+    recipe = make_recipe(args, is_scratch, len(data.train), len(data.labels))
     if state:
         check_state(args, state, recipe, data)
-    nets = build_networks(
-        args, path, len(data.labels), data.store.rows.shape[1], state and state["number_format"]
-    )
-    run = Run(args, recipe, data, nets, open_rings(args, data, nets, recipe))
-    state = train_rounds(run, state)
-    accuracy = exchange(args, None if args.process else finish_run(run, state))[0]
+    number_format = state and state["number_format"]
+    run = Run(args, recipe, data, build_networks(args, path, data, recipe, number_format), {})
+    state = run_rounds(run, state)
+    accuracy = None
     if args.process == 0:
+        accuracy = finish_run(run, state)
         remove_state(args.model)
     for line in warnings:
         utils.warn(line)
-    return gate(args, accuracy)
+    return gate(args, all_gather(args, accuracy)[0])
+
+
+def train_alone(args):
+    """Train where no other run is at work with the same prefix or cache. Returns the exit code."""
+    try:
+        check_outputs(args)
+        with contextlib.ExitStack() as locks:
+            if args.process == 0:
+                locks.enter_context(utils.file_lock(f"{args.model}.lock"))
+                remove_unfinished(args.model)
+            if args.cache_dir:
+                lock = args.cache_dir / f"cache-{args.process}.lock"
+                locks.enter_context(utils.file_lock(lock))
+            return train(args)
+    except KeyboardInterrupt:
+        hint = "nothing is saved yet"
+        if state_path(args.model).exists():
+            hint = "the best whole round is saved; the same command with --resume goes on"
+        print(hint, file=sys.stderr)
+        raise
+    except RuntimeError as error:  # what JAX raises when a connection breaks
+        if args.processes == 1:
+            raise
+        raise utils.UserError(f"{LOST} ({utils.escape(error)[:100]})") from None
 
 
 def main():
-    """Read the command line and do what it asks for; several processes each do it in a child. Returns the exit code."""
+    """Read the command line and do what it asks for. Returns the exit code."""
     args = parse_arguments()
-    if not args.data_dir.is_dir():  # before any weights are looked for
-        raise utils.UserError(
-            f"{utils.escape(args.data_dir)}: no such folder: give one with a folder for each class"
-        )
+    if not args.data_dir.is_dir():
+        name = utils.escape(args.data_dir)
+        raise utils.UserError(f"{name}: no such folder: give one with a folder for each class")
     if args.dry_run:
+        check_outputs(args)
         read_data(args, args.image_size or 75)
         return 0
     if args.evaluate:
@@ -1920,36 +2332,10 @@ def main():
     return train_alone(args)
 
 
-def train_alone(args):
-    """Train where no other run is at work with the same prefix or cache. Returns the exit code."""
-    try:
-        check_outputs(args)
-        with contextlib.ExitStack() as locks:
-            if args.process == 0:
-                locks.enter_context(utils.file_lock(f"{args.model}.lock"))
-                remove_unfinished(args.model)
-            if args.cache_dir:
-                locks.enter_context(utils.file_lock(args.cache_dir / f"cache-{args.process}.lock"))
-            return train(args)
-    except KeyboardInterrupt:
-        if state_files(args.model)[0].exists():
-            print(
-                "The best whole round is saved; the command that began it, with --resume, goes on.",
-                file=sys.stderr,
-            )
-        raise
-    except RuntimeError as error:  # what JAX raises when a connection breaks
-        if args.processes == 1:
-            raise
-        raise utils.UserError(f"{LOST} ({utils.escape(error)[:100]})") from None
-
-
 if __name__ == "__main__":
     try:
         utils.run(main)
     except SystemExit as end:
-        if (
-            end.code and model.CHILD in os.environ
-        ):  # JAX would first wait for the others, who may be gone
+        if end.code and model.CHILD in os.environ:  # JAX would first wait for the others
             os._exit(end.code)
         raise

@@ -25,6 +25,7 @@ try:
 except ImportError as absent:
     sys.exit(f"error: {absent}: {INSTALL}")
 
+CASCADE = "haarcascade_frontalface_default.xml"
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
 # What systems leave in folders, lower case.
@@ -43,6 +44,15 @@ tqdm.tqdm.set_lock(threading.RLock())  # its own stays locked after a Ctrl-C at 
 
 class UserError(Exception):
     """Something a user can mend: one line that names the file or option and says what to do."""
+
+
+class UsageError(UserError):
+    """A wrong use of the command line that argparse cannot see."""
+
+
+def count(number, one, many=None):
+    """Return a number with its noun: `1 picture`, `2 pictures`."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def print_line(text):
@@ -147,7 +157,7 @@ def run(main):
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
-        code = 1
+        code = 2 if isinstance(error, UsageError) else 1
     sys.exit(code)
 
 
