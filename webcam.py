@@ -513,7 +513,7 @@ class Live:
     def stream_images(self, film):
         """Yield the images of a stream; a film comes faster than it plays and has to wait."""
         begin = time.monotonic()
-        with contextlib.closing(film):
+        with contextlib.closing(film), contextlib.suppress(FilmError):
             for frame in film.frames():
                 yield frame.image
                 if film.finite:
@@ -530,8 +530,10 @@ class Live:
         try:
             while True:
                 for image in images:
-                    tries = 0
-                    self.keep(image)
+                    now, tries = time.monotonic(), 0
+                    self.start = self.start or now
+                    index = self.newest.index + 1 if self.newest else 0
+                    self.newest = Frame(index, now - self.start, image)
                     if self.stop.is_set():
                         return
                 if self.stop.is_set() or (self.finite and self.newest):
@@ -542,13 +544,6 @@ class Live:
                 images, tries = self.open(), tries + 1
         finally:
             self.ended = True
-
-    def keep(self, image):
-        """Make an image the newest frame."""
-        now = time.monotonic()
-        self.start = self.start or now
-        index = self.newest.index + 1 if self.newest else 0
-        self.newest = Frame(index, now - self.start, image)
 
     def check_hope(self, tries):
         """Raise UserError if the source gave nothing at all, or was lost for good."""
@@ -842,17 +837,20 @@ class Tagger:
         self.statistics = Statistics()
         self.cascade = None if args.whole_picture else load_cascade()
         self.labeller = Labeller(args, source, self.statistics)
-        self.tracker, self.sinks = None, []
+        self.tracker = self.events = None
+        self.sinks = []  # functions that print or save what a frame shows
         self.tracks = []  # to be shown
 
     def start(self, file="", run=""):
         """Begin with another film, picture or camera. file: its name in lines; run: a folder."""
         self.tracker, self.tracks = Tracker(self.cascade, self.args.min_face), []
-        self.sinks = [LineWriter(self.source.columns(), file)]
+        self.sinks = [functools.partial(print_lines, self.source.columns(), file)]
         if self.args.events:
-            self.sinks = [EventWriter(file if self.source.kind == "folder" else "")]
+            self.events = EventWriter(file if self.source.kind == "folder" else "")
+            self.sinks = [self.events.write]
         if self.args.save_faces:
-            self.sinks.append(CropSaver(self.args, self.labeller, run, self.statistics.counts))
+            saver = CropSaver(self.args, self.labeller, run, self.statistics.counts)
+            self.sinks.append(saver.write)
 
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame."""
@@ -868,36 +866,27 @@ class Tagger:
         # with many faces some still wait for their first label
         self.tracks = [track for track in tracks if track.label or not self.labeller.network]
         for sink in self.sinks:
-            sink.write(frame, self.tracks)
+            sink(frame, self.tracks)
         counts["photos" if frame.path else "frames"] += 1
         counts["tagged"] += len(self.tracks)
 
     def close(self):
-        """Tell the sinks that no more frames come."""
-        for sink in self.sinks:
-            sink.close()
+        """Report that everybody has left: no more frames come."""
+        if self.events:
+            self.events.close()
 
 
 # ---------------------------------------------------------------- labels → lines and events
 
 
-class LineWriter:
-    """Prints a line for each face of each frame."""
-
-    def __init__(self, columns, file=""):
-        self.columns, self.file = columns, file
-
-    def write(self, frame, tracks):
-        """Print the lines of a frame."""
-        for track in tracks:
-            cells = dict(zip("xywh", track.box), label=track.label, best=track.best, file=self.file)
-            cells |= {"frame": frame.index, "time": f"{frame.timestamp:.6f}", "track": track.id}
-            cells["face"] = track.id
-            cells["probability"] = f"{track.probability:.6f}" if track.label else ""
-            utils.say("\t".join(str(cells[column]) for column in self.columns))
-
-    def close(self):
-        """Do nothing: all is printed."""
+def print_lines(columns, file, frame, tracks):
+    """Print a line for each face of a frame. file: its name, for the column of that name."""
+    for track in tracks:
+        cells = dict(zip("xywh", track.box), label=track.label, best=track.best, file=file)
+        cells |= {"frame": frame.index, "time": f"{frame.timestamp:.6f}", "track": track.id}
+        cells["face"] = track.id
+        cells["probability"] = f"{track.probability:.6f}" if track.label else ""
+        utils.say("\t".join(str(cells[column]) for column in columns))
 
 
 @dataclass
@@ -1031,9 +1020,6 @@ class CropSaver:
         name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
         with utils.whole_file(folder / name) as part:
             part.write_bytes(data)
-
-    def close(self):
-        """Do nothing: all is saved."""
 
 
 def run_name(kind, name):
@@ -1259,16 +1245,18 @@ def film_output(path, rate):
     import av
 
     stop = writer = None
+    problem = f"--output {utils.escape(path)}: could not be written: free some space"
     with utils.whole_file(path) as part:
         try:
             with av.open(str(part.resolve()), "w") as film:
                 writer = FilmWriter(film, path.suffix.lower(), rate)
                 with contextlib.closing(writer):
                     yield writer.write
+        except av.error.FFmpegError as error:
+            raise utils.UserError(f"{problem} ({utils.first_line(error)})") from None
         except (KeyboardInterrupt, Exception) as error:  # out of memory, say
             stop = error
         if not (writer and writer.stream):
-            problem = f"--output {utils.escape(path)}: could not be written: free some space"
             raise stop or utils.UserError(problem)
     if stop:
         raise stop
@@ -1337,7 +1325,7 @@ def tag_picture(frame, source, tagger, viewer):
     """Handle a picture: no tracks and no running mean. Returns whether the user wants to end."""
     tagger.start(source.shown(frame.path))
     if tagger.args.events:
-        del tagger.sinks[0]
+        del tagger.sinks[0]  # nobody comes or goes
     tagger.handle(frame)
     tagger.statistics.labels.update(track.label or "faces" for track in tagger.tracks)
     output = output_path(frame.path, source, tagger.args.output)
