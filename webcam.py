@@ -368,7 +368,8 @@ class Film:
         self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
         if self.container.format.name == "avi":  # FFmpeg shortens what was cut
             self.duration = max(self.duration, self.stream.frames / self.rate)
-        self.finite = self.duration > 0 or self.container.size > 0
+        playlist = self.container.format.name in ("hls", "dash")  # its size says nothing
+        self.finite = self.duration > 0 or (self.container.size > 0 and not playlist)
         self.total = round(min(self.duration * self.rate, 10**7))  # frames, about
         self.has_sound = bool(self.container.streams.audio)
 
@@ -966,6 +967,7 @@ class CropSaver:
         if frame.path and not self.labeller.network and len(tracks) != 1:
             self.counts[f"pictures {'with several faces' if tracks else 'without a face'}"] += 1
             return
+        self.kept = {t.id: self.kept[t.id] for t in tracks if t.id in self.kept}
         for track in tracks:
             due = frame.timestamp - track.kept_at >= 1 / KEPT_A_SECOND - 1e-6
             if due and track.seen == frame.timestamp:

@@ -87,12 +87,14 @@ def two(frames):
     return Image.fromarray(frames[0][..., ::-1])
 
 
-def start(cwd, *arguments):
+def start(cwd, *arguments, **environment):
     """Start webcam.py in the background. It obeys SIGINT, even if this process was told not to."""
-    obey = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     command = [sys.executable, str(ROOT / "webcam.py"), *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, preexec_fn=obey)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
+    signal.signal(signal.SIGINT, before)
+    return process
 
 
 # ---------------------------------------------------------------- films
@@ -472,17 +474,15 @@ def model_of_things(tmp_path, drawn_model):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_model_of_things_is_given_whole_pictures(model_of_things, drawn_model):
-    for source in ("Ann", "Ben"):
-        shutil.copy(drawn_model / "people" / source / "000.jpg", model_of_things / f"{source}.jpg")
     (model_of_things / "photos").mkdir()
-    shutil.move(model_of_things / "Ann.jpg", model_of_things / "photos")
-    shutil.move(model_of_things / "Ben.jpg", model_of_things / "photos")
+    for name in ("Ann", "Ben"):
+        person = drawn_model / "people" / name / "000.jpg"
+        shutil.copy(person, model_of_things / "photos" / f"{name}.jpg")
     done = tag(model_of_things, "model", "--source", "photos")
-    assert [(row["file"], row["face"], row["w"]) for row in rows(done.stdout)] == [
-        ("Ann.jpg", "0", "160"),
-        ("Ben.jpg", "0", "160"),
-    ]
+    lines = [(row["file"], row["face"], row["w"]) for row in rows(done.stdout)]
+    assert lines == [("Ann.jpg", "0", "160"), ("Ben.jpg", "0", "160")], done.stderr
     assert re.search(r"^2 photos: .*; [\d.]+ a second$", done.stderr, re.M)
     assert "frames" not in done.stderr
     faces = rows(tag(model_of_things, "model.h5", "--source", "photos", "--faces").stdout)
@@ -495,9 +495,7 @@ def test_three_files_travel_together(model_of_things):
     for name in ("model.json", "model-labels.json"):
         (model_of_things / name).unlink()
     for prefix in ("model", "model.h5"):
-        done = tag(model_of_things, prefix, "--source", "photos.jpg")
-        (model_of_things / "photos.jpg").write_bytes(b"picture")
-        done = tag(model_of_things, prefix, "--source", "photos.jpg")
+        done = tag(model_of_things, prefix, "--source", "0")
         assert done.returncode == 1
         assert done.stderr.startswith("error: model.h5: model.json and model-labels.json missing")
 
@@ -647,6 +645,7 @@ def test_two_strangers_are_two_and_a_new_name_is_news(capsys):
     ]
 
 
+@pytest.mark.slow
 def test_events_of_a_film(drawn_model, tagged):
     done = tag(drawn_model, "model", "--source", "film.mp4", "--events")
     lines = [json.loads(line) for line in done.stdout.splitlines()]
@@ -905,31 +904,19 @@ x.XSync(display, 0)
 
 @needs_screen
 @pytest.mark.parametrize("how", ["q", "Escape", "close"])
-def test_a_window_and_its_keys(tmp_path, film, screen, how):
-    environment = os.environ | {"DISPLAY": screen}
-    Image.fromarray(read_film(film)[0][..., ::-1]).save(tmp_path / "two.png")
-    command = [
-        sys.executable,
-        str(ROOT / "webcam.py"),
-        "--save-faces",
-        "faces",
-        "--source",
-        "two.png",
-    ]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    window = subprocess.run(["xdotool", "search", "--sync", "--name", f"^{webcam.TITLE}$"], env=environment,
-                            capture_output=True, text=True, timeout=30).stdout.split()[0]  # fmt: skip
+def test_a_window_and_its_keys(tmp_path, two, screen, how):
+    two.save(tmp_path / "two.png")
+    process = start(tmp_path, *COLLECT, "two.png", DISPLAY=screen)
+    shown = {"env": os.environ | {"DISPLAY": screen}, "timeout": 30, "check": False}
+    find = ["xdotool", "search", "--sync", "--name", f"^{webcam.TITLE}$"]
+    window = subprocess.run(find, capture_output=True, text=True, **shown).stdout.split()[0]
+
+    def press(key):
+        subprocess.run(["xdotool", "windowfocus", window, "key", key], **shown)
 
     def press_until(key, done):  # without a window manager a key is lost now and then
         for _ in range(20):
-            subprocess.run(
-                ["xdotool", "windowfocus", window, "key", key],
-                env=environment,
-                timeout=30,
-                check=False,
-            )
+            press(key)
             for _ in range(10):
                 if done():
                     return
@@ -939,12 +926,7 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     press_until("s", lambda: list(tmp_path.glob("snapshot-*.png")))
     assert process.poll() is None
     for arrow in ("Left", "Right") * 5:  # whose codes end as those of Q and S do
-        subprocess.run(
-            ["xdotool", "windowfocus", window, "key", arrow],
-            env=environment,
-            timeout=30,
-            check=False,
-        )
+        press(arrow)
     time.sleep(0.5)
     assert process.poll() is None
     if how == "close":
@@ -971,6 +953,8 @@ def test_a_window_and_its_keys(tmp_path, film, screen, how):
     ("--save-faces faces --source notes.txt", 1, "error: --source notes.txt: no frame can be read"),
     ("--save-faces faces --source huge.png", 1, "error: --source huge.png: larger than 178,956,970 pixels"),
     ("--save-faces faces --source nothing", 1, "error: --source nothing: no picture or film in it can be read"),
+    ("model a.mp4 b.mp4", 2, "unrecognized arguments: a.mp4 b.mp4 (--source takes one film"),
+    ("--save-faces faces --source photos --events", 1, "error: --events: there is no film in the source"),
     ("--save-faces faces --source 97", 1, "error: camera 97: no picture comes from it"),
     ("--save-faces faces --source http://127.0.0.1:9/live", 1, "error: stream 127.0.0.1: no picture comes from there"),
     ("--save-faces faces --source rtsp://me:secret@:554/live", 1, "error: --source rtsp://…: no address: give one"),
@@ -1010,18 +994,7 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
 
 
 def test_without_a_display_it_goes_on(tmp_path, film):
-    bare = {
-        key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")
-    }
-    command = [
-        sys.executable,
-        str(ROOT / "webcam.py"),
-        "--save-faces",
-        "faces",
-        "--source",
-        str(film),
-    ]
-    done = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True)
+    done = run_process(ROOT / "webcam.py", tmp_path, *COLLECT, film, DISPLAY="", WAYLAND_DISPLAY="")
     assert done.returncode == 0 and rows(done.stdout)
     assert done.stderr.startswith("warning: no window can be opened")
 
@@ -1034,9 +1007,7 @@ def test_what_is_missing_is_told_with_the_remedy(tmp_path, film, missing):
         (tmp_path / "cv2.py").write_text("raise ImportError('No module named cv2')")
     elif missing == "CascadeClassifier":
         (tmp_path / "cv2.py").write_text("__version__ = '5.0.0'")
-    done = run_process(
-        tmp_path / "webcam.py", tmp_path, "--save-faces", "faces", "--source", film, "--no-display"
-    )
+    done = run_process(tmp_path / "webcam.py", tmp_path, *COLLECT, film, "--no-display")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     remedy = {"module": "pip install -r", "CascadeClassifier": 'pip install "opencv-python<5"'}
     assert remedy.get(missing, "haarcascade_frontalface_default.xml: missing") in done.stderr
