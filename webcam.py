@@ -811,10 +811,8 @@ class Labeller:
         size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
         for track, answer in zip(tracks, model.predict(self.network, inputs, size)):
             track.classifications += 1
-            weight = 1 / min(track.classifications, AVERAGE_WINDOW)
-            track.mean = (
-                answer if track.mean is None else track.mean + (answer - track.mean) * weight
-            )
+            mean = answer if track.mean is None else track.mean
+            track.mean = mean + (answer - mean) / min(track.classifications, AVERAGE_WINDOW)
         self.statistics.times["classification"].append((time.perf_counter() - start) * 1000)
         self.statistics.counts["classifications"] += len(tracks)
 
@@ -1011,14 +1009,12 @@ class CropSaver:
         if run:
             folder /= utils.folder_names([run])[run]
         folder.mkdir(parents=True, exist_ok=True)
-        data, stem, ending = (
-            frame.encode_crop(track.box, self.context),
-            f"{frame.index:06d}",
-            ".jpg",
-        )
+        data = frame.encode_crop(track.box, self.context)
+        stem, ending = f"{frame.index:06d}", ".jpg"
         if frame.path:
             stem = utils.folder_names([frame.path.stem[:40]])[frame.path.stem[:40]]
-            ending = ending if self.context else frame.path.suffix.lower()
+        if frame.path and not self.context:
+            ending = frame.path.suffix.lower()
         name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
         with utils.whole_file(folder / name) as part:
             part.write_bytes(data)
@@ -1052,10 +1048,10 @@ def draw_label(image, x, y, size, colour, text, note=""):
 
 def caption(track, whole):
     """Return what is written at a track, and the note beside it."""
-    percent = f"{track.probability:.0%}"
-    if track.label != track.best:
-        return (f"{track.best}?", percent) if whole else (track.label, "")
-    return track.label, percent
+    if track.label == "unknown" and not whole:
+        return track.label, ""
+    doubt = "?" if track.label != track.best else ""
+    return f"{track.best}{doubt}", f"{track.probability:.0%}"
 
 
 def text_size(image):

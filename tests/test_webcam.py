@@ -506,7 +506,7 @@ def test_three_files_travel_together(model_of_things):
         ("crocus", "crocus", True, ("crocus", "51%")),
         ("unknown", "crocus", True, ("crocus?", "51%")),
         ("unknown", "Ann", False, ("unknown", "")),
-        ("unknown", "unknown", False, ("unknown", "51%")),
+        ("unknown", "unknown", False, ("unknown", "")),
     ],
 )
 def test_captions(label, best, whole, expected):
