@@ -401,7 +401,7 @@ class Film:
         except av.error.FFmpegError:  # a cut file, or a stream that is lost
             pass
         counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
-        if counted and end - start < min(0.9 * self.duration, self.duration - 0.5):
+        if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
             seconds = f"{end - start:.1f} of {self.duration:.1f} s"
             utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
 

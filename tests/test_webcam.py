@@ -381,10 +381,14 @@ def test_training_crops_get_the_probabilities_that_evaluation_gives(drawn_model)
     done = run_process(ROOT / "train.py", drawn_model, "people", "model", "--evaluate")
     assert done.returncode == 0, done.stderr
     with open(drawn_model / "model-evaluate.csv", encoding="utf-8", newline="") as file:
-        expected = {r["file"]: (r["predicted"], r["probability"]) for r in csv.DictReader(file)}
+        expected = {
+            r["file"]: (r["predicted"], float(r["probability"])) for r in csv.DictReader(file)
+        }
     done = tag(drawn_model, "model", "--source", "people", "--whole-picture", "--threshold", 0)
-    got = {row["file"]: (row["label"], row["probability"]) for row in rows(done.stdout)}
-    assert got == expected and len(got) == 200
+    got = {row["file"]: (row["label"], float(row["probability"])) for row in rows(done.stdout)}
+    assert len(got) == 200 and got.keys() == expected.keys()
+    for file, (label, probability) in got.items():  # another batch size differs in the last bits
+        assert (label, pytest.approx(probability, abs=2e-6)) == expected[file]
 
 
 def test_a_folder_with_broken_files_and_names_of_all_kinds(tmp_path, two):
@@ -811,7 +815,8 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, two):
 @pytest.mark.parametrize("name", ["served.avi", "served.mp4", "served.webm", "served.ts"])
 def test_a_served_film_plays_once_and_as_fast_as_it_is(tmp_path, frames, name):
     codec = {"served.avi": "mjpeg", "served.webm": "libvpx"}.get(name, "libx264")
-    make_film(tmp_path / name, frames, codec=codec)
+    options = {"movflags": "faststart"} if name == "served.mp4" else {}  # it cannot be sought in
+    make_film(tmp_path / name, frames, codec=codec, **options)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
