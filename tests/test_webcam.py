@@ -49,7 +49,8 @@ def read_film(path):
 
 def make_film(path, frames, times=None, codec="libx264", rate=25, sar=None, **options):
     """Write BGR frames as a film, at these times in seconds if given."""
-    with av.open(str(path), "w") as film:
+    index_first = {"movflags": "faststart"} if path.suffix == ".mp4" else {}  # to be served
+    with av.open(str(path), "w", options=index_first) as film:
         stream = film.add_stream(codec, rate=rate, options=options)
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
@@ -165,7 +166,7 @@ def test_frames_that_come_at_odd_times_keep_them(tmp_path, frames, output):
 
 
 def test_a_film_trimmed_without_loss_is_whole_and_a_cut_one_is_not(tmp_path, frames, capsys):
-    whole = make_film(tmp_path / "whole.mp4", frames, g="10", bf="0", movflags="faststart")
+    whole = make_film(tmp_path / "whole.mp4", frames, g="10", bf="0")
     with av.open(str(whole)) as film, av.open(str(tmp_path / "trimmed.mp4"), "w") as trimmed:
         stream = trimmed.add_stream_from_template(film.streams.video[0])
         for packet in film.demux(video=0):
@@ -815,8 +816,7 @@ def test_a_stream_that_dies_and_comes_back_and_dies(tmp_path, two):
 @pytest.mark.parametrize("name", ["served.avi", "served.mp4", "served.webm", "served.ts"])
 def test_a_served_film_plays_once_and_as_fast_as_it_is(tmp_path, frames, name):
     codec = {"served.avi": "mjpeg", "served.webm": "libvpx"}.get(name, "libx264")
-    options = {"movflags": "faststart"} if name == "served.mp4" else {}  # it cannot be sought in
-    make_film(tmp_path / name, frames, codec=codec, **options)
+    make_film(tmp_path / name, frames, codec=codec)
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
