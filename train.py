@@ -35,6 +35,8 @@ from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
 import utils  # first: it says which Python and packages are needed
+
+# isort: split
 import imaging
 import model
 import report

@@ -1,34 +1,41 @@
-"""Tag faces in front of a camera, or in a film, a stream, a picture or a folder of pictures; or collect them.
+"""Tag faces in front of a camera, or in films, streams and pictures; or collect them.
 
     python webcam.py model
     python webcam.py model --source party.mp4 --output tagged.mp4
     python webcam.py model --source rtsp://192.168.1.20/live
+    python webcam.py model --source photos > names.tsv
     python webcam.py --save-faces people/Ann
 
-`model` is the prefix that train.py was given. Keys: q or Esc ends, s saves a snapshot, space pauses.
+`model` is the prefix that train.py was given. Keys: q or Esc ends, s saves a snapshot, space
+pauses. Frames go to a Tracker, to a Labeller, and to what prints, saves, shows and writes them.
 """
 
+import utils  # before all else: it says in one line which Python and packages are needed
+
+# isort: split
 import imaging
 import model
 import report
-import utils  # before all else: it says in one line which Python and packages are needed
 
 # isort: split
 import argparse
 import collections
 import contextlib
 import datetime
+import fractions
 import functools
 import hashlib
 import io
-import itertools
+import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
 import urllib.parse
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,210 +53,249 @@ try:
 except ImportError as error:
     sys.exit(f"error: {utils.missing(error)}")
 if not hasattr(cv2, "CascadeClassifier"):
-    sys.exit(
-        f'error: OpenCV {cv2.__version__} has no face detector: run `pip install "opencv-python<5"`'
-    )
+    advice = 'run `pip install "opencv-python<5"`'
+    sys.exit(f"error: OpenCV {cv2.__version__} has no face detector: {advice}")
 
 # ---------------------------------------------------------------- settings
 
-CASCADE = "haarcascade_frontalface_default.xml"
-FACTOR = 1.2  # step of the face detector's sizes
-NEW_NEIGHBOURS = 6  # overlapping finds that begin a track
-OLD_NEIGHBOURS = 2  # finds that keep a track going
+SCALE_FACTOR = 1.2  # between two sizes of the face detector
+MIN_NEIGHBORS_START = 6  # overlapping detections that begin a track
+MIN_NEIGHBORS_KEEP = 2  # and that keep it going
 SCAN_EVERY = 10  # frames between searches of the whole picture while a face is followed
-FEW_TRACKS = 6  # with more, searching around each costs more than searching the whole picture
-DETECT_FACE = (
-    60  # larger pictures are reduced until the smallest face looked for has this many pixels
-)
-HOLD = 8  # frames that a face may be hidden before its track ends
-CALM = 0.75  # overlap of a face that hardly moves: its box becomes the mean of old and new, so that it does not jump
-OVERLAP = 0.25  # of two boxes: intersection over union from which on they are one face
+FEW_TRACKS = 6  # with more, searching near each costs more than searching the whole picture
+DETECT_FACE = 60  # pixels that the smallest face looked for has in the picture that is searched
+MIN_IOU = 0.25  # intersection over union from which on two boxes are one face
+SMOOTHING_IOU = 0.75  # above it a face hardly moves: its box is averaged, so that it does not jump
+MAX_MISSED = 0.3  # seconds that a face may be hidden before its track ends
+MAX_MISSED_ONCE = 0.6  # the same if that was in one frame only: on slow machines these are rare
 
 CLASSIFY_EVERY = 8  # frames between two classifications of a track
-MEMORY = 5  # classifications that the running mean remembers
+AVERAGE_WINDOW = 5  # classifications in the running mean
 MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the next frame
+AGREEING = 3  # classifications with one label before --events reports somebody
+LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
-FILMS = {".mp4": "mp4v", ".avi": "MJPG"}  # endings of --output and their codecs
+FILMS = {".mp4": ("libx264", "yuv420p"), ".avi": ("mjpeg", "yuvj420p")}  # --output: codec, pixels
+FILM_ENDINGS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .m2v .vob .ts .mts .m2ts".split())
+FILM_ENDINGS |= set(".wmv .asf .flv .f4v .3gp .3g2 .ogv .dv .mxf .mjpeg .mjpg .y4m".split())
 PICTURES = (".png", ".jpg", ".jpeg")
 LIVE = ("camera", "stream")
-PAUSES = (1, 2, 4)  # seconds before a lost camera or stream is tried again
-EMPTY = 2.0  # seconds for which a camera may give no frame, at its start above all
+RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried again
+READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
-SILENCE = 0.5  # seconds without a frame after which the window is served all the same
-LONGEST = 60.0  # seconds that a frame of a film is shown; what is longer is a clock that jumps
-LIVE_FPS = 30  # of the film that --output makes of a camera or stream
+STREAM_TIMEOUTS = (10.0, 5.0)  # seconds to open a stream and to read from it
+LIVE_FPS = 30  # of the .avi that --output makes of a camera or stream
+WINDOW_POLL_AFTER = 0.5  # seconds without a frame after which the window is served all the same
+MAX_FRAME_GAP = 60.0  # seconds that a frame of a film is shown; what is longer is a broken clock
 NO_PICTURE = {
-    "camera": "no picture comes from it: is it connected, used by another program, or forbidden to this one by the "
-    "system's privacy settings? Else give another --source",
+    "camera": "no picture comes from it: is it connected, used by another program, or forbidden "
+    "to this one by the system's privacy settings? Else give another --source",
     "stream": "no picture comes from there: check address, user and password",
 }
 TITLE = "webcam"
 WINDOW = (1280, 800)  # largest size in which the window opens
 
 KEPT_A_SECOND = 5  # crops kept of each track
-SMALL = 75  # pixels: the smallest network takes so many
-BLURRED = 50.0  # variance of the Laplacian of a face at FACE_SIDE pixels: sharp ones have 90 or more, and 25 is left
-# of them after a blur of 1.5 pixels (the 14 films of benchmarks/README.md)
-FACE_SIDE = 64
-SIMILAR = 2.5  # mean difference of grey levels at LOOK_SIDE pixels
-LOOK_SIDE = 32
+MIN_CROP = 75  # pixels: the smallest network takes so many
+SHARP_SIDE = 64  # pixels to which a face is brought before its sharpness is measured
+MIN_SHARPNESS = 50.0  # variance of the Laplacian: sharp faces have 90 or more, blurred ones 25
+THUMBNAIL = 32  # pixels at which crops are compared
+MIN_DIFFERENCE = 2.5  # mean difference of grey levels between two crops kept
 FLASH = 0.2  # seconds that a box lights up when its face was kept
+
+
+@dataclass
+class Frame:
+    """One frame of a source, or one picture."""
+
+    index: int  # 0, 1, …; on a camera those that came too fast are left out
+    timestamp: float  # seconds from the start
+    image: np.ndarray  # uint8 BGR (height, width, 3), upright, of square pixels
+    path: Path | None = None  # of a picture's file
+    data: bytes = b""  # and what is in it
+    crops: dict = field(default_factory=dict)  # {box: RGB pixels}
+    files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
+
+    def crop_face(self, box, context):
+        """Return the square of `context` boxes around a face, RGB; None: the whole frame."""
+        if box not in self.crops:
+            crop = self.image
+            if context:
+                x, y, w, h = box
+                side = min(context * w, imaging.MAX_PIXELS**0.5 - 1)  # so that it can be read again
+                crop = imaging.crop_square(crop, x + w / 2, y + h / 2, side)
+            self.crops[box] = cv2.cvtColor(crop, cv2.COLOR_BGR2RGB)
+        return self.crops[box]
+
+    def encode_crop(self, box, context):
+        """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
+        if self.data and not context:
+            return self.data
+        if box not in self.files:
+            file = io.BytesIO()
+            imaging.save_jpeg(file, self.crop_face(box, context))
+            self.files[box] = file.getvalue()
+        return self.files[box]
 
 
 @dataclass
 class Track:
     """One face followed from frame to frame."""
 
-    number: int
+    id: int
     box: tuple  # x, y, width, height in pixels of the source
-    seen: int  # frame in which it was found last
+    seen: float  # timestamp of the frame in which it was found last
+    since: float  # and first
     mean: np.ndarray | None = None  # running mean of its probabilities, (classes,)
-    count: int = 0  # classifications so far
-    classified: int = -(10**9)  # frame of the last one
-    moment: float = 0.0  # and its time
+    classifications: int = 0
+    agreeing: int = 0  # the last so many gave the same label
+    classified: int = -(10**9)  # index of the frame classified last
+    classified_at: float = 0.0  # and its timestamp
     label: str = ""
-    probability: float = float("nan")
-    kept: float = -(10.0**9)  # time of the crop kept last
-    look: np.ndarray | None = None  # how it looked, small and grey
-    place: tuple = ()  # and its box
+    best: str = ""  # the most probable class
+    probability: float = float("nan")  # of that class
+    kept_at: float = -(10.0**9)  # timestamp of the crop kept last
 
 
 @dataclass
-class State:
-    """What the functions below share while they handle one source."""
+class Statistics:
+    """What the summary tells."""
 
-    args: argparse.Namespace
-    kind: str  # of the source: camera, stream, folder, picture or film
-
-    # detector and model
-    cascade: object = None  # OpenCV's, None with --whole-picture
-    model: object = None  # Keras's, None with --save-faces alone
-    side: int = 0  # of the network's input, pixels
-    labels: list = field(default_factory=list)  # class names in output order
-    threshold: float = 0.0
-
-    # --save-faces
-    folders: dict = field(default_factory=dict)  # {label: name of its folder}
-    run: str = ""  # name of the folder for what belongs together
-
-    # the frame at hand
-    picture: tuple | None = None  # (path, bytes) of the file, None in films and on cameras
-    shape: tuple = ()
-    smallest: int = 0  # face looked for, pixels
-    tracks: list = field(default_factory=list)
-    following: int = 0  # number of the next track
-    number: int = (
-        -1
-    )  # of the frame handled before, which is not the last one where a camera is too fast
-    scanned: int = 0  # frame in which the whole picture was last searched
-
-    # what is shown and written
-    window: bool = False
-    paused: bool = False
-    shown: collections.deque = field(
-        default_factory=lambda: collections.deque(maxlen=30)
-    )  # times of the last frames
-    first: float = 0.0  # time of the first one
-    write: object = None  # function that writes a drawn picture to --output
-    fps: float = LIVE_FPS  # of the film written
-
-    # a camera or stream, shared by the threads that read, tag and show it
-    newest: tuple = (-1, 0.0, None)  # number, seconds since the first frame, frame
-    start: float = 0.0  # time of the first frame
-    ended: bool = False  # nothing newer will come
-    stop: threading.Event = field(default_factory=threading.Event)  # it is to end
-
-    # what the summary tells
-    counts: collections.Counter = field(
-        default_factory=collections.Counter
-    )  # of frames, lines, crops
+    counts: collections.Counter = field(default_factory=collections.Counter)
+    labels: collections.Counter = field(default_factory=collections.Counter)  # of photos
     times: dict = field(
         default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=10**5))
     )
-    spare: collections.deque = field(
-        default_factory=lambda: collections.deque(maxlen=4)
-    )  # as `smaller_face` has it
+    # (grey frame, its scale, smallest face looked for) of a few frames: were there smaller faces?
+    samples: collections.deque = field(default_factory=lambda: collections.deque(maxlen=4))
 
 
 # ---------------------------------------------------------------- arguments
 
 
-def parse_arguments():
+def parse_arguments(argv=None):
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        description="Tag faces live, in films, streams and pictures; or collect them as a training set. "
-        "Keys: q or Esc ends, s saves a snapshot, space pauses.",
+        description="Tag faces live, in films, streams and pictures; or collect them as a training "
+        "set. Keys: q or Esc ends, s saves a snapshot, space pauses.",
         epilog="example: python webcam.py model --source party.mp4 --output tagged.mp4",
     )
     option = parser.add_argument
-    option(
-        "model", nargs="?", help="prefix of a trained model (default: none, with --save-faces only)"
-    )
-    option("--source", default="0", metavar="S",
-           help="camera number, film, stream address, picture or folder of them (default: %(default)s)")  # fmt: skip
-    option("--output", type=Path, metavar="FILE",
-           help="write what is shown: .mp4 or .avi; .png or .jpg; a folder for a folder (default: none)")  # fmt: skip
+    option("model", nargs="?",
+           help="prefix of a trained model (default: none, with --save-faces only)")  # fmt: skip
+    option("--source", default="0", metavar="S", help="camera number, film, stream address, "
+           "picture or folder of films and pictures (default: %(default)s)")  # fmt: skip
+    option("--output", type=Path, metavar="FILE", help="write what is shown: .mp4 or .avi; "
+           ".png or .jpg; a folder for a folder (default: none)")  # fmt: skip
     option("--no-display", action="store_true", help="open no window (default: off)")
-    option("--threshold", type=utils.number(float, 0, 1), metavar="P",
-           help="a less probable face is unknown; 0: everybody gets a name (default: the model's own)")  # fmt: skip
-    option("--min-face", type=utils.number(int, 24, 10**5), metavar="PX",
-           help="smallest face looked for (default: an eighth of the picture's height, at least 40)")  # fmt: skip
-    option("--context", type=utils.number(float, 0.5, 10), default=2.0, metavar="F",
-           help="side of the square given to the model, in face boxes (default: %(default)s)")  # fmt: skip
-    option(
-        "--whole-picture",
-        action="store_true",
-        help="classify whole pictures, look for no faces (default: off)",
-    )
-    option("--save-faces", type=Path, metavar="DIR",
-           help="keep the crops: in DIR/<label>/ with a model, in DIR/ without (default: none)")  # fmt: skip
-    args = parser.parse_args()
+    option("--threshold", type=utils.number(float, 0, 1), metavar="P", help="a less probable face "
+           "is unknown; 0: everybody gets a name (default: the model's own)")  # fmt: skip
+    option("--min-face", type=utils.number(int, 24, 10**5), metavar="PX", help="smallest face "
+           "looked for (default: an eighth of the picture's height, at least 40)")  # fmt: skip
+    option("--context", type=utils.number(float, 0.5, 10), default=2.0, metavar="F", help="side of "
+           "the square given to the model, in face boxes (default: %(default)s)")  # fmt: skip
+    what = parser.add_mutually_exclusive_group().add_argument
+    what("--whole-picture", action="store_true", default=None,
+         help="classify whole pictures (default: as the model was trained)")  # fmt: skip
+    what("--faces", action="store_false", dest="whole_picture",
+         help="look for faces (default: as the model was trained)")  # fmt: skip
+    option("--events", action="store_true", help="cameras, streams, films: print a JSON line when "
+           "somebody appeared or left, not one a frame (default: off)")  # fmt: skip
+    option("--save-faces", type=Path, metavar="DIR", help="keep the crops: in DIR/<label>/ with a "
+           "model, in DIR/ without (default: none)")  # fmt: skip
+    args, others = parser.parse_known_args(argv)
+    if others:  # of a shell's star, say
+        names = utils.escape(" ".join(others))
+        parser.error(
+            f"unrecognized arguments: {names} (--source takes one film, picture or folder)"
+        )
     if not (args.model or args.save_faces):
         parser.error("give the prefix of a model, or --save-faces DIR")
     return args
 
 
-def source_kind(source):
-    """Say what a source is: camera, stream, folder, picture or film. Raises UserError if there is nothing."""
-    path = Path(source)
-    if not source:  # an unset variable of a shell; as a path it would be the current folder
+@dataclass
+class Source:
+    """What --source names."""
+
+    kind: str  # camera, stream, folder, film or picture
+    name: str  # number, address or path
+    files: list = field(default_factory=list)  # paths
+    films: set = field(default_factory=set)  # those of them that are films
+
+    def columns(self):
+        """Return the names of the columns printed."""
+        face = "x y w h label probability best".split()
+        if self.films or self.kind in LIVE:
+            return ["file"] * (self.kind == "folder") + ["frame", "time", "track", *face]
+        return ["file", "face", *face]
+
+    def shown(self, path):
+        """Return what the column `file` says."""
+        folder = self.kind == "folder"
+        return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
+
+
+def find_source(text):
+    """Return the Source that was typed. Raises UserError if there is nothing."""
+    if not text:  # an unset variable of a shell; as a path it would be the current folder
         raise utils.UserError("--source is empty: give a camera number, file, folder or address")
-    if source.isascii() and source.isdigit() and len(source) < 6:
-        return "camera"
-    if "://" in source:
-        with contextlib.suppress(ValueError):
-            if (
-                utils.is_utf8(source) and urllib.parse.urlsplit(source).hostname
-            ):  # else OpenCV ends the process
-                return "stream"
-        shown = (
-            f"{utils.escape(source.partition('://')[0])}://…"  # what follows may hold a password
-        )
-        raise utils.UserError(
-            f"--source {shown}: no address: give one like rtsp://192.168.1.20/live"
-        )
+    if text.startswith("file:///"):
+        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
+    if "://" in text:
+        check_address(text)
+        return Source("stream", text)
+    device = re.fullmatch(r"/dev/video(\d{1,5})", os.path.realpath(text))
+    if device or re.fullmatch(r"[0-9]{1,5}", text):
+        return Source("camera", device[1] if device else text)
+    path = Path(text)
     if path.is_dir():
-        return "folder"
+        files = utils.list_files(path)
+        return Source("folder", text, files, {p for p in files if p.suffix.lower() in FILM_ENDINGS})
+    film = is_film(path)
+    return Source("film" if film else "picture", text, [path], {path} if film else set())
+
+
+def check_address(text):
+    """Raise UserError for an address without a host. It may hold a password: it is not shown."""
+    scheme = text.partition("://")[0]
+    with contextlib.suppress(ValueError):
+        parts = urllib.parse.urlsplit(text)
+        listens = scheme in ("udp", "rtp", "srt", "tcp") and parts.port
+        if utils.is_utf8(text) and (parts.hostname or listens):
+            return
+    example = "give one like rtsp://192.168.1.20/live"
+    raise utils.UserError(f"--source {utils.escape(scheme)}://…: no address: {example}")
+
+
+def is_film(path):
+    """Say whether a file is a film or else a picture. Raises UserError if it can be neither."""
+    name = f"--source {utils.escape(path)}"
     if not path.is_file() or path.stat().st_size == 0:
         what = "is empty" if path.is_file() else "no such file"
-        raise utils.UserError(
-            f"--source {utils.escape(source)}: {what}: give a camera number, file or address"
-        )
+        raise utils.UserError(f"{name}: {what}: give a camera number, file or address")
     try:
-        _, image = imaging.read_picture(path)
-        with imaging.picture_errors():
-            return "film" if image.format == "GIF" and image.is_animated else "picture"
+        data, image = imaging.read_picture(path)
     except imaging.RefusedError as reason:  # FFmpeg would read some of these
-        raise utils.UserError(
-            f"--source {utils.escape(source)}: {reason}: give another one"
-        ) from None
+        raise utils.UserError(f"{name}: {reason}: give another one") from None
     except imaging.PictureError:
-        return "film"
+        return True
+    if image.format == "JPEG":  # several in a row are a film, raw MJPEG
+        return data.count(b"\xff\xd9\xff\xd8\xff") > 1
+    return image.format in ("GIF", "PNG") and is_animated(image)
 
 
-def check_output(option, path, source, kind):
-    """Raise UserError before any work where --output or --save-faces cannot be; warn where a file is replaced."""
-    inside = kind not in LIVE and utils.is_inside(path, Path(source))
+def is_animated(image):
+    """Say whether a PIL image has frames that follow in time, which pages and previews do not."""
+    moving = image.format in ("GIF", "PNG", "WEBP", "AVIF")
+    with imaging.picture_errors():
+        return moving and getattr(image, "is_animated", False)
+
+
+def check_output(option, path, source):
+    """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
+    kind = source.kind
+    inside = kind not in LIVE and utils.is_inside(path, Path(source.name))
     endings = PICTURES if kind == "picture" else tuple(FILMS)
     folder = option == "--save-faces" or kind == "folder"
     if folder:
@@ -265,498 +311,882 @@ def check_output(option, path, source, kind):
             "no such folder: make it first": not path.parent.is_dir(),
             "is the source itself: choose another name": inside,
         }
-    for problem, found in problems.items():
-        if found:
-            raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
-    if path.suffix.lower() in FILMS:
-        opencv_name(path)
+    for problem in (text for text, found in problems.items() if found):
+        raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
     if option == "--output" and path.exists():
-        utils.warn(
-            f"{utils.escape(path)}: {'files of the same names in it are' if folder else 'is'} replaced"
-        )
+        what = "files of the same names in it are" if folder else "is"
+        utils.warn(f"{utils.escape(path)}: {what} replaced")
 
 
-def prepare(args, kind):
-    """Load detector and, but for a camera, the model. Returns the State that the functions below share."""
-    state = State(args, kind, run=run_name(args.source, kind))
-    if not args.whole_picture:
-        state.cascade = load_cascade()
-    if args.model and kind == "camera":  # shown while the rest is loaded
-        model.check_model(args.model)
-    elif args.model:
-        load_network(state)
-    return state
-
-
-def load_network(state):
-    """Load the model. A camera is shown meanwhile, and tagged from then on."""
-    network, info = model.load_model(state.args.model)
-    state.labels, state.side = info["labels"], info["image_size"]
-    state.threshold = info["threshold"] if state.args.threshold is None else state.args.threshold
-    state.folders = utils.folder_names([*state.labels, "unknown"])
-    for n in (1, 2) if state.kind in LIVE else ():  # ready for one face and for several
-        model.predict(network, np.zeros((n, state.side, state.side, 3), "uint8"), n)
-    state.model = network
-
-
-def opencv_name(path):
-    """Return a path as OpenCV may have it: absolute, for ffmpeg takes some names for protocols. Raises UserError."""
-    name = str(Path(path).resolve())
-    if not utils.is_utf8(name):  # OpenCV ends the process on such a name
-        raise utils.UserError(f"{utils.escape(name)}: OpenCV cannot open such a name: rename it")
+def model_prefix(name):
+    """Return the prefix of a model of which the prefix or one file is named."""
+    for ending in (".h5", "-labels.json", ".json"):
+        if name.endswith(ending) and Path(name).is_file():
+            name = name.removesuffix(ending)
+            break
+    paths = [Path(f"{name}{ending}") for ending in (".h5", ".json", "-labels.json")]
+    absent = [path.name for path in paths if not path.exists()]
+    if 0 < len(absent) < len(paths):
+        there = next(path for path in paths if path.exists())
+        lack = utils.escape(" and ".join(absent))
+        raise utils.UserError(f"{utils.escape(there)}: {lack} missing: copy the three together")
     return name
 
 
-def load_cascade():
-    """Load the face detector from the current folder, else from beside this script. Raises UserError."""
-    # relative where it can be: on Windows, OpenCV reads no XML file below a folder whose name is not ASCII
-    name = CASCADE if Path(CASCADE).is_file() else opencv_name(Path(__file__).with_name(CASCADE))
-    cascade = cv2.CascadeClassifier()
-    with contextlib.suppress(cv2.error, SystemError):
-        cascade.load(name)
-    if cascade.empty():
-        raise utils.UserError(f"{utils.escape(name)}: missing or damaged: copy it from the kit")
-    return cascade
+# ---------------------------------------------------------------- films → frames
+
+
+class FilmError(utils.UserError):
+    """A file or stream that gives no film; the text is the reason, without its name."""
+
+
+class Film:
+    """An open film or stream. Raises FilmError."""
+
+    def __init__(self, address, name, live=False):
+        import av
+
+        options = {"rtsp_transport": "tcp"} if live else {}
+        timeouts = STREAM_TIMEOUTS if live else None
+        self.name = name  # as messages have it
+        try:
+            self.container = av.open(
+                address,
+                format=None if live else film_format(address),
+                options=options,
+                timeout=timeouts,
+                metadata_errors="ignore",
+            )
+        except av.error.FFmpegError:
+            raise FilmError("no frame can be read") from None
+        cover = av.stream.Disposition.attached_pic  # of a music file
+        streams = [s for s in self.container.streams.video if not s.disposition & cover]
+        if not streams:
+            raise FilmError("there is no film in it")
+        self.stream = max(streams, key=lambda s: s.width * s.height)
+        self.stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
+        rate = float(self.stream.average_rate or 0)
+        self.rate = rate if 0.05 <= rate <= 500 else 25.0
+        self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
+        if self.container.format.name == "avi":  # FFmpeg shortens what was cut
+            self.duration = max(self.duration, self.stream.frames / self.rate)
+        playlist = self.container.format.name in ("hls", "dash")  # its size says nothing
+        self.finite = self.duration > 0 or (self.container.size > 0 and not playlist)
+        self.total = round(min(self.duration * self.rate, 10**7))  # frames, about
+        self.has_sound = bool(self.container.streams.audio)
+
+    def frames(self):
+        """Yield its Frames as a player shows them: deinterlaced, upright, of square pixels."""
+        timestamp, origin = -1 / self.rate, None
+        for index, frame in enumerate(deinterlace(self.decode(), self.stream.time_base)):
+            if origin is None:
+                origin = frame.time or 0.0
+            told = -1e9 if frame.time is None else frame.time - origin  # None in raw streams
+            timestamp = told if told > timestamp else timestamp + 1 / self.rate
+            yield Frame(index, timestamp, self.to_image(frame))
+        if origin is None:
+            raise FilmError("no frame can be read")
+
+    def decode(self):
+        """Yield the decoded frames as they are; warn if bytes are missing at the end."""
+        import av
+
+        start, end = (self.container.start_time or 0) / av.time_base, 0.0
+        streams = self.container.streams
+        try:
+            for packet in self.container.demux(*streams.video, *streams.audio):
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == self.stream.index:
+                    with contextlib.suppress(av.error.InvalidDataError):
+                        yield from packet.decode()
+        except av.error.FFmpegError:  # a cut file, or a stream that is lost
+            pass
+        counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
+        if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
+            seconds = f"{end - start:.1f} of {self.duration:.1f} s"
+            utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
+
+    def to_image(self, frame):
+        """Return a decoded frame as uint8 BGR (height, width, 3)."""
+        image = frame.to_ndarray(format="bgr24")
+        ratio = float(self.stream.sample_aspect_ratio or 1)
+        if ratio != 1 and 0.1 < ratio < 10:  # the width of its pixels, in heights
+            height, width = image.shape[:2]
+            image = cv2.resize(image, (round(width * ratio), height), interpolation=cv2.INTER_AREA)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return apply_orientation(image, np.frombuffer(matrix, "int32")) if matrix else image
+
+    def close(self):
+        """Let the file go."""
+        self.container.close()
+
+
+def film_format(path):
+    """Return FFmpeg's name for raw MJPEG, of which it would take one named .jpg for a picture."""
+    with open(path, "rb") as file:
+        return "mjpeg" if file.read(2) == b"\xff\xd8" else None
+
+
+def apply_orientation(image, matrix):
+    """Turn and mirror an image as a film's display matrix says, nine numbers in three rows."""
+    across, up = matrix[0], matrix[4]
+    if abs(matrix[1]) + abs(matrix[3]) > abs(across) + abs(up):
+        image = image.transpose(1, 0, 2)
+        across, up = matrix[3], matrix[1]
+    return np.ascontiguousarray(image[:: -1 if up < 0 else 1, :: -1 if across < 0 else 1])
+
+
+def deinterlace(frames, time_base):
+    """Yield decoded frames, from the first interlaced one on through FFmpeg's deinterlacer."""
+    graph = shape = None
+    for frame in frames:
+        here = frame.width, frame.height, frame.format.name
+        if graph and shape != here:
+            yield from filter_frame(graph, None)
+            graph = None
+        if not graph and frame.interlaced_frame:
+            graph, shape = make_deinterlacer(frame, time_base), here
+        yield from filter_frame(graph, frame) if graph else (frame,)
+    if graph:
+        yield from filter_frame(graph, None)
+
+
+def make_deinterlacer(frame, time_base):
+    """Return a PyAV filter graph for frames such as this one."""
+    import av.filter
+
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=time_base
+    )
+    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+    source.link_to(bwdif)
+    bwdif.link_to(sink)
+    graph.configure()
+    return graph
+
+
+def filter_frame(graph, frame):
+    """Push a frame into a filter graph, None at the end; yield those that come out."""
+    graph.push(frame)
+    with contextlib.suppress(BlockingIOError, EOFError):
+        while True:
+            yield graph.pull()
+
+
+def load_picture(path):
+    """Read a picture in full, upright. Returns (its Frame, ""), or (None, the reason)."""
+    try:
+        data, image = imaging.read_picture(path)
+        note = "only the first of its frames is used" if is_animated(image) else ""
+        pixels = cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
+        return Frame(0, 0.0, pixels, path, data), note
+    except imaging.PictureError as reason:
+        return None, f"skipped: {reason}"
+
+
+# ---------------------------------------------------------------- cameras and streams → frames
+
+
+class Live:
+    """The newest frame of a camera or stream, which a thread of its own reads."""
+
+    def __init__(self, source, stop):
+        self.kind, self.source = source.kind, source.name
+        self.stop = stop  # an event: everything is to end
+        host = urllib.parse.urlsplit(source.name).hostname  # never the user, password or query
+        self.name = f"{self.kind} {self.source if self.kind == 'camera' else utils.escape(host)}"
+        self.finite = False  # it is a film that somebody serves
+        self.newest = None
+        self.ended = False  # nothing newer will come
+        self.start = 0.0  # time of the first frame
+
+    def open(self):
+        """Open the source. Returns a generator of its images, empty if it does not open."""
+        if self.kind == "camera":
+            return camera_images(cv2.VideoCapture(int(self.source)), self.stop)
+        try:
+            film = Film(self.source, self.name, live=True)
+        except FilmError:
+            return iter(())
+        self.finite = film.finite
+        return self.stream_images(film)
+
+    def stream_images(self, film):
+        """Yield the images of a stream; a film comes faster than it plays and has to wait."""
+        begin = time.monotonic()
+        with contextlib.closing(film), contextlib.suppress(FilmError):
+            for frame in film.frames():
+                yield frame.image
+                if film.finite:
+                    ahead = frame.timestamp + begin - time.monotonic()
+                    self.stop.wait(min(1.0, max(0.0, ahead)))
+
+    def read(self, images=None):
+        """Thread: keep the newest frame until the source is to stop or a served film ends.
+
+        A lost source is tried again after each of RECONNECT_DELAYS. Raises UserError where none
+        comes (back).
+        """
+        images, tries = images or self.open(), 0
+        try:
+            while True:
+                for image in images:
+                    now, tries = time.monotonic(), 0
+                    self.start = self.start or now
+                    index = self.newest.index + 1 if self.newest else 0
+                    self.newest = Frame(index, now - self.start, image)
+                    if self.stop.is_set():
+                        return
+                if self.stop.is_set() or (self.finite and self.newest):
+                    return
+                self.check_hope(tries)
+                utils.warn(f"{self.name}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+                self.stop.wait(RECONNECT_DELAYS[tries])
+                images, tries = self.open(), tries + 1
+        finally:
+            self.ended = True
+
+    def check_hope(self, tries):
+        """Raise UserError if the source gave nothing at all, or was lost for good."""
+        if not self.newest:
+            others = other_cameras(self.source) if self.kind == "camera" else ""
+            raise utils.UserError(f"{self.name}: {NO_PICTURE[self.kind]}{others}")
+        if tries == len(RECONNECT_DELAYS):
+            lost = f"lost, and {tries} tries did not bring it back"
+            raise utils.UserError(f"{self.name}: {lost}: check it and try again")
+
+    def frames(self, meanwhile=lambda: None):
+        """Yield the newest Frame until the source ends. meanwhile: called while there is none."""
+        done = None
+        while not self.stop.is_set():
+            ended, newest = self.ended, self.newest  # in this order: one may come before the end
+            if newest is not done:
+                done = newest
+                yield newest
+            elif ended:
+                return
+            else:
+                time.sleep(0.005)
+                meanwhile()
+
+
+def camera_images(capture, stop):
+    """Yield the images of an OpenCV capture until it gives none for READ_TIMEOUT seconds."""
+    last = time.monotonic()
+    try:
+        while not stop.is_set():
+            good, image = capture.read()
+            if good:
+                yield image
+                last = time.monotonic()
+            elif not capture.isOpened() or time.monotonic() - last > READ_TIMEOUT:
+                return
+            else:
+                stop.wait(0.02)
+    finally:
+        capture.release()
+
+
+def other_cameras(source):
+    """Return words that name the cameras that do open."""
+    numbers = [n for n in range(CAMERAS) if n != int(source)]
+    found = [str(n) for n in numbers if cv2.VideoCapture(n).isOpened()]
+    return f" ({', '.join(found)} can be opened)" if found else ""
 
 
 # ---------------------------------------------------------------- frame → boxes → tracks
 
 
-def shrink(frame, smallest):
-    """Return the grey picture to search, uint8 (h, w), and its scale: faces of `smallest` px get DETECT_FACE px."""
+def load_cascade():
+    """Load the face detector from the current folder, else from beside this script."""
+    # relative where it can be: on Windows, OpenCV reads no XML file below a folder whose name is
+    # not ASCII
+    beside = Path(__file__).resolve().with_name(utils.CASCADE)
+    name = utils.CASCADE if Path(utils.CASCADE).is_file() else str(beside)
+    cascade = cv2.CascadeClassifier()
+    with contextlib.suppress(cv2.error, SystemError):
+        if utils.is_utf8(name):  # OpenCV ends the process on other names
+            cascade.load(name)
+    if cascade.empty():
+        raise utils.UserError(f"{utils.escape(name)}: missing or damaged: copy it from the kit")
+    return cascade
+
+
+def shrink(image, smallest):
+    """Return the grey picture to search and its scale: `smallest` px become DETECT_FACE px."""
     scale = min(1.0, DETECT_FACE / smallest)
     if scale < 1:
-        size = [max(1, round(n * scale)) for n in frame.shape[1::-1]]
-        frame = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), scale
+        size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), scale
 
 
-def find(cascade, grey, scale, smallest, largest=0):
+def detect(cascade, grey, scale, smallest, largest=0):
     """Find faces of `smallest` to `largest` (0: any) source pixels in a grey picture.
 
-    Returns [(box in source pixels, overlapping finds)]; the finds say how sure the cascade is.
+    Returns [(box in source pixels, neighbors)]; the neighbors say how sure the cascade is.
     """
     if min(grey.shape) < 24:
         return []
     least, most = ((round(side * scale),) * 2 for side in (smallest, largest))
-    boxes, counts = cascade.detectMultiScale2(
-        grey, FACTOR, OLD_NEIGHBOURS, minSize=least, maxSize=most
+    boxes, neighbors = cascade.detectMultiScale2(
+        grey, SCALE_FACTOR, MIN_NEIGHBORS_KEEP, minSize=least, maxSize=most
     )
-    return [(tuple(round(v / scale) for v in box), int(count)) for box, count in zip(boxes, counts)]
+    return [(tuple(round(v / scale) for v in box), int(n)) for box, n in zip(boxes, neighbors)]
 
 
-def find_twice(cascade, grey, scale, smallest):
-    """Find faces as `find` does; the finds are the mean of those in a picture and in its mirror image.
+def detect_with_flip(cascade, grey, scale, smallest):
+    """Find faces as `detect` does, with the mean neighbors of a picture and its mirror image.
 
-    A picture is seen only once, and what is no face is seldom taken for one both ways round: of 448 flowers 7
-    instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in single frames of 14 films).
+    A picture is seen only once, and what is no face is seldom taken for one both ways round: of 448
+    flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
+    single frames of 14 films).
     """
-    width, turned = round(grey.shape[1] / scale), find(cascade, cv2.flip(grey, 1), scale, smallest)
-    back = [((width - x - w, y, w, h), count) for (x, y, w, h), count in turned]
-    return [
-        (
-            box,
-            (count + max((n for other, n in back if overlap(box, other) > OVERLAP), default=0)) / 2,
-        )
-        for box, count in find(cascade, grey, scale, smallest)
-    ]
-
-
-def look_around(cascade, grey, scale, box):
-    """Search the surroundings of a known box (source pixels) for faces of about its size, as `find` does."""
-    x, y, w, h = (v * scale for v in box)
-    left, top = max(0, round(x - w / 2)), max(0, round(y - h / 2))
-    part = grey[top : round(y + 1.5 * h), left : round(x + 1.5 * w)]
-    hits = find(cascade, part, scale, 0.75 * box[2], 1.35 * box[2])
-    return [
-        ((x + round(left / scale), y + round(top / scale), w, h), count)
-        for (x, y, w, h), count in hits
-    ]
-
-
-def overlap(a, b):
-    """Return intersection over union of two boxes (x, y, w, h)."""
-    wide = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    high = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    both = max(0, wide) * max(0, high)
-    return both / (a[2] * a[3] + b[2] * b[3] - both)
-
-
-def search(state, frame, number):
-    """Find the faces of a frame, uint8 BGR (h, w, 3): now all over the picture, now only around the tracks.
-
-    Returns what `find` does, no face twice.
-    """
-    grey, scale = shrink(frame, state.smallest)
-    if number - state.scanned >= SCAN_EVERY or not 0 < len(state.tracks) <= FEW_TRACKS:
-        hits = (find_twice if state.picture else find)(state.cascade, grey, scale, state.smallest)
-        state.scanned = number
-    else:
-        hits = [
-            hit
-            for track in state.tracks
-            for hit in look_around(state.cascade, grey, scale, track.box)
-        ]
+    width, mirrored = grey.shape[1] / scale, []
+    for (x, y, w, h), n in detect(cascade, cv2.flip(grey, 1), scale, smallest):
+        mirrored.append(((round(width) - x - w, y, w, h), n))
     found = []
-    for box, count in sorted(
-        hits, key=lambda hit: (-hit[1], hit[0])
-    ):  # the surest first, and always the same one
-        if all(
-            overlap(box, other) < OVERLAP for other, _ in found
-        ):  # else the same face, in another size or search
-            found.append((box, count))
+    for box, n in detect(cascade, grey, scale, smallest):
+        others = [m for other, m in mirrored if iou(box, other) > MIN_IOU]
+        found.append((box, (n + max(others, default=0)) / 2))
     return found
 
 
-def follow(state, frame, number):
-    """Link the faces of a frame to the tracks. Replaces state.tracks.
-
-    Tracks end that were not found for HOLD frames; on a slow machine, which sees few of them, in two frames on end.
-    """
-    found = search(state, frame, number)
-    for t, b in link([track.box for track in state.tracks], [box for box, _ in found]).items():
-        track, box = state.tracks[t], found[b][0]
-        calm = overlap(box, track.box) > CALM
-        track.box = tuple(round((a + b) / 2) for a, b in zip(box, track.box)) if calm else box
-        track.seen = number
-    tracks = [
-        t for t in state.tracks if number - t.seen <= (LIVE_FPS if t.seen == state.number else HOLD)
-    ]
-    for box, count in sorted(found):
-        if count >= NEW_NEIGHBOURS and all(overlap(box, track.box) < OVERLAP for track in tracks):
-            tracks.append(Track(state.following, box, number))
-            state.following += 1
-    state.tracks = tracks
+def detect_near(cascade, grey, scale, box):
+    """Find faces around a known box (source pixels) of about its size, as `detect` does."""
+    x, y, w, h = (v * scale for v in box)
+    left, top = max(0, round(x - w / 2)), max(0, round(y - h / 2))
+    part = grey[top : round(y + 1.5 * h), left : round(x + 1.5 * w)]
+    right, down = round(left / scale), round(top / scale)
+    found = detect(cascade, part, scale, 0.75 * box[2], 1.35 * box[2])
+    return [((x + right, y + down, w, h), n) for (x, y, w, h), n in found]
 
 
-def link(old, new):
-    """Match boxes of two frames so that the sum of overlaps is largest. Returns {index in old: index in new}."""
+def iou(a, b):
+    """Return intersection over union of two boxes (x, y, w, h)."""
+    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    return both / (a[2] * a[3] + b[2] * b[3] - both)
+
+
+def distinct_faces(found):
+    """Return [(box, neighbors)] without those that overlap a surer one."""
+    kept = []
+    for box, n in sorted(found, key=lambda face: (-face[1], face[0])):
+        if all(iou(box, other) < MIN_IOU for other, _ in kept):
+            kept.append((box, n))
+    return kept
+
+
+def match_boxes(old, new):
+    """Match boxes of two frames so that the sum of IoUs is largest. Returns {index: new index}."""
     from scipy.optimize import linear_sum_assignment
 
     if not old or not new:
         return {}
-    overlaps = np.array([[overlap(a, b) for b in new] for a in old])
-    return {
-        int(i): int(j)
-        for i, j in zip(*linear_sum_assignment(-overlaps))
-        if overlaps[i, j] >= OVERLAP
-    }
+    ious = np.array([[iou(a, b) for b in new] for a in old])
+    pairs = zip(*linear_sum_assignment(-ious))
+    return {int(i): int(j) for i, j in pairs if ious[i, j] >= MIN_IOU}
+
+
+class Tracker:
+    """Follows the faces of one film, camera or stream, or finds those of one picture.
+
+    Without a cascade the whole picture is the only "face".
+    """
+
+    def __init__(self, cascade, min_face=None):
+        self.cascade, self.min_face = cascade, min_face
+        self.tracks, self.next_track_id = [], 0
+        self.size = ()
+        self.smallest = 0  # face looked for, pixels
+        self.scanned = 0  # index of the frame of which the whole was searched last
+        self.previous = 0.0  # timestamp of the last frame
+
+    def update(self, frame):
+        """Return the tracks after a Frame."""
+        height, width = frame.image.shape[:2]
+        if self.size != (width, height):  # the first frame, or a film that changes its size
+            self.size, self.tracks = (width, height), []
+            self.scanned = frame.index - SCAN_EVERY
+            self.smallest = self.min_face or max(40, height // 8)
+        if self.cascade:
+            self.update_tracks(self.detect(frame), frame.timestamp)
+        else:
+            self.tracks = self.tracks or [self.new_track((0, 0, width, height), frame.timestamp)]
+            self.tracks[0].seen = frame.timestamp
+        self.previous = frame.timestamp
+        return self.tracks
+
+    def new_track(self, box, timestamp):
+        """Return a track that begins now."""
+        self.next_track_id += 1
+        return Track(self.next_track_id - 1, box, timestamp, timestamp)
+
+    def detect(self, frame):
+        """Find faces: now all over the picture, now only near the tracks."""
+        grey, scale = shrink(frame.image, self.smallest)
+        if frame.path:
+            found = detect_with_flip(self.cascade, grey, scale, self.smallest)
+        elif frame.index - self.scanned >= SCAN_EVERY or not 0 < len(self.tracks) <= FEW_TRACKS:
+            found = detect(self.cascade, grey, scale, self.smallest)
+            self.scanned = frame.index
+        else:
+            boxes = [track.box for track in self.tracks]
+            found = [face for box in boxes for face in detect_near(self.cascade, grey, scale, box)]
+        return distinct_faces(found)
+
+    def update_tracks(self, faces, timestamp):
+        """Match faces to the tracks, end those that are lost, and begin new ones."""
+        matches = match_boxes([track.box for track in self.tracks], [box for box, _ in faces])
+        for old, new in matches.items():
+            track, box = self.tracks[old], faces[new][0]
+            if iou(box, track.box) > SMOOTHING_IOU:
+                box = tuple(round((a + b) / 2) for a, b in zip(box, track.box))
+            track.box, track.seen = box, timestamp
+        tracks = [track for track in self.tracks if not self.is_lost(track, timestamp)]
+        for box, neighbors in sorted(faces):
+            free = all(iou(box, track.box) < MIN_IOU for track in tracks)
+            if free and neighbors >= MIN_NEIGHBORS_START:
+                tracks.append(self.new_track(box, timestamp))
+        self.tracks = tracks
+
+    def is_lost(self, track, timestamp):
+        """Say whether a track has ended: in seconds, however many frames come."""
+        missed_once = track.seen == self.previous
+        limit = MAX_MISSED_ONCE if missed_once else MAX_MISSED
+        return timestamp - track.seen > limit + 1e-6
 
 
 # ---------------------------------------------------------------- tracks → labels
 
 
-def cut(state, frame, box):
-    """Cut the square that the network gets around a box; the whole frame with --whole-picture. Returns RGB."""
-    if not state.args.whole_picture:
-        x, y, w, h = box
-        side = min(
-            state.args.context * w, imaging.MAX_PIXELS**0.5 - 1
-        )  # larger ones could not be read again
-        frame = imaging.crop_square(frame, x + w / 2, y + h / 2, side)
-    return cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+class Labeller:
+    """The model, and what it says about tracks. Without a model nobody has a label."""
 
+    def __init__(self, args, source, statistics):
+        self.prefix = args.model
+        self.live = source.kind in LIVE
+        self.statistics = statistics
+        self.network, self.labels, self.side = None, [], 0
+        self.threshold = args.threshold
+        self.context = None if args.whole_picture else args.context
 
-def file_to_keep(state, frame, box):
-    """Return the bytes that --save-faces keeps: a crop as JPEG; with --whole-picture the picture's own file."""
-    if state.picture and state.args.whole_picture:
-        return state.picture[1]
-    file = io.BytesIO()
-    imaging.save_jpeg(file, cut(state, frame, box))
-    return file.getvalue()
+    def load(self):
+        """Load the model. A camera is shown meanwhile, and tagged from then on."""
+        network, info = model.load_model(self.prefix)
+        self.labels, self.side = info["labels"], info["image_size"]
+        if self.threshold is None:
+            self.threshold = info["threshold"]
+        for n in (1, 2) if self.live else ():  # ready for one face and for several
+            model.predict(network, np.zeros((n, self.side, self.side, 3), "uint8"), n)
+        self.network = network
 
+    def update(self, frame, tracks):
+        """Classify the tracks that are new or due, and label all."""
+        seen = [track for track in tracks if track.seen == frame.timestamp]
+        due = [track for track in seen if frame.index - track.classified >= CLASSIFY_EVERY]
+        if self.live:  # the oldest labels only: the next frame waits
+            due = sorted(due, key=lambda track: track.classified)[:MAX_BATCH]
+        before = {track.id: track.label for track in due}
+        if due and self.network:
+            self.classify(frame, due)
+            unique = self.threshold > 0 and self.context is not None
+            assign_labels(tracks, self.labels, self.threshold, unique)
+        for track in due:
+            track.agreeing = track.agreeing + 1 if track.label == before[track.id] else 1
+            track.classified, track.classified_at = frame.index, frame.timestamp
 
-def refresh(state, frame, number, moment):
-    """Classify the tracks that are new or due, on a camera the MAX_BATCH oldest labels only; name all tracks.
+    def classify(self, frame, tracks):
+        """Take what the network says into the tracks' running means.
 
-    The batch is filled up to a power of two: backends that compile for each size do so seldom.
-    """
-    due = [t for t in state.tracks if t.seen == number and number - t.classified >= CLASSIFY_EVERY]
-    if state.kind in LIVE:
-        due = sorted(due, key=lambda t: t.classified)[:MAX_BATCH]
-    if due:
+        The batch is filled up to a power of two: backends that compile for each size do so seldom.
+        """
         start = time.perf_counter()
-        files = [
-            file_to_keep(state, frame, track.box) for track in due
-        ]  # so it gets just what training would read
+        files = [frame.encode_crop(track.box, self.context) for track in tracks]
+        # decoded again, so that the network gets just what training would read
         inputs = np.stack(
-            [imaging.to_model_input(imaging.open_picture(data), state.side) for data in files]
+            [imaging.to_model_input(imaging.open_picture(data), self.side) for data in files]
         )
-        least = (
-            2 if state.picture else 1
-        )  # a batch of one differs in the last bits from what evaluation computes
-        size = max(least, min(MAX_BATCH, 1 << (len(due) - 1).bit_length()))
-        for track, p in zip(due, model.predict(state.model, inputs, size)):
-            track.count += 1
-            track.mean = (
-                p if track.count == 1 else track.mean + (p - track.mean) / min(track.count, MEMORY)
-            )
-            track.classified, track.moment = number, moment
-        state.times["classification"].append((time.perf_counter() - start) * 1000)
-        state.counts["classifications"] += len(due)
-    name_tracks(state)
+        # a batch of one differs in the last bits from what evaluation computes
+        least = 2 if frame.path else 1
+        size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
+        for track, answer in zip(tracks, model.predict(self.network, inputs, size)):
+            track.classifications += 1
+            mean = answer if track.mean is None else track.mean
+            track.mean = mean + (answer - mean) / min(track.classifications, AVERAGE_WINDOW)
+        self.statistics.times["classification"].append((time.perf_counter() - start) * 1000)
+        self.statistics.counts["classifications"] += len(tracks)
 
 
-def name_tracks(state):
-    """Give tracks their labels: below the threshold `unknown`; the same name twice only where everybody gets one."""
+def assign_labels(tracks, labels, threshold, unique):
+    """Label tracks: `unknown` below the threshold, or, if `unique`, with a surer one's name."""
     taken = set()
-    for track in sorted(
-        (t for t in state.tracks if t.mean is not None), key=lambda t: -t.mean.max()
-    ):
-        label, probability = state.labels[track.mean.argmax()], float(track.mean.max())
-        if probability < state.threshold or (state.threshold and label in taken):
-            label = "unknown"
-        taken.add(label)
-        track.label, track.probability = label, probability
+    known = [track for track in tracks if track.mean is not None]
+    for track in sorted(known, key=lambda track: -track.mean.max()):
+        track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
+        refused = track.probability < threshold or (unique and track.best in taken)
+        track.label = "unknown" if refused else track.best
+        taken.add(track.label)
 
 
-def handle(state, frame, number, moment):
-    """Do all that is done with a frame: find, classify, print, keep. frame: uint8 BGR (h, w, 3); moment: seconds."""
-    (height, width, _), handled = frame.shape, state.counts["frames"]
-    if (
-        frame.shape != state.shape or state.picture
-    ):  # the first frame, another picture, a film that changes its size
-        state.shape, state.tracks, state.scanned = frame.shape, [], number - SCAN_EVERY
-        state.smallest = state.args.min_face or max(40, height // 8)
-    if state.args.whole_picture:
-        state.tracks = state.tracks or [Track(0, (0, 0, width, height), number)]
-        state.tracks[0].seen = number
-    else:
-        start = time.perf_counter()
-        follow(state, frame, number)
-        state.times["detection"].append((time.perf_counter() - start) * 1000)
-        if not state.counts["tagged"] and handled & (handled - 1) == 0:  # frames 0, 1, 2, 4, 8…
-            state.spare.append(
-                (*shrink(frame, height / 20), state.smallest)
-            )  # for the summary: smaller faces
-    if state.model:
-        refresh(state, frame, number, moment)
-    for track in state.tracks:
-        print_line(state, number, moment, track)
-    if state.args.save_faces:
-        keep_faces(state, frame, number, moment)
-    state.counts["frames"] += 1
-    state.number = number
+class Tagger:
+    """Does all that is done with a frame: tracker, labeller, and the sinks that print and save."""
+
+    def __init__(self, args, source):
+        self.args, self.source = args, source
+        self.statistics = Statistics()
+        self.cascade = None if args.whole_picture else load_cascade()
+        self.labeller = Labeller(args, source, self.statistics)
+        self.tracker = self.events = None
+        self.sinks = []  # functions that print or save what a frame shows
+        self.tracks = []  # to be shown
+
+    def start(self, file="", run=""):
+        """Begin with another film, picture or camera. file: its name in lines; run: a folder."""
+        self.tracker, self.tracks = Tracker(self.cascade, self.args.min_face), []
+        self.sinks = [functools.partial(print_lines, self.source.columns(), file)]
+        if self.args.events:
+            self.events = EventWriter(file if self.source.kind == "folder" else "")
+            self.sinks = [self.events.write]
+        if self.args.save_faces:
+            saver = CropSaver(self.args, self.labeller, run, self.statistics.counts)
+            self.sinks.append(saver.write)
+
+    def handle(self, frame):
+        """Find, label, print and save the faces of a Frame."""
+        start, counts = time.perf_counter(), self.statistics.counts
+        tracks = self.tracker.update(frame)
+        if self.cascade:
+            self.statistics.times["detection"].append((time.perf_counter() - start) * 1000)
+            handled = counts["frames"] + counts["photos"]
+            if not counts["tagged"] and handled & (handled - 1) == 0:  # frames 0, 1, 2, 4, 8…
+                sample = shrink(frame.image, frame.image.shape[0] / 20)
+                self.statistics.samples.append((*sample, self.tracker.smallest))
+        self.labeller.update(frame, tracks)
+        # with many faces some still wait for their first label
+        self.tracks = [track for track in tracks if track.label or not self.labeller.network]
+        for sink in self.sinks:
+            sink(frame, self.tracks)
+        counts["photos" if frame.path else "frames"] += 1
+        counts["tagged"] += len(self.tracks)
+
+    def close(self):
+        """Report that everybody has left: no more frames come."""
+        if self.events:
+            self.events.close()
 
 
-COLUMNS = (
-    "frame time track x y w h label probability".split()
-)  # of the lines; a folder's have `file` before them
+# ---------------------------------------------------------------- labels → lines and events
 
 
-def print_line(state, number, moment, track):
-    """Print one face's line, once it has a label."""
-    if track.label or not state.model:
-        state.counts["tagged"] += 1
-        probability = f"{track.probability:.6f}" if state.model else ""
-        cells = [number, f"{moment:.6f}", track.number, *track.box, track.label, probability]
-        if state.kind == "folder":
-            cells.insert(
-                0, utils.escape(state.picture[0].relative_to(state.args.source).as_posix())
-            )
-        utils.print_line("\t".join(map(str, cells)))
+def print_lines(columns, file, frame, tracks):
+    """Print a line for each face of a frame. file: its name, for the column of that name."""
+    for track in tracks:
+        cells = dict(zip("xywh", track.box), label=track.label, best=track.best, file=file)
+        cells |= {"frame": frame.index, "time": f"{frame.timestamp:.6f}", "track": track.id}
+        cells["face"] = track.id
+        cells["probability"] = f"{track.probability:.6f}" if track.label else ""
+        utils.print_line("\t".join(str(cells[column]) for column in columns))
 
 
-# ---------------------------------------------------------------- --save-faces
+@dataclass
+class Visit:
+    """Somebody who is in sight, or was until a moment ago."""
+
+    label: str
+    track: int
+    since: float
+    last: float = 0.0
+    probability: float = 0.0
 
 
-def keep_faces(state, frame, number, moment):
-    """Keep the crops worth it: of each track KEPT_A_SECOND; of a picture without a model only one that is alone."""
-    if state.picture and not state.model and len(state.tracks) != 1:
-        state.counts[
-            "pictures with several faces" if state.tracks else "pictures without a face"
-        ] += 1
-        return
-    for track in state.tracks:
-        named = (
-            track.label or not state.model
-        )  # with many faces some still wait for their first label
-        if named and track.seen == number and moment - track.kept >= 1 / KEPT_A_SECOND - 1e-6:
-            crop = cut(state, frame, track.box)
-            reason = reason_against(state, frame, track, crop)
-            state.counts[reason or "saved"] += 1
-            if not reason:
-                track.kept, track.look, track.place = moment, look(crop), track.box
-                save_crop(state, frame, number, track)
+class EventWriter:
+    """Prints a JSON object when somebody appeared and when somebody left."""
+
+    def __init__(self, file=""):
+        self.file, self.visits = file, []
+
+    def write(self, frame, tracks):
+        """Print the events of a frame."""
+        in_sight = [track.id for track in tracks]
+        for track in (track for track in tracks if track.agreeing >= AGREEING):
+            for visit in self.visits[:]:
+                if visit.track == track.id and visit.label != track.label:
+                    self.leave(visit)
+            visit = self.visit_of(track, in_sight)
+            visit.track, visit.last, visit.probability = track.id, track.seen, track.probability
+            if visit not in self.visits:
+                self.visits.append(visit)
+                self.print_event("appeared", visit, frame.timestamp)
+        for visit in self.visits[:]:
+            if frame.timestamp - visit.last > LEFT_AFTER:
+                self.leave(visit)
+
+    def visit_of(self, track, in_sight):
+        """Return a track's visit, else that of a lost track with the same label, else a new one."""
+        for visit in self.visits:
+            lost = visit.label == track.label and visit.track not in in_sight
+            if visit.track == track.id or lost:
+                return visit
+        return Visit(track.label, track.id, track.since)
+
+    def leave(self, visit):
+        """End a visit."""
+        self.visits.remove(visit)
+        self.print_event("left", visit, visit.last)
+
+    def print_event(self, event, visit, timestamp):
+        """Print one JSON object; `seconds` is how long somebody has been seen until then."""
+        cells = {"file": self.file} if self.file else {}
+        cells |= {"event": event, "time": round(timestamp, 6), "track": visit.track}
+        known = {"label": visit.label, "probability": round(visit.probability, 6)}
+        cells |= known if visit.label else dict.fromkeys(known)
+        cells["seconds"] = round(timestamp - visit.since, 6)
+        utils.print_line(json.dumps(cells, ensure_ascii=False))
+
+    def close(self):
+        """Let everybody leave."""
+        for visit in self.visits[:]:
+            self.leave(visit)
 
 
-def look(crop):
-    """Return how an RGB crop looks from afar: grey, (LOOK_SIDE, LOOK_SIDE), 0..255."""
-    return cv2.resize(crop, (LOOK_SIDE, LOOK_SIDE), interpolation=cv2.INTER_AREA).mean(2)
+# ---------------------------------------------------------------- labels → crops
 
 
-def reason_against(state, frame, track, crop):
-    """Return why a crop is not worth keeping, None if it is. Of pictures, a model keeps every face."""
-    if state.picture and (state.model or state.args.whole_picture):
+class CropSaver:
+    """Saves the crops that the model would get, those that are worth it."""
+
+    def __init__(self, args, labeller, run, counts):
+        self.folder, self.run = args.save_faces, run  # run: a folder for what belongs together
+        self.labeller, self.context, self.counts = labeller, labeller.context, counts
+        self.kept = {}  # {track id: (thumbnail, box) of the crop kept last}
+
+    def write(self, frame, tracks):
+        """Save crops of a frame; of a picture without a model only a face that is alone."""
+        if frame.path and not self.labeller.network and len(tracks) != 1:
+            self.counts[f"pictures {'with several faces' if tracks else 'without a face'}"] += 1
+            return
+        self.kept = {t.id: self.kept[t.id] for t in tracks if t.id in self.kept}
+        for track in tracks:
+            due = frame.timestamp - track.kept_at >= 1 / KEPT_A_SECOND - 1e-6
+            if due and track.seen == frame.timestamp:
+                reason = self.reason_against(frame, track)
+                self.counts[reason or "saved"] += 1
+                if not reason:
+                    track.kept_at = frame.timestamp
+                    self.kept[track.id] = self.thumbnail(frame, track.box), track.box
+                    self.save(frame, track)
+
+    def thumbnail(self, frame, box):
+        """Return a crop small and grey, (THUMBNAIL, THUMBNAIL), 0 to 255."""
+        crop, size = frame.crop_face(box, self.context), (THUMBNAIL, THUMBNAIL)
+        return cv2.resize(crop, size, interpolation=cv2.INTER_AREA).mean(2)
+
+    def reason_against(self, frame, track):
+        """Return why a crop is not worth keeping, None if it is. Of pictures, a model keeps all."""
+        if frame.path and (self.labeller.network or not self.context):
+            return None
+        if min(frame.crop_face(track.box, self.context).shape[:2]) < MIN_CROP:
+            return "too small"
+        x, y, w, h = track.box
+        face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
+        face = cv2.resize(face, (SHARP_SIDE, SHARP_SIDE), interpolation=cv2.INTER_AREA)
+        if cv2.Laplacian(face, cv2.CV_64F).var() < MIN_SHARPNESS:
+            return "too blurred"
+        if track.id in self.kept:  # a box that moves by a pixel makes no new crop
+            before, place = self.kept[track.id]
+            now = [self.thumbnail(frame, box) for box in (track.box, place)]
+            if min(np.abs(before - one).mean() for one in now) < MIN_DIFFERENCE:
+                return "too similar"
         return None
-    if min(crop.shape[:2]) < SMALL:
-        return "too small"
-    x, y, w, h = track.box
-    face = cv2.cvtColor(frame[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
-    face = cv2.resize(face, (FACE_SIDE, FACE_SIDE), interpolation=cv2.INTER_AREA)
-    if cv2.Laplacian(face, cv2.CV_64F).var() < BLURRED:
-        return "too blurred"
-    if track.place:  # also at its old place: a box that moves by a pixel makes no new crop
-        looks = [look(crop), look(cut(state, frame, track.place))]
-        if min(np.abs(now - track.look).mean() for now in looks) < SIMILAR:
-            return "too similar"
-    return None
+
+    def save(self, frame, track):
+        """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
+        folder, run = self.folder, self.run
+        if self.labeller.network:
+            label = utils.folder_names([*self.labeller.labels, "unknown"])[track.label]
+            folder /= label
+            run = run and f"{run}-{label}"
+        if run:
+            folder /= utils.folder_names([run])[run]
+        folder.mkdir(parents=True, exist_ok=True)
+        data = frame.encode_crop(track.box, self.context)
+        stem, ending = f"{frame.index:06d}", ".jpg"
+        if frame.path:
+            stem = utils.folder_names([frame.path.stem[:40]])[frame.path.stem[:40]]
+        if frame.path and not self.context:
+            ending = frame.path.suffix.lower()
+        name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
+        with utils.atomic_write(folder / name) as part:
+            part.write_bytes(data)
 
 
-def save_crop(state, frame, number, track):
-    """Save the crop of a track. The name ends in a hash of the content, so that no other one is ever overwritten."""
-    folder, run = state.args.save_faces, state.run
-    if state.model:
-        folder /= state.folders[track.label]
-        run = run and f"{run}-{state.folders[track.label]}"
-    if run:
-        folder /= utils.folder_names([run])[run]
-    folder.mkdir(parents=True, exist_ok=True)
-    data, stem, ending = file_to_keep(state, frame, track.box), f"{number:06d}", ".jpg"
-    if state.picture:
-        path = state.picture[0]
-        stem = utils.folder_names([path.stem[:40]])[path.stem[:40]]
-        ending = path.suffix.lower() if state.args.whole_picture else ".jpg"
-    name = f"{stem}-{track.number}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
-    with utils.atomic_write(folder / name) as part:
-        part.write_bytes(data)
-
-
-def run_name(source, kind):
-    """Return the folder for the crops of one film, or of one run with a camera or stream; "" for pictures."""
-    now, path = f"{datetime.datetime.now():%Y%m%d-%H%M%S}", Path(source)
-    if kind == "film":
-        return f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
+def run_name(kind, name):
+    """Return the folder for the crops of one film, or of one run with a camera or stream."""
+    now, path = f"{datetime.datetime.now():%Y%m%d-%H%M%S}", Path(name)
     if kind == "camera":
-        return f"camera{source}-{now}"
-    return f"stream-{urllib.parse.urlsplit(source).hostname}-{now}" if kind == "stream" else ""
+        return f"camera{name}-{now}"
+    if kind == "stream":
+        return f"stream-{urllib.parse.urlsplit(name).hostname or 'here'}-{now}"
+    return f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def plate(image, x, y, size, colour, text, note=""):
-    """Write a text and a paler note on a rounded plate at (x, y) of a PIL image, moved inside if need be."""
-    large, small = (
-        ImageFont.truetype(report.font_file(t), s)
-        for t, s in ((text, size), (note, round(0.8 * size)))
-    )
-    pen, pad, height, base = (
-        ImageDraw.Draw(image, "RGBA"),
-        round(0.45 * size),
-        round(1.5 * size),
-        round(1.1 * size),
-    )
+def draw_label(image, x, y, size, colour, text, note=""):
+    """Write a text and a paler note on a rounded plate at (x, y) of a PIL image, moved inside."""
+    large = ImageFont.truetype(report.font_file(text), size)
+    small = ImageFont.truetype(report.font_file(note), round(0.8 * size))
+    pad, height, base = round(0.45 * size), round(1.5 * size), round(1.1 * size)
     width = round(large.getlength(text) + small.getlength(note)) + pad * (3 if note else 2)
     x, y = max(0, min(x, image.width - width)), max(0, min(y, image.height - height))
+    pen = ImageDraw.Draw(image, "RGBA")
     pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), size // 3, colour)
     pen.text((x + pad, y + base), text, "white", large, "ls")
     pen.text((x + width - pad, y + base), note, (255, 255, 255, 200), small, "rs")
 
 
-def draw(state, frame, moment):
-    """Draw boxes, names, probabilities, and what the corner says, on a BGR frame. Returns an RGB PIL image."""
-    image = Image.fromarray(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    size = max(12, round(min(image.size) / 26))
+def caption(track, whole):
+    """Return what is written at a track, and the note beside it."""
+    if track.label == "unknown" and not whole:
+        return track.label, ""
+    doubt = "?" if track.label != track.best else ""
+    return f"{track.best}{doubt}", f"{track.probability:.0%}"
+
+
+def text_size(image):
+    """Return the height of letters that fit a PIL image, pixels."""
+    return max(12, round(min(image.size) / 26))
+
+
+def draw_tracks(frame, tracks, whole):
+    """Draw boxes and captions on a Frame. Returns an RGB PIL image. whole: draw no boxes."""
+    image = Image.fromarray(cv2.cvtColor(frame.image, cv2.COLOR_BGR2RGB))
+    size = text_size(image)
     thick = max(2, size // 7)
-    for track in state.tracks:
-        (colour, pale), (x, y, w, h) = (
-            report.ORANGE if track.label == "unknown" else report.BLUE,
-            track.box,
-        )
-        if not state.args.whole_picture and (track.label or not state.model):
-            line, width = (pale, 2 * thick) if 0 <= moment - track.kept < FLASH else (colour, thick)
+    for track in tracks:
+        colour, pale = report.ORANGE if track.label == "unknown" else report.BLUE
+        x, y, w, h = track.box
+        if not whole:
+            flash = 0 <= frame.timestamp - track.kept_at < FLASH
+            line, width = (pale, 2 * thick) if flash else (colour, thick)
             ImageDraw.Draw(image).rounded_rectangle((x, y, x + w, y + h), w // 8, None, line, width)
         if track.label:
             above = y - round(1.75 * size)
             y = above if above >= 0 else y + h + size // 4
-            plate(image, x, y, size, colour, track.label, f"{track.probability:.0%}")
-    corner = ["loading the model"] if state.args.model and not state.model else []
-    if len(state.shown) > 1 and not state.picture:
-        corner.append(
-            f"{(len(state.shown) - 1) / max(1e-6, state.shown[-1] - state.shown[0]):.0f} fps"
-        )
-    if state.args.save_faces:
-        corner.append(f"{state.counts['saved']} kept")
-    for n, text in enumerate(corner):
-        plate(
-            image,
-            image.width,
-            size // 3 + n * round(1.6 * size),
-            round(0.8 * size),
-            (0, 0, 0, 130),
-            text,
-        )
+            draw_label(image, x, y, size, colour, *caption(track, whole))
+    return image
+
+
+def draw_corner(image, lines):
+    """Return a copy of a PIL image with lines of text in its upper right corner."""
+    image, size = image.copy(), text_size(image)
+    for n, text in enumerate(lines):
+        y = size // 3 + n * round(1.6 * size)
+        draw_label(image, image.width, y, round(0.8 * size), (0, 0, 0, 130), text)
     return image
 
 
 # ---------------------------------------------------------------- window and output
 
 
-def open_window(state):
-    """Open the window, or warn and go on without. A child process tries first: Qt ends a process without a display."""
-    if state.args.no_display:
-        return
+class Viewer:
+    """Draws frames, and shows and writes them."""
+
+    def __init__(self, args, labeller, statistics):
+        self.args, self.labeller, self.statistics = args, labeller, statistics
+        self.window = not args.no_display and open_window()
+        self.write = None  # function that takes a drawn PIL image and its timestamp
+        self.paused = False
+        self.stop = threading.Event()  # everything is to end
+        self.count, self.first = 0, time.monotonic()  # frames shown, time of the first one
+        self.latest = collections.deque(maxlen=30)  # times of the last ones
+
+    def show(self, frame, tracks, left=0.0):
+        """Show and write a Frame; left: seconds until the next. Returns whether to end."""
+        self.latest.append(time.monotonic())
+        self.first, self.count = self.first if self.count else self.latest[0], self.count + 1
+        if not frame.path:
+            ages = [frame.timestamp - track.classified_at for track in tracks if track.label]
+            self.statistics.times["label age"] += ages
+        if not (self.window or self.write):
+            return False
+        image = draw_tracks(frame, tracks, self.args.whole_picture)
+        if self.write:
+            self.write(image, frame.timestamp)
+        return self.window and self.display(image, left, self.corner(frame))
+
+    def corner(self, frame):
+        """Return the lines that only the window shows."""
+        lines = ["loading the model"] if self.args.model and not self.labeller.network else []
+        if self.count > 1 and not frame.path:
+            seconds = max(1e-6, self.latest[-1] - self.latest[0])
+            lines.append(f"{(len(self.latest) - 1) / seconds:.0f} fps")
+        if self.args.save_faces:
+            lines.append(f"{self.statistics.counts['saved']} kept")
+        return lines
+
+    def display(self, image, left, corner):
+        """Show a picture for `left` seconds, and while it is paused, and obey the keys.
+
+        A new key is one more `if` here. Returns whether the user wants to end.
+        """
+        if self.count == 1:  # else it would have 400x300 whatever the picture
+            scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
+            cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
+        shown = np.asarray(draw_corner(image, corner))
+        cv2.imshow(TITLE, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
+        while True:
+            key, ends = wait_for_key(50 if self.paused else round(1000 * left))
+            if ends or self.stop.is_set():
+                return True
+            if key == "s":
+                save_snapshot(image)
+            self.paused ^= key == " "
+            if not self.paused:
+                return False
+
+    def keep_alive(self):
+        """Let the window be closed though no frame comes for long."""
+        waiting = self.count and time.monotonic() - self.latest[-1] > WINDOW_POLL_AFTER
+        if self.window and waiting and wait_for_key(5)[1]:
+            self.stop.set()
+
+    @contextlib.contextmanager
+    def writing(self, path, rate):
+        """Write what is shown to a film while the block runs; path: None for no film."""
+        with film_output(path, rate) if path else contextlib.nullcontext() as self.write:
+            yield
+
+
+def open_window():
+    """Open the window, or warn and return False.
+
+    A child process tries first: Qt ends a process that has no display.
+    """
+    opens = False
     # -P: not a cv2.py of the current folder
     trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
     with contextlib.suppress(subprocess.TimeoutExpired):
-        state.window = (
-            subprocess.run(trial, capture_output=True, timeout=60, check=False).returncode == 0
-        )
-    if state.window:
+        done = subprocess.run(trial, capture_output=True, timeout=60, check=False)
+        opens = done.returncode == 0
+    if opens:
         cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
     else:
-        utils.warn(
-            "no window can be opened (no display, or a headless OpenCV): going on as with --no-display"
-        )
-
-
-def present(state, frame, moment, left=0.0):
-    """Show and write one frame; left: seconds until the next. Returns True if the user wants to end."""
-    now = time.monotonic()
-    state.first = state.first or now
-    state.shown.append(now)
-    state.counts["shown"] += 1
-    if state.model and not state.picture:
-        state.times["label age"] += [moment - track.moment for track in state.tracks if track.label]
-    if state.window or state.write:
-        image = draw(state, frame, moment)
-    if state.write:
-        due = 1
-        if state.kind in LIVE:  # the film of a camera runs as fast as the camera did
-            due = int(moment * LIVE_FPS) + 1 - state.counts["written"]
-            state.counts["written"] += due
-        for _ in range(min(due, LIVE_FPS)):
-            state.write(image)
-    return state.window and show(state, image, left)
-
-
-def show(state, image, left):
-    """Show a picture and obey the keys pressed, for `left` seconds, and while it is paused. Returns True to end.
-
-    A new key is one more `if` here. It may set any field of the State, `state.threshold` say: what finds, names and
-    draws the faces reads them again for every frame.
-    """
-    if state.counts["shown"] == 1:  # else it would have 400x300 whatever the picture
-        scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
-        cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
-    cv2.imshow(TITLE, cv2.cvtColor(np.asarray(image), cv2.COLOR_RGB2BGR))
-    while True:
-        key, ends = wait_for_key(50 if state.paused else round(1000 * left))
-        if ends or state.stop.is_set():
-            return True
-        if key == "s":
-            save_snapshot(image)
-        state.paused ^= key == " "
-        if not state.paused:
-            return False
+        reason = "no display, or a headless OpenCV"
+        utils.warn(f"no window can be opened ({reason}): going on as with --no-display")
+    return opens
 
 
 def wait_for_key(milliseconds):
-    """Let the window live for so long. Returns (the key pressed, a small letter, and whether it is to end)."""
-    key = chr(
-        cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF
-    ).lower()  # the low byte of an arrow's code is a Q or S
+    """Let the window live. Returns (the key pressed, a small letter; whether it is to end)."""
+    # the low byte of an arrow's code is a Q or S
+    key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()
     try:
         closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
     except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
@@ -774,130 +1204,177 @@ def save_snapshot(image):
         utils.warn(f"no snapshot: {utils.advice(error)}")
 
 
-def write_picture(path, image):
+def write_picture(path, image, _=0.0):
     """Write a PIL image as PNG or JPEG, whole or not at all."""
     with utils.atomic_write(path) as part:
         image.save(part, quality=95, subsampling=0)
 
 
+class FilmWriter:
+    """Adds pictures to a film, and keeps their times. All have the size of the first one."""
+
+    def __init__(self, film, ending, rate):
+        self.film, self.ending, self.rate = film, ending, rate
+        self.stream, self.ticks = None, -1
+        self.previous = self.clock = 0.0  # timestamp of the last picture, and when it is shown
+
+    def write(self, image, timestamp):
+        """Add a PIL image; one that comes before the next tick of an .avi is dropped."""
+        import av
+
+        self.stream = self.stream or add_stream(self.film, self.ending, self.rate, image.size)
+        frame = av.VideoFrame.from_image(
+            ImageOps.pad(image, (self.stream.width, self.stream.height))
+        )
+        self.clock += min(timestamp - self.previous, MAX_FRAME_GAP)
+        self.previous = timestamp
+        frame.time_base = self.stream.codec_context.time_base
+        frame.pts = round(self.clock / frame.time_base)
+        if frame.pts > self.ticks:
+            self.ticks = frame.pts
+            self.film.mux(self.stream.encode(frame))
+
+    def close(self):
+        """Add what the encoder still holds."""
+        self.film.mux(self.stream.encode(None) if self.stream else ())
+
+
 @contextlib.contextmanager
-def film_output(state):
-    """Write what is shown to the film --output, which appears whole at the end: also after Ctrl-C and lost sources."""
-    path, stop, film, size = state.args.output, None, cv2.VideoWriter(), None
-    shown = f"--output {utils.escape(path)}"
+def film_output(path, rate):
+    """Give a function that adds (PIL image, timestamp) to a film.
 
-    def write(image):
-        """Add a PIL image to the film, whose size and rate are known with the first one."""
-        nonlocal size
-        if not film.isOpened():
-            size, code = image.size, FILMS[path.suffix.lower()]
-            if not film.open(opencv_name(part), cv2.VideoWriter.fourcc(*code), state.fps, size):
-                raise utils.UserError(f"{shown}: no codec for it here: try .avi")
-        film.write(
-            cv2.cvtColor(np.asarray(ImageOps.pad(image, size)), cv2.COLOR_RGB2BGR)
-        )  # films may change size
+    The film appears whole at the end: also after Ctrl-C and lost sources. rate: of an .avi.
+    """
+    import av
 
+    stop = writer = None
+    problem = f"--output {utils.escape(path)}: could not be written: free some space"
     with utils.atomic_write(path) as part:
-        state.write = write
         try:
-            yield
+            with av.open(str(part.resolve()), "w") as film:
+                writer = FilmWriter(film, path.suffix.lower(), rate)
+                with contextlib.closing(writer):
+                    yield writer.write
+        except av.error.FFmpegError as error:
+            raise utils.UserError(f"{problem} ({utils.first_line(error)})") from None
         except (KeyboardInterrupt, Exception) as error:  # out of memory, say
             stop = error
-        film.release()
-        if not cv2.VideoCapture(opencv_name(part), cv2.CAP_FFMPEG).isOpened():
-            raise stop or utils.UserError(f"{shown}: could not be written: check the free space")
+        if not (writer and writer.stream):
+            raise stop or utils.UserError(problem)
     if stop:
         raise stop
+
+
+def add_stream(film, ending, rate, size):
+    """Add a stream for pictures of a size to a film that is written. Returns it."""
+    codec, pixels = FILMS[ending]
+    rate = fractions.Fraction(rate).limit_denominator(1001)
+    stream = film.add_stream(codec, rate=rate)
+    stream.codec_context.time_base = 1 / fractions.Fraction(rate if ending == ".avi" else 90_000)
+    stream.width, stream.height = (max(2, side - side % 2) for side in size)
+    stream.pix_fmt = pixels
+    stream.options = {"preset": "veryfast", "crf": "20", "bf": "0"}
+    return stream
 
 
 # ---------------------------------------------------------------- films and pictures
 
 
-def tag_film(state):
-    """Handle a film frame by frame, in order, nothing dropped, so that two runs print the same lines."""
-    capture = cv2.VideoCapture(opencv_name(state.args.source), cv2.CAP_FFMPEG)
-    rate, total = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    state.fps = (
-        round(rate, 2 if rate > 1 else 3) if 0.05 <= rate <= 500 else 25
-    )  # MPEG-4 has no room for more digits
-    numbers, start, moment = itertools.count(), time.monotonic(), -1 / state.fps
-    if 0 < total < 10**7 and not state.window:  # what the file says may be nonsense
-        numbers = utils.progress(numbers, total, "frames")
-    for number in numbers:
-        good, frame = capture.read()
-        if not good:
-            warn_if_cut(utils.escape(state.args.source), number, total)
+class PlaybackClock:
+    """Says how long to wait for a frame of a film; a pause, or slow work, stops the clock."""
+
+    def __init__(self):
+        self.start, self.previous = time.monotonic(), 0.0
+
+    def left(self, timestamp):
+        """Return the seconds until a frame is due."""
+        latest = time.monotonic() - timestamp
+        jumps = timestamp > self.previous + MAX_FRAME_GAP
+        self.start = latest if jumps else max(self.start, latest)
+        self.previous = timestamp
+        return self.start - latest
+
+
+def tag_files(source, tagger, viewer):
+    """Handle all pictures and films in turn. Broken ones in a folder are warned about."""
+
+    def load(path):  # pictures are read ahead; films are read where their turn comes
+        return (None, "") if path in source.films else load_picture(path)
+
+    loaded = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
+    if source.kind == "folder":
+        loaded = utils.progress(loaded, len(source.files), "files")
+    for (frame, note), path in zip(loaded, source.files):
+        ends, name = False, utils.escape(path)
+        try:
+            if path in source.films:
+                ends = tag_film(path, source, tagger, viewer)
+            elif frame:
+                ends = tag_picture(frame, source, tagger, viewer)
+        except FilmError as error:
+            if source.kind == "film":
+                raise utils.UserError(f"--source {name}: {error}: give another file") from None
+            note = f"skipped: {error}"
+        if note:
+            utils.warn(f"{name}: {note}")
+        if ends:
             break
-        told = max(
-            0.0, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-        )  # 0 in raw streams and at the end of some AVIs
-        before, moment = moment, told if told > moment else moment + 1 / state.fps
-        handle(state, frame, number, moment)
-        now = time.monotonic() - moment
-        start = (
-            now if moment > before + LONGEST else max(start, now)
-        )  # a pause stops the film's clock, too
-        if present(state, frame, moment, start + moment - time.monotonic()):
-            break
-    if not state.counts["frames"]:
-        raise utils.UserError(
-            f"--source {utils.escape(state.args.source)}: no frame can be read: give another file"
-        )
+    if not viewer.count:
+        name = f"--source {utils.escape(source.name)}"
+        raise utils.UserError(f"{name}: no picture or film in it can be read: give another one")
 
 
-def warn_if_cut(name, number, total):
-    """Warn where a film broke off: some count too many frames, and what the file says may be nonsense."""
-    if 0 < number < 0.9 * total < 10**7:
-        utils.warn(
-            f"{name}: broke off after {number} of {total:.0f} frames: its end may be missing"
-        )
+def tag_picture(frame, source, tagger, viewer):
+    """Handle a picture: no tracks and no running mean. Returns whether the user wants to end."""
+    tagger.start(source.shown(frame.path))
+    if tagger.args.events:
+        del tagger.sinks[0]  # nobody comes or goes
+    tagger.handle(frame)
+    tagger.statistics.labels.update(track.label or "faces" for track in tagger.tracks)
+    output = output_path(frame.path, source, tagger.args.output)
+    viewer.write = functools.partial(write_picture, output) if output else None
+    viewer.paused = source.kind == "picture"  # a single one stays until a key says go on or end
+    return viewer.show(frame, tagger.tracks)
 
 
-def tag_pictures(state):
-    """Handle a picture or a folder of pictures: no tracks and no running mean. Broken ones are warned about."""
-    source = Path(state.args.source)
-    files = utils.list_files(source) if state.kind == "folder" else [source]
-    loaded = utils.ordered_parallel_map(load_picture, files, min(4, utils.cores()))
-    for (data, pixels), path in zip(utils.progress(loaded, len(files), "pictures"), files):
-        if data is None:
-            utils.warn(f"{utils.escape(path)}: skipped: {pixels}")
-            continue
-        state.picture, state.following = (path, data), 0
-        handle(state, pixels, state.counts["frames"], 0.0)
-        state.write = (
-            functools.partial(write_picture, picture_output(state, path))
-            if state.args.output
-            else None
-        )
-        state.paused = state.kind == "picture"  # a single one stays until a key says go on or end
-        if present(state, pixels, 0.0):
-            break
-    if not state.counts["frames"]:
-        raise utils.UserError(
-            f"--source {utils.escape(source)}: no picture in it can be read: give another one"
-        )
+def tag_film(path, source, tagger, viewer):
+    """Handle a film frame by frame, nothing dropped, so that two runs print the same lines.
+
+    Returns whether the user wants to end. Raises FilmError.
+    """
+    tagger.start(source.shown(path), run_name("film", path))
+    output, clock = output_path(path, source, tagger.args.output), PlaybackClock()
+    with contextlib.closing(Film(str(path.resolve()), utils.escape(path))) as film:
+        frames = film.frames()
+        if source.kind == "film" and film.total and not viewer.window:
+            frames = utils.progress(frames, film.total, "frames")
+        if film.has_sound and output:
+            warn_once("the sound of a film is not written to --output")
+        with viewer.writing(output, film.rate), contextlib.closing(tagger):
+            for frame in frames:
+                tagger.handle(frame)
+                if viewer.show(frame, tagger.tracks, clock.left(frame.timestamp)):
+                    return True
+    return False
 
 
-def load_picture(path):
-    """Read a picture in full, upright. Returns (its bytes, BGR pixels), or (None, the reason) if it is none."""
-    try:
-        data, image = imaging.read_picture(path)
-        return data, cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
-    except imaging.PictureError as reason:
-        return None, str(reason)
+@functools.cache
+def warn_once(text):
+    """Warn, however often it is called."""
+    utils.warn(text)
 
 
-def picture_output(state, path):
-    """Return where a tagged picture goes: --output itself, or the same place below it."""
-    if state.kind == "picture":
-        return state.args.output
-    target = state.args.output / path.relative_to(state.args.source)
-    if target.suffix.lower() not in PICTURES:
-        name = f"{path.name}.jpg"
-        if (
-            len(os.fsencode(name)) > 244 or path.with_name(name).exists()
-        ):  # too long, or another picture's
-            name = f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{path.suffix[:10]}.jpg"
+def output_path(path, source, output):
+    """Return where a tagged picture or film goes: `output`, the same place below it, None."""
+    if not output or source.kind != "folder":
+        return output
+    target = output / path.relative_to(source.name)
+    endings, ending = (FILMS, ".mp4") if path in source.films else (PICTURES, ".jpg")
+    if target.suffix.lower() not in endings:
+        name = f"{path.name}{ending}"
+        if len(os.fsencode(name)) > 244 or path.with_name(name).exists():  # another one's
+            digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+            name = f"{path.stem[:40]}-{digest}{path.suffix[:10]}{ending}"
         target = target.with_name(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
@@ -906,235 +1383,151 @@ def picture_output(state, path):
 # ---------------------------------------------------------------- cameras and streams
 
 
-def tag_live(state):
+def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
+    live = Live(source, viewer.stop)
+    tagger.start(run=run_name(source.kind, source.name))
     pool = ThreadPoolExecutor(2)
-    capture = (
-        open_live(state) if state.kind == "camera" else None
-    )  # macOS asks for permission in the main thread only
-    reader, worker = pool.submit(read_live, state, capture), pool.submit(work_live, state)
+    # macOS asks for permission in the main thread only
+    images = live.open() if source.kind == "camera" else None
+    reader = pool.submit(live.read, images)
+    worker = pool.submit(work_live, live, tagger, viewer)
     try:
-        for _, _, frame in newest_frames(state, lambda: keep_alive(state)):
-            if present(state, frame, time.monotonic() - state.start):
-                break
-        else:
-            wait([worker])  # the last frame counts, too
+        with viewer.writing(tagger.args.output, LIVE_FPS):
+            for frame in live.frames(viewer.keep_alive):
+                if viewer.show(frame, tagger.tracks):
+                    break
+            else:
+                wait([worker])  # the last frame counts, too
     finally:
-        state.stop.set()
+        viewer.stop.set()
         wait([worker])  # it ends after the frame at hand; nothing is printed or saved after that
         wait([reader], 0.4)  # it may hang in a dead stream
         pool.shutdown(wait=False)
+        tagger.close()
     worker.result()
     if reader.done():
         reader.result()
 
 
-def work_live(state):
-    """Thread: handle the newest frame, again and again. A camera's first frame has the model loaded."""
+def work_live(live, tagger, viewer):
+    """Thread: handle the newest frame, again and again. A camera's first has the model loaded."""
     try:
-        for number, moment, frame in newest_frames(state):
-            if (
-                state.args.model and not state.model
-            ):  # only now: where no camera is, this is told at once
-                load_network(state)
-            elif not state.paused:
-                handle(state, frame, number, moment)
+        for frame in live.frames():
+            # only now: where no camera is, this is told at once
+            if tagger.args.model and not tagger.labeller.network:
+                tagger.labeller.load()
+            elif not viewer.paused:
+                tagger.handle(frame)
     except BaseException:
-        state.stop.set()
+        viewer.stop.set()
         raise
-
-
-def keep_alive(state):
-    """Let a window be closed though no frame comes for long."""
-    if (
-        state.window
-        and state.shown
-        and time.monotonic() - state.shown[-1] > SILENCE
-        and wait_for_key(5)[1]
-    ):
-        state.stop.set()
-
-
-def newest_frames(state, meanwhile=lambda: None):
-    """Yield (number, seconds, frame), each time the newest one, until the source ends. meanwhile: what else to do."""
-    done = -1
-    while not state.stop.is_set():
-        ended, newest = state.ended, state.newest  # in this order: one more may come before the end
-        if newest[0] > done:
-            done = newest[0]
-            yield newest
-        elif ended:
-            return
-        else:
-            time.sleep(0.005)
-            meanwhile()
-
-
-def read_live(state, capture):
-    """Thread: keep only the newest frame, until the source is to stop or a served film ends.
-
-    A lost source is tried again after each of PAUSES. Raises UserError where none comes (back).
-    """
-    source, capture, tries = state.args.source, capture or open_live(state), 0
-    host = urllib.parse.urlsplit(source).hostname  # never the user, password or query
-    name = f"camera {source}" if state.kind == "camera" else f"stream {utils.escape(host)}"
-    try:
-        while not state.stop.is_set():
-            tries = 0 if read_frames(state, capture) else tries
-            number, total = state.newest[0] + 1, capture.get(cv2.CAP_PROP_FRAME_COUNT)
-            if state.stop.is_set():
-                return
-            if number and total > 0:  # a film
-                warn_if_cut(name, number, total)
-                return
-            if not number:
-                raise utils.UserError(f"{name}: {NO_PICTURE[state.kind]}{other_cameras(state)}")
-            if tries == len(PAUSES):
-                raise utils.UserError(
-                    f"{name}: lost, and {tries} tries did not bring it back: check it and try again"
-                )
-            utils.warn(f"{name}: lost: trying again in {PAUSES[tries]} s")
-            capture.release()
-            state.stop.wait(PAUSES[tries])
-            capture, tries = open_live(state), tries + 1
-    finally:
-        state.ended = True
-
-
-def read_frames(state, capture):
-    """Keep the newest frame until the source is to stop, or gives none for EMPTY seconds. Says whether any came."""
-    came, last = False, time.monotonic()
-    while not state.stop.is_set():
-        good, frame = capture.read()
-        now = time.monotonic()
-        if good:
-            came, last, state.start = True, now, state.start or now
-            state.newest = state.newest[0] + 1, now - state.start, frame
-            # a served film comes faster than it plays
-            if state.kind == "stream" and capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0:
-                ahead = capture.get(cv2.CAP_PROP_POS_MSEC) / 1000 - (now - state.start)
-                state.stop.wait(min(1.0, max(0.0, ahead)))
-        elif (
-            capture.isOpened()
-            and now - last < EMPTY
-            and not capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
-        ):
-            state.stop.wait(0.02)
-        else:
-            break
-    return came
-
-
-def other_cameras(state):
-    """Return words that name the cameras that do open, if the source is one that does not."""
-    others = range(CAMERAS) if state.kind == "camera" else ()
-    found = [
-        str(n) for n in others if n != int(state.args.source) and cv2.VideoCapture(n).isOpened()
-    ]
-    return f" ({', '.join(found)} can be opened)" if found else ""
-
-
-def open_live(state):
-    """Open a camera or stream. Returns a capture, which may not be open."""
-    if state.kind == "camera":
-        return cv2.VideoCapture(int(state.args.source))
-    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 5_000]
-    return cv2.VideoCapture(state.args.source, cv2.CAP_FFMPEG, limits)
 
 
 # ---------------------------------------------------------------- the end
 
 
-def summarise(state):
-    """Print on stderr how it went: speed, what was kept, and what to do where nothing was found."""
-    counts, times = state.counts, state.times
-    rate = max(0, counts["shown"] - 1) / max(1e-6, (state.shown or [0])[-1] - state.first)
-    parts = [
-        f"{counts['frames']} frames, {rate:.1f} a second shown, {counts['classifications']} classifications"
-    ]
-    for key, unit, digits in (
-        ("detection", "ms", 1),
-        ("classification", "ms", 1),
-        ("label age", "s", 2),
-    ):
-        if times[key]:
-            parts.append(f"{key} {np.median(times[key]):.{digits}f} {unit}")
-    lines = ["; median ".join(parts)]
-    if not counts["tagged"] and not state.args.whole_picture:
-        lines.append(smaller_face(state))
-    if state.args.save_faces:
-        reasons = [
-            "too blurred",
-            "too similar",
-            "too small",
-            *(key for key in counts if key.startswith("pictures")),
-        ]
+def print_summary(tagger, viewer):
+    """Print on stderr how it went, what was kept, and what to do where nothing was found."""
+    counts, lines, seconds = tagger.statistics.counts, [], time.monotonic() - viewer.first
+    if counts["frames"]:
+        lines.append(film_summary(tagger.statistics, viewer.count / max(seconds, 1e-6)))
+    if counts["photos"]:
+        lines.append(photo_summary(tagger.statistics, seconds))
+    if not counts["tagged"] and tagger.cascade:
+        lines.append(smaller_face(tagger))
+    if tagger.args.save_faces:
+        reasons = ["too blurred", "too similar", "too small"]
+        reasons += [key for key in counts if key.startswith("pictures")]
         left_out = ", ".join(f"{counts[reason]} {reason}" for reason in reasons)
-        lines.append(
-            f"{counts['saved']} saved in {utils.escape(state.args.save_faces)}; {left_out}"
-        )
-        lines.append(next_command(state))
+        folder = utils.escape(tagger.args.save_faces)
+        lines += [f"{counts['saved']} saved in {folder}; {left_out}", next_step(tagger)]
     print(*lines, sep="\n", file=sys.stderr)
 
 
-def smaller_face(state):
-    """Search the spare frames for faces of any size; return what to say about the smallest one.
+def film_summary(statistics, rate):
+    """Return frames, speed, and the medians of what was timed."""
+    counts, times = statistics.counts, statistics.times
+    parts = [f"{counts['frames']} frames, {rate:.1f} a second shown"]
+    parts[0] += f", {counts['classifications']} classifications"
+    units = {"detection": (1, "ms"), "classification": (1, "ms"), "label age": (2, "s")}
+    for key, (digits, unit) in units.items():
+        if times[key]:
+            parts.append(f"median {key} {np.median(times[key]):.{digits}f} {unit}")
+    return "; ".join(parts)
 
-    These are triples: grey frame, its scale, size of the smallest face looked for in it, in pixels.
-    """
-    search, sides = find_twice if state.picture else find, []
-    for grey, scale, smallest in state.spare:
-        sure = [
-            box
-            for box, count in search(state.cascade, grey, scale, 24 / scale)
-            if count >= NEW_NEIGHBOURS
-        ]
-        sides += [box[2] for box in sure if box[2] < smallest]
-    text = f"nothing was tagged: no face of {max(spare[2] for spare in state.spare)} px or larger was found"
+
+def photo_summary(statistics, seconds):
+    """Return the photos, how many of each label, and the speed."""
+    labels, count = statistics.labels, statistics.counts["photos"]
+    order = sorted(labels, key=lambda label: (label == "unknown", -labels[label], label))
+    found = ", ".join(f"{labels[label]} {label}" for label in order) or "nothing tagged"
+    return f"{count} photo{'s' * (count != 1)}: {found}; {count / seconds:.1f} a second"
+
+
+def smaller_face(tagger):
+    """Search the sample frames for faces of any size; say what would have found the smallest."""
+    samples, sides = tagger.statistics.samples, []
+    search = detect_with_flip if tagger.statistics.counts["photos"] else detect
+    for grey, scale, smallest in samples:
+        for box, neighbors in search(tagger.cascade, grey, scale, 24 / scale):
+            if neighbors >= MIN_NEIGHBORS_START and box[2] < smallest:
+                sides.append(box[2])
+    most = max(smallest for _, _, smallest in samples)
+    text = f"nothing was tagged: no face of {most} px or larger was found"
     if not sides:
         return f"{text}, and no smaller one"
-    return f"{text}; the smallest there has {min(sides)} px: --min-face {max(24, int(0.9 * min(sides)))} would find it"
+    option = f"--min-face {max(24, int(0.9 * min(sides)))}"
+    return f"{text}; the smallest there has {min(sides)} px: {option} would find it"
 
 
-def next_command(state):
-    """Return the command that goes on from the crops: collect another class, or train."""
-    folder = state.args.save_faces
-    data = folder if state.model else folder.parent
-    classes = (
-        [p for p in data.iterdir() if p.is_dir() and not utils.is_ignored(p.name)]
-        if data.is_dir()
-        else []
-    )
-    if not state.model and (
-        len(classes) < 2 or data == Path()
-    ):  # the current folder may hold anything
-        whole = " --whole-picture" if state.args.whole_picture else ""
-        return f"next: python webcam.py --save-faces {shlex.quote(utils.escape(data / 'ANOTHER_NAME'))}{whole}"
-    names = [shlex.quote(utils.escape(name)) for name in (data, state.args.model or "model")]
-    return f"next: python train.py {' '.join(names)}"
+def next_step(tagger):
+    """Return what to do with the crops: correct them, collect another class, or train."""
+    args, folder = tagger.args, tagger.args.save_faces
+    if tagger.labeller.network:
+        todo = "look through it, correct it, copy it into your training set, and train on that"
+        return f"next: {todo}: python train.py TRAINING_SET {shlex.quote(utils.escape(args.model))}"
+    data = folder.parent
+    folders = list(data.iterdir()) if data.is_dir() else []
+    classes = [path for path in folders if path.is_dir() and not utils.is_ignored(path.name)]
+    if len(classes) < 2 or data == Path():  # the current folder may hold anything
+        whole = " --whole-picture" if args.whole_picture else ""
+        another = shlex.quote(utils.escape(data / "ANOTHER_NAME"))
+        return f"next: python webcam.py --save-faces {another}{whole}"
+    return f"next: python train.py {shlex.quote(utils.escape(data))} model"
+
+
+def check_arguments(args, source):
+    """Check all that can be checked before any work, and settle what is left to the model."""
+    for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
+        if path:
+            check_output(option, path, source)
+    if args.events and not source.films and source.kind not in LIVE:
+        raise utils.UserError("--events: there is no film in the source: leave it out")
+    if args.model:
+        args.model = model_prefix(args.model)
+        info = model.check_model(args.model)
+        if args.whole_picture is None:  # as the model was trained
+            args.whole_picture = info.get("face_crops", 1.0) < 0.5
 
 
 def main():
     """Read the command line, tag or collect what the source shows, and sum it up."""
     args = parse_arguments()
-    kind = source_kind(args.source)
-    for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
-        if path:
-            check_output(option, path, args.source, kind)
-    state = prepare(args, kind)
-    open_window(state)
-    utils.print_line("\t".join(["file"] * (kind == "folder") + COLUMNS))
-    tag = {"film": tag_film, "picture": tag_pictures, "folder": tag_pictures}.get(kind, tag_live)
+    source = find_source(args.source)
+    check_arguments(args, source)
+    tagger = Tagger(args, source)
+    if args.model and source.kind != "camera":  # a camera is shown while the model is loaded
+        tagger.labeller.load()
+    viewer = Viewer(args, tagger.labeller, tagger.statistics)
+    if not args.events:
+        utils.print_line("\t".join(source.columns()))
     try:
-        with (
-            film_output(state)
-            if args.output and tag is not tag_pictures
-            else contextlib.nullcontext()
-        ):
-            tag(state)
+        tag = tag_live if source.kind in LIVE else tag_files
+        tag(source, tagger, viewer)
     finally:
-        if state.counts["frames"]:
-            summarise(state)
+        if viewer.count:
+            print_summary(tagger, viewer)
 
 
 if __name__ == "__main__":

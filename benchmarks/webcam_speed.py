@@ -11,11 +11,11 @@ the detector of 2016 is sure of. With a display the paced source is shown in a w
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -75,85 +75,72 @@ def loop_2016(network, side, cascade, frames):
     return found, time.perf_counter() - start, searching
 
 
-def new_state(network, side, kind):
-    """Return webcam.py's state as its `prepare` makes it, with our network."""
-    args = SimpleNamespace(
-        source="0",
-        model=None,
-        whole_picture=False,
-        threshold=None,
-        min_face=None,
-        context=2.0,
-        save_faces=None,
-    )
-    state = webcam.prepare(args, kind)
-    state.model, state.side, state.labels, state.threshold = (
-        network,
-        side,
-        [f"person {n}" for n in range(5)],
-        0.0,
-    )
-    return state
+def new_tagger(network, side, kind):
+    """Return webcam.py's tagger and viewer, with our network."""
+    args = webcam.parse_arguments(["model"])
+    args.whole_picture, args.no_display = False, kind == "film"
+    tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
+    labeller = tagger.labeller
+    labeller.network, labeller.side, labeller.threshold = network, side, 0.0
+    labeller.labels = [f"person {n}" for n in range(5)]
+    tagger.start()
+    viewer = None
+    if kind == "camera":
+        viewer = webcam.Viewer(args, labeller, tagger.statistics)
+        viewer.write = lambda image, timestamp: None
+    return tagger, viewer
 
 
 def our_loop(network, side, frames):
-    """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, and the state."""
-    state, found, start = new_state(network, side, "film"), [], time.perf_counter()
+    """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, and the tagger."""
+    (tagger, _), found, start = new_tagger(network, side, "film"), [], time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
         for number, frame in enumerate(frames):
-            webcam.handle(state, frame, number, number / 30)
-            found.append([track.box for track in state.tracks])
-    return found, time.perf_counter() - start, state
+            tagger.handle(webcam.Frame(number, number / 30, frame))
+            found.append([track.box for track in tagger.tracks])
+    return found, time.perf_counter() - start, tagger
 
 
 def kept(truth, found):
     """Return (faces, how many of them have a box that overlaps by 0.5 or more)."""
     hits = [
-        any(webcam.overlap(face, box) >= 0.5 for box in boxes)
+        any(webcam.iou(face, box) >= 0.5 for box in boxes)
         for faces, boxes in zip(truth, found)
         for face in faces
     ]
     return len(hits), sum(hits)
 
 
-class Paced:
-    """A camera that gives the frames of a film, 30 a second, round and round."""
-
-    def __init__(self, frames):
-        self.frames, self.number, self.start = frames, 0, time.monotonic()
-
-    def read(self):
-        """Return (True, the newest frame) when it is due, (False, None) after the last one."""
-        self.number = max(
-            self.number + 1, int((time.monotonic() - self.start) * 30)
-        )  # one that came too late is lost
-        time.sleep(max(0.0, self.start + self.number / 30 - time.monotonic()))
-        if self.number >= SECONDS * 30:
-            return False, None
-        return True, self.frames[self.number % len(self.frames)].copy()
-
-    def get(self, _):
-        return self.number * (self.number >= SECONDS * 30) and 1
-
-    def isOpened(self):
-        return True
+def paced_images(frames):
+    """Yield the frames of a film as a camera does: 30 a second, round and round, late ones lost."""
+    number, start = 0, time.monotonic()
+    while number < SECONDS * 30:
+        time.sleep(max(0.0, start + number / 30 - time.monotonic()))
+        yield frames[number % len(frames)].copy()
+        number = max(number + 1, int((time.monotonic() - start) * 30))
 
 
 def paced(network, side, frames):
     """Tag a paced source as a camera is tagged, and print what its user would see."""
-    state = new_state(network, side, "camera")
-    state.args.no_display, state.write = False, lambda picture: None
-    webcam.open_window(state)
-    camera = Paced(frames)
-    webcam.open_live = lambda state: camera
-    with contextlib.redirect_stdout(io.StringIO()):
-        webcam.tag_live(state)
-    rate = (state.counts["shown"] - 1) / (state.shown[-1] - state.first)
-    counts, ages = state.counts, np.percentile(state.times["label age"], [50, 95])
+    tagger, viewer = new_tagger(network, side, "camera")
+    tagger.args.model = None  # it is loaded already
+    images = paced_images(frames)
+
+    def end():  # all that comes after the end is nothing
+        viewer.stop.set()
+        yield from ()
+
+    webcam.Live.open = lambda live: itertools.chain(images, end())
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(utils.UserError):
+        webcam.tag_live(tagger.source, tagger, viewer)
+    rate = viewer.count / (viewer.latest[-1] - viewer.first)
+    counts, ages = tagger.statistics.counts, tagger.statistics.times["label age"]
+    median, most = np.percentile(ages, [50, 95])
     utils.print_line(
-        f"  paced, 30 a second, {'window' if state.window else 'drawn, no window'}: {rate:.1f} shown a second, "
-        f"{counts['frames']} of {counts['shown']} frames handled, {counts['classifications']} classifications, "
-        f"label age median {ages[0]:.2f} s, 95th percentile {ages[1]:.2f} s"
+        f"  paced, 30 a second, {'window' if viewer.window else 'drawn, no window'}: {rate:.1f} "
+        f"shown a second, {counts['frames']} of {viewer.count} frames handled, "
+        f"{counts['classifications']} classifications, "
+        f"label age median {median:.2f} s, 95th percentile {most:.2f} s"
     )
 
 
@@ -163,15 +150,15 @@ def compare(path, frames, network, side):
     loop_2016(network, side, cascade, frames[:2])  # warm both up
     our_loop(network, side, frames[:2])
     old, old_seconds, old_search = loop_2016(network, side, cascade, frames)
-    new, new_seconds, state = our_loop(network, side, frames)
-    search = sum(state.times["detection"]) / 1000
+    new, new_seconds, tagger = our_loop(network, side, frames)
+    search = sum(tagger.statistics.times["detection"]) / 1000
     old_boxes = [[box for box, _ in hits] for hits in old]
     truth_path = path.with_suffix(".json")
     truth = [[box for box, count in hits if count >= SURE] for hits in old]
     if truth_path.is_file():
         faces = json.loads(truth_path.read_text(encoding="utf-8"))[: len(frames)]
         truth = [[(f["x"], f["y"], f["w"], f["h"]) for f in frame] for frame in faces]
-    large = [[face for face in faces if face[2] >= state.smallest] for faces in truth]
+    large = [[face for face in faces if face[2] >= tagger.tracker.smallest] for faces in truth]
     theirs = [
         [f for f in faces if kept([[f]], [boxes])[1]] for faces, boxes in zip(large, old_boxes)
     ]
@@ -194,7 +181,7 @@ def compare(path, frames, network, side):
         f"  {old_seconds / new_seconds:.1f} times as many frames; detection takes {search / old_search:.1%} of the time"
     )
     utils.print_line(
-        f"  {total} faces of {state.smallest} px or more: 2016 finds {by_old}, ours {by_new}; of those that 2016 finds "
+        f"  {total} faces of {tagger.tracker.smallest} px or more: 2016 finds {by_old}, ours {by_new}; of those that 2016 finds "
         f"ours keeps {still / max(1, found):.1%}; boxes: 2016 {sum(map(len, old_boxes))}, ours {sum(map(len, new))}"
     )
 
