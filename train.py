@@ -755,7 +755,7 @@ def compute_view(run, view, indices):
         array = temporary_array(args, (len(indices),), dtype)
         fill_view(run, view, array, indices, np.arange(len(indices)))
         return View(array.rows, row_of)
-    path = args.cache_dir / f"{cache_name(run)}-{view}.features"
+    path = args.cache_dir / f"{cache_name(run, view)}-{view}.features"
     with utils.atomic_write(path) as part, open(part, "r+b", buffering=0) as file:
         array = map_array(file, (len(indices),), dtype)
         missing = copy_known_rows(data, path, array, indices)
@@ -843,11 +843,12 @@ def is_finite(values):
                for name in fields)  # fmt: skip
 
 
-def cache_name(run):
-    """Return how the names of the cache's files begin: other features lie in other files."""
+def cache_name(run, view):
+    """Return how the name of a view's file begins: other features lie in other files."""
     args, settings = run.args, run.networks.settings
     backend = model.import_keras().config.backend()
-    made_from = [view_settings(args), settings.source, settings.cut, settings.map_shape]
+    chances = [] if view in (UNAUGMENTED, MIRRORED) else view_settings(args)
+    made_from = [CACHE_VERSION, chances, settings.source, settings.cut, settings.map_shape]
     made_from += [[level._asdict() for level in settings.levels], run.data.pixels.rows.shape[1:]]
     made_from += [settings.number_format, args.float32, backend, on_device(), args.process]
     made_from += [args.processes, bool(run.recipe["rounds"])]
