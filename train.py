@@ -1569,7 +1569,8 @@ def trained_candidates(run, readout):
     width = networks.settings.levels[-1].stop
     frozen_kernel, frozen_bias = np.zeros((width, len(data.labels))), 0.0
     if frozen:
-        fit = fit_readout(run, data.train, views_read(run), frozen, like=readout.fit)
+        views = views_of(run, readout.fit)
+        fit = fit_readout(run, data.train, views, frozen, like=readout.fit)
         frozen_kernel[: len(fit.kernel)] = fit.kernel / readout.temperature
         frozen_bias = fit.bias / readout.temperature
     frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
@@ -1586,6 +1587,11 @@ def views_read(run):
     """Return the views that the readout reads: mirror images only while the fit is in the dual."""
     is_small = 2 * len(run.data.train) <= MAX_DUAL
     return [view for view in (UNAUGMENTED, MIRRORED) if view == UNAUGMENTED or is_small]
+
+
+def views_of(run, fit):
+    """Return the views whose levels a Fit has read."""
+    return views_read(run) if len(fit.rows) > len(fit.answers) else [UNAUGMENTED]
 
 
 def best_readout(run, round_number, before):
@@ -1923,8 +1929,8 @@ def finish_run(run, state):
             f"{args.model}-report.png", found.title, data.labels, data.targets[data.validation],
             found.probabilities, state["history"], panel,
         )  # fmt: skip
-    everything = fit_readout(run, np.arange(len(data.pictures)), [UNAUGMENTED],
-                             run.networks.settings.levels, like=fit)  # fmt: skip
+    pictures, levels = np.arange(len(data.pictures)), run.networks.settings.levels
+    everything = fit_readout(run, pictures, views_of(run, fit), levels, like=fit)
     review = review_labels(args, data, everything, temperature)
     write_review(args, data, review)
     if args.fit_all:
