@@ -55,7 +55,7 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 FINE_TUNING = {
     "head_epochs": 5,
-    "rounds": 3,
+    "rounds": 2,
     "round_epochs": 2,
     "patience": 1,
     "views": 1,
@@ -690,7 +690,8 @@ def make_views(run, indices, view):
 def list_views(run, round_number):
     """Return the numbers of the views that a round trains on, of which the cache holds the latest.
 
-    A picture as it is, its mirror image, and then random ones, some fresh ones each round.
+    A picture as it is, its mirror image, and then random ones; from scratch, where a view costs
+    next to nothing, fresh ones each round.
     """
     recipe = run.recipe
     last = recipe["views"] + (round_number - 1) * recipe["fresh"] if round_number else 0
@@ -2259,7 +2260,7 @@ def make_recipe(args, is_scratch, count, classes):
         steps = -(-count // recipe["batch_size"])
         wanted = max(MIN_STEPS, MIN_STEPS_A_CLASS * classes)
         recipe["round_epochs"] = max(recipe["round_epochs"], -(-wanted // steps))
-    recipe["fresh"] = recipe["round_epochs"] if is_scratch else 1  # new views a round
+    recipe["fresh"] = recipe["round_epochs"] if is_scratch else 0  # new views a round
     if not is_scratch and not args.unfreeze:
         recipe["rounds"] = 0
     return recipe
