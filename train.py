@@ -61,9 +61,12 @@ FINE_TUNING = {
     "views": 1,
     "batch_size": 32,
 }
-FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 2, "views": 7}
+FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 3, "views": 7}
 # From scratch, rounds of small sets have more epochs: at least so many steps, and so many a class.
 MIN_STEPS, MIN_STEPS_A_CLASS = 40, 3
+# From scratch, no training follows if leave-one-out has this accuracy before it: rounds take
+# minutes, and the first ones know less than a readout of random features.
+GOOD_ENOUGH = 0.95
 UNFREEZE = 2  # top blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 7e-4  # peak for the top blocks
@@ -1660,20 +1663,22 @@ def refit(run, last_round):
 
 
 def is_finished(run, state):
-    """Say whether no further round is due: all made, none that improves, or no mistake is left."""
+    """Say whether no further round is due: all made, none that improves, or nothing to gain."""
     recipe = run.recipe
     if state["round"] >= recipe["rounds"]:
         return True
     if state["round"] < 0 or "rounds" in run.args:  # rounds that were asked for are made
         return False
-    is_perfect = state["best"]["right"] == len(run.data.validation)
-    return is_perfect or (recipe["patience"] and state["stale"] >= recipe["patience"])
+    best, is_scratch = state["best"], run.networks.settings.cut is None
+    if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
+        return True
+    return bool(recipe["patience"] and state["stale"] >= recipe["patience"])
 
 
 def finish_round(run, number, rows, fit, best):
     """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
 
-    best: {"round", "right", "loss"} of the best so far, or None.
+    best: {"round", "right", "loss", "loo"} of the best so far, or None.
     """
     data = run.data
     actual = data.targets[data.validation]
@@ -1687,7 +1692,8 @@ def finish_round(run, number, rows, fit, best):
     utils.print_line(line)
     loss = log_loss(chosen.probabilities, actual)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
-        best = {"round": number, "right": right, "loss": loss}
+        loo = fit.answers.argmax(1) == data.targets[fit.rows[: len(fit.answers)]]
+        best = {"round": number, "right": right, "loss": loss, "loo": float(loo.mean())}
         save_candidate(run, number, right, chosen)
     draw_round(run, number, line, chosen.probabilities)
     return best
