@@ -1667,7 +1667,7 @@ def is_finished(run, state):
     recipe = run.recipe
     if state["round"] >= recipe["rounds"]:
         return True
-    if state["round"] < 0 or "rounds" in run.args:  # rounds that were asked for are made
+    if state["best"] is None or "rounds" in run.args:  # rounds that were asked for are made
         return False
     best, is_scratch = state["best"], run.networks.settings.cut is None
     if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
