@@ -1510,7 +1510,8 @@ def special_middle(low, high):
     """Return the middle of two probabilities in log odds."""
     from scipy.special import expit, logit
 
-    return expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
+    middle = expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
+    return np.clip(middle, low, high)  # rounded up, it would refuse one more
 
 
 def shares_at(strangers, threshold):
