@@ -1348,7 +1348,7 @@ def fit_primal(run, rows, plain, read, levels, like):
 
     Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot.
     """
-    data, class_count = run.data, len(run.data.labels)
+    data, class_count, all_units = run.data, len(run.data.labels), levels[-1].stop
     levels = [level for level in levels if not level.is_grid]
     targets, chunks = data.targets[rows], in_batches(np.arange(len(rows)), 1024)
     roots, y = class_roots(targets, class_count), centred(targets, class_count)
@@ -1394,7 +1394,7 @@ def fit_primal(run, rows, plain, read, levels, like):
         )
 
     best = search_strength(fit, like)
-    kernel, bias = np.zeros((levels[-1].stop, class_count)), best.kernel[-1] + 1 / class_count
+    kernel, bias = np.zeros((all_units, class_count)), best.kernel[-1] + 1 / class_count
     start = 0
     for level, (mean, factor) in zip(levels, scales):
         stop = start + level.stop - level.start
