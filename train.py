@@ -1346,7 +1346,7 @@ def primal_coefficients(read, levels, fit, dual, class_count):
 def fit_primal(run, rows, plain, read, levels, like):
     """Do what `fit_readout` does with sums over all rows; the levels' means alone are read.
 
-    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot.
+    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot, groups together.
     """
     data, class_count, all_units = run.data, len(run.data.labels), levels[-1].stop
     levels = [level for level in levels if not level.is_grid]
@@ -1366,7 +1366,8 @@ def fit_primal(run, rows, plain, read, levels, like):
         x = standard_rows(some)
         gram += x.T @ x
         products += x.T @ (roots[some] * y[some])
-    drawn = np.sort(np.random.default_rng(run.args.seed).permutation(plain)[:MAX_DUAL])
+    lot = np.random.default_rng(run.args.seed).permutation(data.groups.max() + 1)
+    drawn = np.sort(np.argsort(lot[data.groups[rows[:plain]]], kind="stable")[:MAX_DUAL])
     x, y, roots = standard_rows(drawn), y[drawn], roots[drawn]
     groups = loo_groups(data, rows[drawn])
 
