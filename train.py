@@ -229,11 +229,10 @@ def find_files(data_dir):
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
     if left_out:
-        links = utils.count(len(left_out), "link")
+        links = utils.count(len(left_out), "link leads", "links lead")
+        are = "is" if len(left_out) == 1 else "are"
         example = utils.escape(left_out[0])
-        utils.warn(
-            f"{name}: {links} that lead out of it or in a circle are not followed: {example}"
-        )
+        utils.warn(f"{name}: {links} out of it or in a circle and {are} not followed: {example}")
     folders = {label_of(path.name) for path in list_folders(data_dir)}
     for label in sorted(folders - {label for _, label in files}):
         utils.warn(f"{name}/{label}: a class without files is left out")
