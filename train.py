@@ -279,10 +279,11 @@ def read_pictures(args, files, side):
             pictures.append(
                 Picture(path, label, bytes.fromhex(digest), int(dhash, 16), thumbnail, row)
             )
+    total = sum(map(len, skipped.values()))
     warn_about_skipped(skipped)
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
-    return pictures, sum(map(len, skipped.values())), pixels
+    return pictures, total, pixels
 
 
 def warn_about_skipped(skipped):
