@@ -158,7 +158,13 @@ def parse_arguments(argv=None):
     option("weights", "auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
            default="auto")  # fmt: skip
     option("image-size", "side in pixels", "224; 96 from scratch", type=number(int, 75, 1024))
-    share = number(float, 1e-6, 1 - 1e-6)
+
+    def share(text):
+        """Turn what was typed into a share; who types 20 means percent."""
+        if float(text) > 1:
+            raise argparse.ArgumentTypeError(f"{text} is no share: say 0.2 for 20 %")
+        return number(float, 1e-6, 1 - 1e-6)(text)
+
     option("validation-split", "share of each class kept for validation", "0.2", type=share)
     flag("group-by-folder", "keep files of one folder on one side of the split")
     option("seed", "same seed, same split and result", type=number(int, 0, 2**31), default=1337)
@@ -185,7 +191,12 @@ def parse_arguments(argv=None):
     flag("evaluate", "no training: score the saved model on all of data_dir")
     option("min-accuracy", "exit 3 if it is lower", "none", type=number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = re.findall(r"--[a-z0-9-]+", parser.format_help())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if not args.model.endswith(("/", os.sep)):
         args.model = Path(args.model).as_posix()  # `./model` is `model`
     find_processes(args)
