@@ -1729,9 +1729,10 @@ def drawing(path):
     """Turn what goes wrong while a picture is drawn into a warning; the model is safe already."""
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Exception as error:
+        is_systems = getattr(error, "errno", None)  # a full disk, say; Pillow's own have none
+        if is_systems or isinstance(error, MemoryError):
+            raise
         utils.warn(f"{utils.escape(path)}: could not be drawn ({utils.first_line(error)})")
 
 
