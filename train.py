@@ -494,10 +494,6 @@ def print_table(pictures, labels, groups, validation):
 def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
     parts, test = find_division(args.data_dir)
-    if parts and args.validation_split:
-        raise utils.UsageError(
-            f"--validation-split: {utils.escape(args.data_dir)} is divided already"
-        )
     roots = parts or {"all": args.data_dir}
     files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
     check_labels(args, sorted({label for _, label, _ in files}))
@@ -534,7 +530,11 @@ def read_data(args, side):
 
 def check_folders(args):
     """Raise UserError unless there are two class folders at least; cheap, nothing is read."""
-    if not find_division(args.data_dir)[0]:
+    parts, _ = find_division(args.data_dir)
+    if parts and args.validation_split:
+        name = utils.escape(args.data_dir)
+        raise utils.UsageError(f"--validation-split: {name} is divided already: leave it out")
+    if not parts:
         check_labels(args, sorted(label_of(path.name) for path in list_folders(args.data_dir)))
 
 
@@ -2335,6 +2335,9 @@ def main():
         raise utils.UserError(f"{name}: no such folder: give one with a folder for each class")
     if args.dry_run:
         check_outputs(args)
+        check_folders(args)
+        if args.weights not in ("auto", "imagenet"):
+            find_weights(args)
         read_data(args, args.image_size or 75)
         return 0
     if args.evaluate:
