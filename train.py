@@ -375,10 +375,11 @@ def normalise_rows(rows):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def group_pictures(pictures, data_dir, by_folder):
+def group_pictures(pictures, data_dir, by_folder, depth=1):
     """Return (sets of indices that stay together, pairs under two classes, number of near copies).
 
-    Together stay equal bytes, near copies within a class and, with by_folder, one folder.
+    Together stay equal bytes, near copies within a class and, with by_folder, one folder. depth: of
+    the class folders.
     """
     from scipy.cluster.hierarchy import DisjointSet
 
@@ -386,7 +387,7 @@ def group_pictures(pictures, data_dir, by_folder):
     for i, picture in enumerate(pictures):
         keys = [picture.digest]
         inner = picture.path.relative_to(data_dir).parent
-        if by_folder and len(inner.parts) > 1:
+        if by_folder and len(inner.parts) > depth:
             keys.append(inner)
         for key in keys:
             together.merge(i, first.setdefault(key, i))
@@ -500,7 +501,8 @@ def read_data(args, side):
     pictures, skipped, pixels = read_pictures(args, [file[:2] for file in files], side)
     labels = sorted({picture.label for picture in pictures})
     check_labels(args, labels)
-    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder)
+    depth = 2 if parts else 1
+    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder, depth)
     if parts:
         is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
         train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
