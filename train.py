@@ -1621,6 +1621,7 @@ def run_rounds(run, state):
     """
     args, recipe, networks = run.args, run.recipe, run.networks
     if recipe["rounds"]:
+        views_that_fit(run)  # or it is told before the work
         compile_for_training(run, networks.top)
     fit = None
     if state:
