@@ -80,7 +80,7 @@ def make_classes(tmp_path):
 
 @pytest.fixture(scope="session")
 def scratch_run(tmp_path_factory):
-    """Train once on three colours, without a connection: from scratch. Other tests look at what it left.
+    """Fit once to three colours, without a connection: from scratch. Other tests look at what it left.
 
     A green picture lies among the red ones. The environment is a notebook's, with Keras's settings
     of long ago. Returns (folder, output).
@@ -102,7 +102,8 @@ def scratch_run(tmp_path_factory):
         "https_proxy": "http://127.0.0.1:9",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
     }
-    done = run_process(ROOT / "train.py", folder, "data", "model", *TINY, **environment)
+    words = [*TINY, "--rounds", "0"]  # a whole network takes half a minute to be traced
+    done = run_process(ROOT / "train.py", folder, "data", "model", *words, **environment)
     assert done.returncode == 0, done.stderr
     return folder, done
 
