@@ -1627,6 +1627,10 @@ def run_rounds(run, state):
     if state:
         restore_state(run, state)
         fit = refit(run, state["round"])
+        best = state["best"]
+        if best is None and args.process == 0:
+            best = finish_round(run, state["round"], [], fit, None)
+        state["best"] = all_gather(args, best)[0]
     else:
         remove_state(args.model)
         state = {"round": -1, "stale": 0, "best": None, "history": []}
@@ -2085,7 +2089,7 @@ def read_state(args):
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file["facts"].tobytes())
         if not model.model_paths(args.model)[0].exists():
-            utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the next is saved")
+            utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the last is saved")
             state["best"] = None
         known = {"round", "stale", "best", "history", "settings", "files", "weights"}
         if not known <= state.keys() or not state["history"]:
