@@ -55,15 +55,18 @@ LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 FINE_TUNING = {
     "head_epochs": 5,
-    "rounds": 3,
+    "rounds": 2,
     "round_epochs": 2,
     "patience": 1,
     "views": 1,
     "batch_size": 32,
 }
-FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 2, "views": 7}
+FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 3, "views": 7}
 # From scratch, rounds of small sets have more epochs: at least so many steps, and so many a class.
 MIN_STEPS, MIN_STEPS_A_CLASS = 40, 3
+# From scratch, no training follows if leave-one-out has this accuracy before it: rounds take
+# minutes, and the first ones know less than a readout of random features.
+GOOD_ENOUGH = 0.95
 UNFREEZE = 2  # top blocks that are fine-tuned
 HEAD_RATE = 1e-3  # learning rate of the new dense layers on their own
 ROUND_RATE = 7e-4  # peak for the top blocks
@@ -703,7 +706,8 @@ def make_views(run, indices, view):
 def list_views(run, round_number):
     """Return the numbers of the views that a round trains on, of which the cache holds the latest.
 
-    A picture as it is, its mirror image, and then random ones, some fresh ones each round.
+    A picture as it is, its mirror image, and then random ones; from scratch, where a view costs
+    next to nothing, fresh ones each round.
     """
     recipe = run.recipe
     last = recipe["views"] + (round_number - 1) * recipe["fresh"] if round_number else 0
@@ -768,7 +772,7 @@ def compute_view(run, view, indices):
         array = temporary_array(args, (len(indices),), dtype)
         fill_view(run, view, array, indices, np.arange(len(indices)))
         return View(array.rows, row_of)
-    path = args.cache_dir / f"{cache_name(run)}-{view}.features"
+    path = args.cache_dir / f"{cache_name(run, view)}-{view}.features"
     with utils.atomic_write(path) as part, open(part, "r+b", buffering=0) as file:
         array = map_array(file, (len(indices),), dtype)
         missing = copy_known_rows(data, path, array, indices)
@@ -856,11 +860,12 @@ def is_finite(values):
                for name in fields)  # fmt: skip
 
 
-def cache_name(run):
-    """Return how the names of the cache's files begin: other features lie in other files."""
+def cache_name(run, view):
+    """Return how the name of a view's file begins: other features lie in other files."""
     args, settings = run.args, run.networks.settings
     backend = model.import_keras().config.backend()
-    made_from = [view_settings(args), settings.source, settings.cut, settings.map_shape]
+    chances = [] if view in (UNAUGMENTED, MIRRORED) else view_settings(args)
+    made_from = [CACHE_VERSION, chances, settings.source, settings.cut, settings.map_shape]
     made_from += [[level._asdict() for level in settings.levels], run.data.pixels.rows.shape[1:]]
     made_from += [settings.number_format, args.float32, backend, on_device(), args.process]
     made_from += [args.processes, bool(run.recipe["rounds"])]
@@ -1583,7 +1588,8 @@ def trained_candidates(run, readout):
     width = networks.settings.levels[-1].stop
     frozen_kernel, frozen_bias = np.zeros((width, len(data.labels))), 0.0
     if frozen:
-        fit = fit_readout(run, data.train, views_read(run), frozen, like=readout.fit)
+        views = views_of(run, readout.fit)
+        fit = fit_readout(run, data.train, views, frozen, like=readout.fit)
         frozen_kernel[: len(fit.kernel)] = fit.kernel / readout.temperature
         frozen_bias = fit.bias / readout.temperature
     frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
@@ -1600,6 +1606,11 @@ def views_read(run):
     """Return the views that the readout reads: mirror images only while the fit is in the dual."""
     is_small = 2 * len(run.data.train) <= MAX_DUAL
     return [view for view in (UNAUGMENTED, MIRRORED) if view == UNAUGMENTED or is_small]
+
+
+def views_of(run, fit):
+    """Return the views whose levels a Fit has read."""
+    return views_read(run) if len(fit.rows) > len(fit.answers) else [UNAUGMENTED]
 
 
 def best_readout(run, round_number, before):
@@ -1672,20 +1683,22 @@ def refit(run, last_round):
 
 
 def is_finished(run, state):
-    """Say whether no further round is due: all made, none that improves, or no mistake is left."""
+    """Say whether no further round is due: all made, none that improves, or nothing to gain."""
     recipe = run.recipe
     if state["round"] >= recipe["rounds"]:
         return True
     if state["round"] < 0 or "rounds" in run.args:  # rounds that were asked for are made
         return False
-    is_perfect = state["best"]["right"] == len(run.data.validation)
-    return is_perfect or (recipe["patience"] and state["stale"] >= recipe["patience"])
+    best, is_scratch = state["best"], run.networks.settings.cut is None
+    if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
+        return True
+    return bool(recipe["patience"] and state["stale"] >= recipe["patience"])
 
 
 def finish_round(run, number, rows, fit, best):
     """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
 
-    best: {"round", "right", "loss"} of the best so far, or None.
+    best: {"round", "right", "loss", "loo"} of the best so far, or None.
     """
     data = run.data
     actual = data.targets[data.validation]
@@ -1699,7 +1712,8 @@ def finish_round(run, number, rows, fit, best):
     utils.print_line(line)
     loss = log_loss(chosen.probabilities, actual)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
-        best = {"round": number, "right": right, "loss": loss}
+        loo = fit.answers.argmax(1) == data.targets[fit.rows[: len(fit.answers)]]
+        best = {"round": number, "right": right, "loss": loss, "loo": float(loo.mean())}
         save_candidate(run, number, right, chosen)
     draw_round(run, number, line, chosen.probabilities)
     return best
@@ -1943,8 +1957,8 @@ def finish_run(run, state):
             f"{args.model}-report.png", found.title, data.labels, data.targets[data.validation],
             found.probabilities, state["history"], panel,
         )  # fmt: skip
-    everything = fit_readout(run, np.arange(len(data.pictures)), [UNAUGMENTED],
-                             run.networks.settings.levels, like=fit)  # fmt: skip
+    pictures, levels = np.arange(len(data.pictures)), run.networks.settings.levels
+    everything = fit_readout(run, pictures, views_of(run, fit), levels, like=fit)
     review = review_labels(args, data, everything, temperature)
     write_review(args, data, review)
     if args.fit_all:
@@ -2273,7 +2287,7 @@ def make_recipe(args, is_scratch, count, classes):
         steps = -(-count // recipe["batch_size"])
         wanted = max(MIN_STEPS, MIN_STEPS_A_CLASS * classes)
         recipe["round_epochs"] = max(recipe["round_epochs"], -(-wanted // steps))
-    recipe["fresh"] = recipe["round_epochs"] if is_scratch else 1  # new views a round
+    recipe["fresh"] = recipe["round_epochs"] if is_scratch else 0  # new views a round
     if not is_scratch and not args.unfreeze:
         recipe["rounds"] = 0
     return recipe

@@ -129,22 +129,6 @@ def memory(pid, field):
     return own + sum(memory(child, field) for child in children)
 
 
-def watched_command(command, notes):
-    """Return the command that runs a script of ours under watched.py, which writes to the file `notes`."""
-    return [command[0], str(ROOT / "benchmarks/watched.py"), str(notes), *command[1:]]
-
-
-def time_in_functions(notes, start, end):
-    """Return {function of the main thread: seconds} of a watched command, `end` seconds from `start`."""
-    parts, before, name = collections.Counter(), 0.0, "Python itself"
-    for line in Path(notes).read_text().splitlines():
-        moment, _, function = line.partition("\t")
-        now = min(float(moment) - start, end)
-        parts[name] += now - before
-        before, name = now, function or "others"
-    return parts
-
-
 def accuracies(outcome):
     """Return [(seconds, validation accuracy)] from the lines of train.py, or others that print `epoch N: …` like it."""
     found = [
@@ -170,8 +154,15 @@ def reached(times):
 
 def train_arguments(data_dir, folder, *options):
     """Return what train.py makes of a command line, prefix `m` in `folder`."""
-    sys.argv = ["train.py", str(data_dir), str(Path(folder) / "m"), *map(str, options)]
-    return train.parse_arguments()
+    return train.parse_arguments([str(data_dir), str(Path(folder) / "m"), *map(str, options)])
+
+
+def read_split(data_dir, folder, *options):
+    """Read and divide a folder as train.py does. Returns (its Data, uint8 pixels of the pictures)."""
+    args = train_arguments(data_dir, folder, *options)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        data = train.read_data(args, args.image_size or 224)
+    return data, data.pixels.rows[[picture.row for picture in data.pictures]]
 
 
 def divide(data_dir, folder, *options):
@@ -230,17 +221,6 @@ def random_weights(path):
     keras.applications.InceptionV3(
         weights=None, include_top=False, input_shape=(75, 75, 3)
     ).save_weights(path)
-
-
-def set_up(data_dir, folder, *options):
-    """Read data and build networks and rings as train.py does; prefix `m` in `folder`. Returns its Run."""
-    args = train_arguments(data_dir, folder, *options)
-    path, _ = train.find_weights(args)
-    side = args.image_size or (96 if path is None else 224)
-    data = train.read_data(args, side)
-    recipe = train.make_recipe(args, path is None, len(data.train), len(data.labels))
-    nets = train.build_networks(args, path, len(data.labels), side, None)
-    return train.Run(args, recipe, data, nets, train.open_rings(args, data, nets, recipe))
 
 
 # ---------------------------------------------------------------- yardsticks

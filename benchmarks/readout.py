@@ -1,0 +1,75 @@
+"""Claim: the first answer, read from several levels of the frozen network, is hard to beat.
+
+    python benchmarks/readout.py WEIGHTS_FILE SET… [--seeds 5] [options of train.py]
+
+For each set, a folder of classes: the nearest neighbour on 16 x 16 thumbnails, ridge regression on
+`mixed8` of the same frozen network, train.py's round 0 and its end, all on the split of each seed.
+Accuracy as median (least to largest); seconds from the command, of the first seed, whose features
+the others find in a kept cache. With `SET:by-folder` the option --group-by-folder is given.
+"""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from common import (
+    absolute,
+    accuracies,
+    machine,
+    nearest_neighbour,
+    pooled_features,
+    print_table,
+    read_split,
+    ridge_readout,
+    run_command,
+    spread,
+    train_py,
+)
+
+
+def one_set(name, weights, seeds, options):
+    """Return the rows of accuracies (pixels, mixed8, round 0, end), and seconds of the first seed."""
+    folder, _, kind = name.partition(":")
+    options = [*options, *(["--group-by-folder"] if kind else [])]
+    features, rows, seconds = None, [], None
+    with tempfile.TemporaryDirectory() as work:
+        for seed in range(1, seeds + 1):
+            data, pixels = read_split(folder, work, "--seed", seed, *options)
+            if features is None:
+                features = pooled_features(weights, "mixed8", pixels)
+            fit, held = data.train, data.validation
+            row = [nearest_neighbour(pixels, data.targets, fit, held)]
+            row.append(ridge_readout(features, data.targets, fit, held))
+            command = train_py(Path(folder).resolve(), "--weights", weights, "--seed", seed)
+            outcome = run_command([*command, "--cache-dir", "cache", *options], work)
+            curve = accuracies(outcome)
+            rows.append([*row, curve[0][1], max(accuracy for _, accuracy in curve)])
+            seconds = seconds or (curve[0][0], outcome.seconds, len(curve))
+            strangers = [line for _, line in outcome.lines if line.startswith("strangers")]
+            print(name, seed, [f"{x:.4f}" for x in rows[-1]], *strangers, flush=True)
+    return np.array(rows), seconds
+
+
+def main():
+    """Run every set and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", type=Path)
+    parser.add_argument("sets", nargs="+")
+    parser.add_argument("--seeds", type=int, default=5)
+    args, options = parser.parse_known_args()
+    options, weights = absolute(options), str(args.weights.resolve())
+    print(machine(), f"n = {args.seeds} seeds, options: {' '.join(options)}", sep="\n")
+    table = []
+    for name in args.sets:
+        rows, (first, last, rounds) = one_set(name, weights, args.seeds, options)
+        table.append([re.sub(".*/", "", name), *(spread(column, 3) for column in rows.T),
+                      f"{first:.0f}", f"{last:.0f} ({rounds} rounds)"])  # fmt: skip
+    print_table(["set", "pixels", "mixed8", "round 0", "end", "s to round 0", "s in all"], table)
+
+
+if __name__ == "__main__":
+    main()
