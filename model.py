@@ -72,7 +72,8 @@ def import_keras():
         )
     os.environ["MPLBACKEND"] = "Agg"  # Keras imports matplotlib, which fails if a notebook set it
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    logging.getLogger("absl").setLevel("ERROR")
+    for name in ("absl", "tensorflow"):  # which wonders how often it traces graphs, say
+        logging.getLogger(name).setLevel("ERROR")
     try:
         with silence_output():
             import keras

@@ -161,7 +161,13 @@ def parse_arguments(argv=None):
     option("weights", "auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
            default="auto")  # fmt: skip
     option("image-size", "side in pixels", "224; 96 from scratch", type=number(int, 75, 1024))
-    share = number(float, 1e-6, 1 - 1e-6)
+
+    def share(text):
+        """Turn what was typed into a share; who types 20 means percent."""
+        if float(text) > 1:
+            raise argparse.ArgumentTypeError(f"{text} is no share: say 0.2 for 20 %")
+        return number(float, 1e-6, 1 - 1e-6)(text)
+
     option("validation-split", "share of each class kept for validation", "0.2", type=share)
     flag("group-by-folder", "keep files of one folder on one side of the split")
     option("seed", "same seed, same split and result", type=number(int, 0, 2**31), default=1337)
@@ -188,7 +194,12 @@ def parse_arguments(argv=None):
     flag("evaluate", "no training: score the saved model on all of data_dir")
     option("min-accuracy", "exit 3 if it is lower", "none", type=number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = re.findall(r"--[a-z0-9-]+", parser.format_help())
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if not args.model.endswith(("/", os.sep)):
         args.model = Path(args.model).as_posix()  # `./model` is `model`
     find_processes(args)
@@ -232,11 +243,10 @@ def find_files(data_dir):
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
     if left_out:
-        links = utils.count(len(left_out), "link")
+        links = utils.count(len(left_out), "link leads", "links lead")
+        are = "is" if len(left_out) == 1 else "are"
         example = utils.escape(left_out[0])
-        utils.warn(
-            f"{name}: {links} that lead out of it or in a circle are not followed: {example}"
-        )
+        utils.warn(f"{name}: {links} out of it or in a circle and {are} not followed: {example}")
     folders = {label_of(path.name) for path in list_folders(data_dir)}
     for label in sorted(folders - {label for _, label in files}):
         utils.warn(f"{name}/{label}: a class without files is left out")
@@ -283,10 +293,11 @@ def read_pictures(args, files, side):
             pictures.append(
                 Picture(path, label, bytes.fromhex(digest), int(dhash, 16), thumbnail, row)
             )
+    total = sum(map(len, skipped.values()))
     warn_about_skipped(skipped)
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
-    return pictures, sum(map(len, skipped.values())), pixels
+    return pictures, total, pixels
 
 
 def warn_about_skipped(skipped):
@@ -367,10 +378,11 @@ def normalise_rows(rows):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def group_pictures(pictures, data_dir, by_folder):
+def group_pictures(pictures, data_dir, by_folder, depth=1):
     """Return (sets of indices that stay together, pairs under two classes, number of near copies).
 
-    Together stay equal bytes, near copies within a class and, with by_folder, one folder.
+    Together stay equal bytes, near copies within a class and, with by_folder, one folder. depth: of
+    the class folders.
     """
     from scipy.cluster.hierarchy import DisjointSet
 
@@ -378,7 +390,7 @@ def group_pictures(pictures, data_dir, by_folder):
     for i, picture in enumerate(pictures):
         keys = [picture.digest]
         inner = picture.path.relative_to(data_dir).parent
-        if by_folder and len(inner.parts) > 1:
+        if by_folder and len(inner.parts) > depth:
             keys.append(inner)
         for key in keys:
             together.merge(i, first.setdefault(key, i))
@@ -486,17 +498,14 @@ def print_table(pictures, labels, groups, validation):
 def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
     parts, test = find_division(args.data_dir)
-    if parts and args.validation_split:
-        raise utils.UsageError(
-            f"--validation-split: {utils.escape(args.data_dir)} is divided already"
-        )
     roots = parts or {"all": args.data_dir}
     files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
     check_labels(args, sorted({label for _, label, _ in files}))
     pictures, skipped, pixels = read_pictures(args, [file[:2] for file in files], side)
     labels = sorted({picture.label for picture in pictures})
     check_labels(args, labels)
-    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder)
+    depth = 2 if parts else 1
+    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder, depth)
     if parts:
         is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
         train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
@@ -526,7 +535,11 @@ def read_data(args, side):
 
 def check_folders(args):
     """Raise UserError unless there are two class folders at least; cheap, nothing is read."""
-    if not find_division(args.data_dir)[0]:
+    parts, _ = find_division(args.data_dir)
+    if parts and args.validation_split:
+        name = utils.escape(args.data_dir)
+        raise utils.UsageError(f"--validation-split: {name} is divided already: leave it out")
+    if not parts:
         check_labels(args, sorted(label_of(path.name) for path in list_folders(args.data_dir)))
 
 
@@ -1351,9 +1364,9 @@ def primal_coefficients(read, levels, fit, dual, class_count):
 def fit_primal(run, rows, plain, read, levels, like):
     """Do what `fit_readout` does with sums over all rows; the levels' means alone are read.
 
-    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot.
+    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot, groups together.
     """
-    data, class_count = run.data, len(run.data.labels)
+    data, class_count, all_units = run.data, len(run.data.labels), levels[-1].stop
     levels = [level for level in levels if not level.is_grid]
     targets, chunks = data.targets[rows], in_batches(np.arange(len(rows)), 1024)
     roots, y = class_roots(targets, class_count), centred(targets, class_count)
@@ -1371,7 +1384,8 @@ def fit_primal(run, rows, plain, read, levels, like):
         x = standard_rows(some)
         gram += x.T @ x
         products += x.T @ (roots[some] * y[some])
-    drawn = np.sort(np.random.default_rng(run.args.seed).permutation(plain)[:MAX_DUAL])
+    lot = np.random.default_rng(run.args.seed).permutation(data.groups.max() + 1)
+    drawn = np.sort(np.argsort(lot[data.groups[rows[:plain]]], kind="stable")[:MAX_DUAL])
     x, y, roots = standard_rows(drawn), y[drawn], roots[drawn]
     groups = loo_groups(data, rows[drawn])
 
@@ -1399,7 +1413,7 @@ def fit_primal(run, rows, plain, read, levels, like):
         )
 
     best = search_strength(fit, like)
-    kernel, bias = np.zeros((levels[-1].stop, class_count)), best.kernel[-1] + 1 / class_count
+    kernel, bias = np.zeros((all_units, class_count)), best.kernel[-1] + 1 / class_count
     start = 0
     for level, (mean, factor) in zip(levels, scales):
         stop = start + level.stop - level.start
@@ -1515,7 +1529,8 @@ def special_middle(low, high):
     """Return the middle of two probabilities in log odds."""
     from scipy.special import expit, logit
 
-    return expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
+    middle = expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
+    return np.clip(middle, low, high)  # rounded up, it would refuse one more
 
 
 def shares_at(strangers, threshold):
@@ -1617,11 +1632,16 @@ def run_rounds(run, state):
     """
     args, recipe, networks = run.args, run.recipe, run.networks
     if recipe["rounds"]:
+        views_that_fit(run)  # or it is told before the work
         compile_for_training(run, networks.top)
     fit = None
     if state:
         restore_state(run, state)
         fit = refit(run, state["round"])
+        best = state["best"]
+        if best is None and args.process == 0:
+            best = finish_round(run, state["round"], [], fit, None)
+        state["best"] = all_gather(args, best)[0]
     else:
         remove_state(args.model)
         state = {"round": -1, "stale": 0, "best": None, "history": []}
@@ -1730,9 +1750,10 @@ def drawing(path):
     """Turn what goes wrong while a picture is drawn into a warning; the model is safe already."""
     try:
         yield
-    except (OSError, MemoryError):
-        raise
     except Exception as error:
+        is_systems = getattr(error, "errno", None)  # a full disk, say; Pillow's own have none
+        if is_systems or isinstance(error, MemoryError):
+            raise
         utils.warn(f"{utils.escape(path)}: could not be drawn ({utils.first_line(error)})")
 
 
@@ -2082,7 +2103,7 @@ def read_state(args):
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file["facts"].tobytes())
         if not model.model_paths(args.model)[0].exists():
-            utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the next is saved")
+            utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the last is saved")
             state["best"] = None
         known = {"round", "stale", "best", "history", "settings", "files", "weights"}
         if not known <= state.keys() or not state["history"]:
@@ -2335,6 +2356,9 @@ def main():
         raise utils.UserError(f"{name}: no such folder: give one with a folder for each class")
     if args.dry_run:
         check_outputs(args)
+        check_folders(args)
+        if args.weights not in ("auto", "imagenet"):
+            find_weights(args)
         read_data(args, args.image_size or 75)
         return 0
     if args.evaluate:

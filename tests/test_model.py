@@ -148,3 +148,65 @@ def test_other_backends_are_told_in_one_line(monkeypatch, backend):
     monkeypatch.setenv("KERAS_BACKEND", backend)
     with pytest.raises(utils.UserError, match=f"KERAS_BACKEND={backend}: choose .*tensorflow, jax"):
         model.import_keras.__wrapped__()
+
+
+def with_random_norms(network):
+    """Give a network's normalisations numbers, as training would. Returns it."""
+    import keras
+
+    rng = np.random.default_rng(0)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            ranges = {"gamma": (0.5, 2), "beta": (0, 1), "moving_mean": (-1, 1)}
+            drawn = [rng.uniform(*ranges.get(w.name, (0.5, 2)), w.shape) for w in layer.weights]
+            layer.set_weights(drawn)
+    return network
+
+
+def folded_as_before(network, pixels):
+    """Say whether folding changes nothing that a network gives, and takes its normalisations out."""
+    import keras
+
+    folded = model.fold_normalisation(network)
+    kinds = {type(layer) for layer in folded.layers}
+    before, after = (model.predict(m, pixels, 4) for m in (model.compiled(network), folded))
+    assert before.std() > 0.1 and keras.layers.BatchNormalization not in kinds
+    return np.allclose(before, after, atol=1e-4 * np.abs(before).max())
+
+
+@pytest.mark.slow
+def test_folding_the_normalisation_of_inception_changes_nothing():
+    import keras
+
+    network = with_random_norms(model.build_network(2, 75))
+    part = keras.Model(network.input, network.get_layer("mixed8").output)
+    pixels = np.random.default_rng(0).integers(0, 255, (4, 75, 75, 3)).astype("uint8")
+    assert folded_as_before(part, pixels)
+
+
+def chain(*layers):
+    import keras
+
+    return keras.Sequential([keras.Input((9, 9, 3)), *layers])
+
+
+def test_a_normalisation_with_all_its_numbers_is_folded():
+    from keras.layers import BatchNormalization, Conv2D
+
+    network = chain(Conv2D(4, 3, use_bias=False), BatchNormalization())
+    pixels = np.random.default_rng(0).uniform(-1, 1, (4, 9, 9, 3)).astype("float32")
+    assert folded_as_before(with_random_norms(network), pixels)
+
+
+def test_what_folding_does_not_understand_is_an_error():
+    from keras import layers
+
+    norm = layers.BatchNormalization
+    for unknown in (
+        [layers.Conv2D(4, 3, use_bias=False, name="odd")],
+        [layers.Conv2D(4, 3, name="odd"), norm()],
+        [layers.DepthwiseConv2D(3, use_bias=False, name="odd"), norm()],
+        [layers.Conv2D(4, 3, use_bias=False), norm(), layers.Dense(2, name="odd")],
+    ):
+        with pytest.raises(ValueError, match="odd: "):
+            model.fold_normalisation(chain(*unknown))

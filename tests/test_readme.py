@@ -41,7 +41,8 @@ def test_every_file_that_the_table_names_is_made(scratch_run):
     table = README.partition("## What comes out")[2].partition("**Reading")[0]
     names = [name for name in re.findall(r"`([\w.-]+\.\w+)`", table)]
     assert len(names) >= 8
-    assert [name for name in names if not (folder / name).exists()] == []
+    later = {"001.png"}  # this run has no round after the first
+    assert [name for name in names if not (folder / name).exists() and name not in later] == []
 
 
 def test_files_and_pictures_that_the_readme_points_to_are_in_the_repository():
