@@ -137,10 +137,11 @@ def build_network(class_count, side, has_grids=True, number_format="float32"):
         scaled = layers.Rescaling(BASE.scale, offset=BASE.offset, name="scaled")(pixels)
         builder = getattr(keras.applications, BASE.builder)
         backbone = builder(weights=None, include_top=False, input_tensor=scaled)
-        means = [layers.GlobalAveragePooling2D(name=name_of(block))(backbone.get_layer(block).output)
-                 for block in BASE.levels]  # fmt: skip
-        grids = [pool_in_cells(backbone.get_layer(block).output, name_of(block, is_grid=True))
-                 for block in BASE.grid_levels if has_grids]  # fmt: skip
+        maps = {block: backbone.get_layer(block).output for block in BASE.blocks}
+        pool = layers.GlobalAveragePooling2D
+        means = [pool(name=name_of(block))(maps[block]) for block in BASE.levels]
+        cells = BASE.grid_levels if has_grids else ()
+        grids = [pool_in_cells(maps[block], name_of(block, is_grid=True)) for block in cells]
         levels = layers.Concatenate(name="levels", dtype="float32")([*means, *grids])
         hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(means[-1])
         units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
@@ -191,7 +192,7 @@ def cut_name(unfreeze):
 def frozen_part(network, cut, has_levels=True):
     """Return the frozen part, folded and compiled: pixels → one flat row a picture, float32.
 
-    The row holds the levels, if has_levels, and the feature map at the layer `cut`, if there is one.
+    The row holds the levels, if has_levels, and the feature map at the layer `cut`, if any.
     """
     keras = import_keras()
     outputs = [network.get_layer("levels").output] if has_levels else []
@@ -208,7 +209,8 @@ def trainable_part(network, cut, momentum=None):
 
     cut: name of the last frozen layer, None for none. Gives (pooled top → probabilities: the new
     dense layers alone; output of the cut → probabilities; output of the cut → hidden units). Their
-    softmax layer, `trained`, sees the hidden units only. momentum: of batch normalisation where it is trained; None freezes it.
+    softmax layer, `trained`, sees the hidden units only. momentum: of batch normalisation where
+    that is trained; None freezes it.
     """
     keras = import_keras()
     pooled = network.get_layer(name_of(BASE.levels[-1])).output

@@ -142,7 +142,7 @@ Predictions = namedtuple("Predictions", "probabilities accuracy rows title")
 
 
 def parse_arguments(argv=None):
-    """Read the command line. Options whose default depends on the kind of training may be absent."""
+    """Read the command line. Options that depend on the kind of training may be absent."""
     parser = argparse.ArgumentParser(
         description="Fine-tune InceptionV3 on data_dir/<class>/**/<picture>.",
         epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. GPUs "
@@ -158,8 +158,8 @@ def parse_arguments(argv=None):
         option(name, text, "off", action="store_true")
 
     number = utils.number
-    option("weights", "auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE",
-           default="auto")  # fmt: skip
+    weights = "auto (imagenet if it can be had, else none), imagenet, none, or a notop FILE"
+    option("weights", weights, default="auto")
     option("image-size", "side in pixels", "224; 96 from scratch", type=number(int, 75, 1024))
 
     def share(text):
@@ -301,7 +301,7 @@ def read_pictures(args, files, side):
 
 
 def warn_about_skipped(skipped):
-    """Warn about files by reason, {reason: [path]}: one line for what is no picture by its ending."""
+    """Warn about files by reason, {reason: [path]}: one line for all that are no pictures."""
     others = skipped.pop(NO_PICTURE, [])
     if others:
         endings = Counter(path.suffix.lower() or "without ending" for path in others)
@@ -673,7 +673,7 @@ def augment(picture, parameters):
 
 
 def build_augmentation(side):
-    """Return the Keras model that does what `augment` does: [pictures, parameters] → uint8 views."""
+    """Return a Keras model that does what `augment` does: [pictures, parameters] → views."""
     keras = model.import_keras()
     ops = keras.ops
     pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
@@ -685,7 +685,7 @@ def build_augmentation(side):
 
 
 def make_views(run, indices, view):
-    """Return one view of some pictures, uint8 (n, side, side, 3): an array of the device, if any."""
+    """Return one view of pictures, uint8 (n, side, side, 3): an array of the device, if any."""
     settings, rows = run.networks.settings, run.data.pixels.rows
     pictures = [run.data.pictures[i] for i in indices]
     places = [picture.row for picture in pictures]
@@ -717,7 +717,7 @@ def list_views(run, round_number):
 
 
 def row_type(run, has_levels):
-    """Return the dtype of a row of a view's file: digest, levels, and the feature map at the cut."""
+    """Return the dtype of a row of a view's file: digest, levels, feature map at the cut."""
     settings, recipe = run.networks.settings, run.recipe
     fields = [("digest", "V32")]
     if has_levels:
@@ -740,8 +740,8 @@ def views_that_fit(run):
     fitting = int((args.cache_gb * 1e9 - fixed) // view)
     if fitting < 1:
         raise utils.UserError(
-            f"--cache-gb {args.cache_gb:g}: the cache needs {(fixed + view) * 1.06 / 1e9:.2g} GB at "
-            "least: give more with --cache-gb, and a folder on a disk that has it with --cache-dir"
+            f"--cache-gb {args.cache_gb:g}: the cache needs {(fixed + view) * 1.06 / 1e9:.2g} GB "
+            "at least: give more with --cache-gb, and a folder on a disk that has it with --cache-dir"
         )
     return fitting
 
@@ -960,7 +960,7 @@ def find_weights(args):
             print(file=sys.stderr)  # Keras's bar has no end of line
     if args.weights == "imagenet":
         raise utils.UserError(
-            f"--weights imagenet: cannot be downloaded ({reason}): get the file by hand, {address}, "
+            f"--weights imagenet: cannot be downloaded ({reason}): get {address} by hand "
             f"and give it with --weights {name}"
         )
     return None, [
@@ -1223,7 +1223,7 @@ def fit_readout(run, indices, views, levels, like=None):
 
 
 def class_roots(targets, class_count):
-    """Return the square roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
+    """Return the roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
     weights = 1 / np.maximum(1, np.bincount(targets, minlength=class_count))[targets]
     return np.sqrt(weights / weights.sum())[:, None]
 
@@ -1473,7 +1473,7 @@ def fit_temperature(logits, targets):
 
 
 def simulate_strangers(run, fit, temperature):
-    """Leave each class out in turn; return Strangers for the model's answers, None with two classes.
+    """Leave each class out in turn. Returns Strangers, or None with two classes.
 
     The pictures of the class left out are the strangers, leave-one-out answers of the others the
     friends. A class `unknown` is no friend: its pictures are strangers in the full model. Only
@@ -1614,7 +1614,7 @@ def views_of(run, fit):
 
 
 def best_readout(run, round_number, before):
-    """Return the Fit of a round: that of round 0, or with mirror images if leave-one-out says so."""
+    """Return a round's Fit: that of round 0, or with mirror images if leave-one-out says so."""
     levels, train = run.networks.settings.levels, run.data.train
     if before is None:
         before = fit_readout(run, train, [UNAUGMENTED], levels)
@@ -1968,7 +1968,7 @@ def finish_run(run, state):
 
 
 def fit_all(run, network, info, everything, temperature):
-    """Save the model once more with a readout of all pictures; its figures are those from before."""
+    """Save the model once more with a readout of all pictures; its figures stay as they are."""
     args = run.args
     if info["trained_share"]:
         utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
@@ -1977,8 +1977,8 @@ def fit_all(run, network, info, everything, temperature):
     kernel = np.concatenate([everything.kernel / temperature, np.zeros(width)])
     save_network(args, network, kernel, everything.bias / temperature, info | {"fit_all": True})
     utils.print_line(
-        "fit-all: the saved model's readout knows all pictures now; every figure printed and stored "
-        "is that of the model before"
+        "fit-all: the saved model's readout knows all pictures now; every figure printed and "
+        "stored is that of the model before"
     )
 
 
@@ -2120,7 +2120,7 @@ def damaged_state(path):
 
 
 def check_state(args, state, recipe, data):
-    """Raise UserError, with the reason, unless the interrupted run had the same data and settings."""
+    """Raise UserError, with the reason, unless the interrupted run had these data and settings."""
     now = file_list(args, data)
     if state["files"] != now:  # reported first: other pictures can change the recipe, too
         changed = min(set(state["files"]) ^ set(now), default="the order of the files ")
@@ -2294,7 +2294,7 @@ def make_recipe(args, is_scratch, count, classes):
 
 
 def train(args):
-    """The whole way: folder → pictures → split → features → rounds → report. Returns exit code."""
+    """Go the whole way: folder → split → features → rounds → report. Returns the exit code."""
     state = read_state(args) if args.resume else None
     check_folders(args)  # before any weights are fetched
     path, warnings = find_weights(args)
