@@ -208,7 +208,7 @@ def trainable_part(network, cut, momentum=None):
     """Return what is trained above a layer, as three Keras models that share layers with `network`.
 
     cut: name of the last frozen layer, None for none. Gives (pooled top → probabilities: the new
-    dense layers alone; output of the cut → probabilities; output of the cut → hidden units). Their
+    dense layers alone; output of the cut → probabilities; the same → hidden units). Their
     softmax layer, `trained`, sees the hidden units only. momentum: of batch normalisation where
     that is trained; None freezes it.
     """

@@ -741,7 +741,7 @@ def views_that_fit(run):
     if fitting < 1:
         raise utils.UserError(
             f"--cache-gb {args.cache_gb:g}: the cache needs {(fixed + view) * 1.06 / 1e9:.2g} GB "
-            "at least: give more with --cache-gb, and a folder on a disk that has it with --cache-dir"
+            "at least: give more, and with --cache-dir a folder on a disk that has it"
         )
     return fitting
 
@@ -2294,7 +2294,7 @@ def make_recipe(args, is_scratch, count, classes):
 
 
 def train(args):
-    """Go the whole way: folder → split → features → rounds → report. Returns the exit code."""
+    """Go all the way: folder → split → features → rounds → report. Returns the exit code."""
     state = read_state(args) if args.resume else None
     check_folders(args)  # before any weights are fetched
     path, warnings = find_weights(args)
