@@ -45,6 +45,7 @@ def list_ways(args, folder, options):
         "Keras's guide": peer("guide", args.max_minutes),
         "logistic regression, last layer": peer("logistic", "mixed10"),
         "logistic regression, mixed8": peer("logistic", "mixed8"),
+        "ridge regression, mixed8": peer("ridge", "mixed8"),
     }
 
 
