@@ -1,100 +1,64 @@
-"""Question: are the probabilities right, and how much does choosing the best round flatter its accuracy?
+"""Question: are the probabilities right, and how much does choosing the best round flatter it?
 
     python benchmarks/honest_scores.py DATA_DIR [--fit 24] [--seeds 40] [options of train.py]
 
-Trains on `--fit` pictures of each class, drawn by lot, of which train.py keeps a fifth to choose the round, the
-temperature and the threshold with. All other pictures, which no choice has seen, are then scored: the accuracy beside
-that of the validation pictures, the calibration error of the largest probability in 15 bins of equally many pictures
-(all seeds together), and the log loss with and without the temperature.
+Trains on `--fit` pictures of each class, drawn by lot, of which train.py keeps a fifth to choose
+the round with. All other pictures, which no choice has seen, are then scored:
+the accuracy beside that of the validation pictures; the log loss; and the calibration error of the
+largest probability in 15 bins of equally many pictures, all seeds together.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 
+import common
 import numpy as np
-from common import (
-    absolute,
-    link_classes,
-    machine,
-    model,
-    print_table,
-    read_folder,
-    run_command,
-    train,
-    train_py,
-)
 
 BINS = 15
 
 
 def one_seed(args, labels, paths, options, seed):
-    """Train and score once. Returns (validation accuracy, probabilities (n, classes), actual (n,), temperature)."""
+    """Return (validation accuracy, probabilities (n, classes), actual classes (n,)) of one run."""
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         for label in np.unique(labels):
             order = rng.permutation(np.flatnonzero(labels == label))
-            for part, indices in (("fit", order[: args.fit]), ("held", order[args.fit :])):
-                link_classes(paths, labels, indices, folder / part)
-        run_command(train_py("fit", "--seed", seed, *options), folder)
-        network, info = model.load_model(folder / "m")
-        squares, held, _ = read_folder(folder / "held", info["image_size"])
-        probabilities = model.predict(network, squares, 32)
-    return (
-        info["accuracy"],
-        probabilities,
-        np.searchsorted(info["labels"], held),
-        info["temperature"],
-    )
+            common.copy_classes(paths, labels, order[: args.fit], Path(name, "fit"))
+            common.copy_classes(paths, labels, order[args.fit :], Path(name, "held"))
+        info, [held] = common.train_and_score(name, ["--seed", seed, *options])
+    return info["accuracy"], *held
 
 
 def calibration_error(sure, right):
-    """Return the mean difference between how sure and how often right, over BINS bins of equal mass."""
+    """Return the mean difference between how sure and how often right, over BINS equal bins."""
     groups = np.array_split(np.argsort(sure), BINS)
     return sum(len(g) * abs(sure[g].mean() - right[g].mean()) for g in groups) / len(sure)
 
 
 def main():
     """Train and score with every seed, and print the tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--fit", type=int, default=24)
     parser.add_argument("--seeds", type=int, default=40)
     args, options = parser.parse_known_args()
-    options = absolute(options)
-    rows, (_, labels, paths) = [], read_folder(args.data_dir, 75)
+    options, gains, losses, sure, right = common.absolute(options), [], [], [], []
+    _, labels, paths = common.read_folder(args.data_dir.resolve(), 75)
     for seed in range(1, args.seeds + 1):
-        accuracy, p, actual, temperature = one_seed(args, labels, paths, options, seed)
-        before = train.soften(p, 1 / temperature)
-        losses = train.log_loss(before, actual), train.log_loss(p, actual)
-        rows.append((accuracy, p.max(1), p.argmax(1) == actual, *losses))
-    chosen, held = np.array([row[0] for row in rows]), np.array([row[2].mean() for row in rows])
-    gain, error = (
-        (chosen - held).mean(),
-        (chosen - held).std(ddof=1) / np.sqrt(len(rows)) if len(rows) > 1 else 0,
-    )
-    sure, right = np.concatenate([row[1] for row in rows]), np.concatenate([row[2] for row in rows])
-    print(
-        machine(),
-        f"n = {args.seeds} seeds, {args.fit} pictures a class, options: {' '.join(options)}",
-        sep="\n",
-    )
-    print_table(
-        [
-            "validation accuracy of the best round",
-            "of pictures kept out",
-            "flattered by (standard error)",
-        ],
-        [[f"{chosen.mean():.4f}", f"{held.mean():.4f}", f"{gain:.4f} ({error:.4f})"]],
-    )
-    before, after = np.mean([row[3:] for row in rows], axis=0)
-    print_table(
-        ["pictures", "calibration error", "log loss without temperature", "with"],
-        [[len(sure), f"{calibration_error(sure, right):.4f}", f"{before:.4f}", f"{after:.4f}"]],
-    )
+        chosen, p, actual = one_seed(args, labels, paths, options, seed)
+        sure.append(p.max(1))
+        right.append(p.argmax(1) == actual)
+        gains.append((chosen, right[-1].mean(), chosen - right[-1].mean()))
+        losses.append(common.train.log_loss(p, actual))
+    chosen, held, gain = np.mean(gains, axis=0)
+    error = np.std(gains, axis=0, ddof=1)[2] / np.sqrt(len(gains)) if len(gains) > 1 else 0
+    facts = f"{args.fit} pictures a class, options: {' '.join(options)}"
+    common.print_machine(f"n = {args.seeds} seeds, {facts}")
+    names = "validation accuracy of the best round", "of pictures kept out", "flattered by (error)"
+    common.print_table(names, [[f"{chosen:.4f}", f"{held:.4f}", f"{gain:.4f} ({error:.4f})"]])
+    sure, right = np.concatenate(sure), np.concatenate(right)
+    row = [len(sure), f"{calibration_error(sure, right):.4f}", f"{np.mean(losses):.4f}"]
+    common.print_table(["pictures", "calibration error", "log loss"], [row])
 
 
 if __name__ == "__main__":

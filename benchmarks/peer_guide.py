@@ -2,8 +2,9 @@
 
     python benchmarks/peer_guide.py FOLDER WEIGHTS_FILE IMAGE_SIZE MAX_MINUTES
 
-`image_dataset_from_directory` on FOLDER/train and FOLDER/validation, kept once decoded; random flips and rotations; a
-frozen InceptionV3, dropout 0.2 and one dense layer by Adam (1e-3), 20 epochs; then all of it by Adam (1e-5).
+`image_dataset_from_directory` on FOLDER/train and FOLDER/validation, kept once decoded; random
+flips and rotations; a frozen InceptionV3, dropout 0.2 and one dense layer by Adam (1e-3), 20
+epochs; then all of it by Adam (1e-5).
 """
 
 import sys
@@ -18,34 +19,27 @@ BATCH = 32
 
 def read(keras, folder, side):
     """Return training and validation pictures as tf.data sets."""
-    size = {
-        "image_size": (side, side),
-        "crop_to_aspect_ratio": True,
-        "batch_size": None,
-        "verbose": False,
-    }
-    train = keras.utils.image_dataset_from_directory(Path(folder, "train"), seed=1, **size)
-    held = keras.utils.image_dataset_from_directory(
-        Path(folder, "validation"), shuffle=False, **size
-    )
-    shake = keras.Sequential(
-        [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
-    )
+    size = {"image_size": (side, side), "crop_to_aspect_ratio": True}
+    size |= {"batch_size": None, "verbose": False}
+    read_part = keras.utils.image_dataset_from_directory
+    train = read_part(Path(folder, "train"), seed=1, **size)
+    held = read_part(Path(folder, "validation"), shuffle=False, **size)
+    layers = keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)
+    shake = keras.Sequential(layers)
     train = train.cache().shuffle(1000).batch(BATCH).map(lambda x, y: (shake(x, training=True), y))
     return train.prefetch(2), held.batch(BATCH).cache().prefetch(2)
 
 
 def build(keras, weights, side, class_count):
     """Return (whole network, its InceptionV3)."""
-    base = keras.applications.InceptionV3(
-        weights=weights, include_top=False, input_shape=(side, side, 3)
-    )
-    inputs = keras.Input((side, side, 3))
-    scaled = keras.layers.Rescaling(1 / 127.5, offset=-1)(inputs)
-    pooled = keras.layers.GlobalAveragePooling2D()(base(scaled, training=False))
-    return keras.Model(
-        inputs, keras.layers.Dense(class_count)(keras.layers.Dropout(0.2)(pooled))
-    ), base
+    layers, shape = keras.layers, (side, side, 3)
+    builder = keras.applications.InceptionV3
+    base = builder(weights=weights, include_top=False, input_shape=shape)
+    inputs = keras.Input(shape)
+    scaled = layers.Rescaling(1 / 127.5, offset=-1)(inputs)
+    pooled = layers.GlobalAveragePooling2D()(base(scaled, training=False))
+    outputs = layers.Dense(class_count)(layers.Dropout(0.2)(pooled))
+    return keras.Model(inputs, outputs), base
 
 
 def main():
@@ -55,14 +49,12 @@ def main():
     keras.utils.set_random_seed(1)
     train, held = read(keras, folder, int(side))
     network, base = build(keras, weights, int(side), len(list(Path(folder, "train").iterdir())))
-    epochs_done, network.stop_training = [], False
+    scores, network.stop_training = [], False
 
     def tell(_, logs):
         """Print an epoch's line, and stop when the time is up."""
-        epochs_done.append(logs)
-        utils.print_line(
-            f"epoch {len(epochs_done)}: validation accuracy {logs['val_accuracy']:.4f}"
-        )
+        scores.append(logs["val_accuracy"])
+        utils.print_line(f"epoch {len(scores)}: validation accuracy {scores[-1]:.4f}")
         network.stop_training = time.monotonic() - start > 60 * float(minutes)
 
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -8,43 +8,31 @@ Accuracy as median (least to largest); seconds from the command, of the first se
 the others find in a kept cache. With `SET:by-folder` the option --group-by-folder is given.
 """
 
-import argparse
 import re
 import tempfile
 from pathlib import Path
 
+import common
 import numpy as np
-from common import (
-    absolute,
-    accuracies,
-    machine,
-    nearest_neighbour,
-    pooled_features,
-    print_table,
-    read_split,
-    ridge_readout,
-    run_command,
-    spread,
-    train_py,
-)
 
 
 def one_set(name, weights, seeds, options):
-    """Return the rows of accuracies (pixels, mixed8, round 0, end), and seconds of the first seed."""
+    """Return rows of accuracies (pixels, mixed8, round 0, end), and seconds of the first seed."""
     folder, _, kind = name.partition(":")
     options = [*options, *(["--group-by-folder"] if kind else [])]
     features, rows, seconds = None, [], None
     with tempfile.TemporaryDirectory() as work:
         for seed in range(1, seeds + 1):
-            data, pixels = read_split(folder, work, "--seed", seed, *options)
+            _, data = common.read_split(folder, work, "--seed", seed, *options)
+            pixels = data.pixels.rows[[picture.row for picture in data.pictures]]
             if features is None:
-                features = pooled_features(weights, "mixed8", pixels)
-            fit, held = data.train, data.validation
-            row = [nearest_neighbour(pixels, data.targets, fit, held)]
-            row.append(ridge_readout(features, data.targets, fit, held))
-            command = train_py(Path(folder).resolve(), "--weights", weights, "--seed", seed)
-            outcome = run_command([*command, "--cache-dir", "cache", *options], work)
-            curve = accuracies(outcome)
+                features = common.pooled_features(weights, "mixed8", pixels)
+            split = data.targets, data.train, data.validation
+            row = [common.nearest_neighbour(pixels, *split)]
+            row.append(common.ridge_readout(features, *split))
+            command = common.train_py(Path(folder).resolve(), "--weights", weights, "--seed", seed)
+            outcome = common.run_command([*command, "--cache-dir", "cache", *options], work)
+            curve = common.accuracies(outcome)
             rows.append([*row, curve[0][1], max(accuracy for _, accuracy in curve)])
             seconds = seconds or (curve[0][0], outcome.seconds, len(curve))
             strangers = [line for _, line in outcome.lines if line.startswith("strangers")]
@@ -54,21 +42,21 @@ def one_set(name, weights, seeds, options):
 
 def main():
     """Run every set and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.make_parser(__doc__)
     parser.add_argument("weights", type=Path)
     parser.add_argument("sets", nargs="+")
     parser.add_argument("--seeds", type=int, default=5)
     args, options = parser.parse_known_args()
-    options, weights = absolute(options), str(args.weights.resolve())
-    print(machine(), f"n = {args.seeds} seeds, options: {' '.join(options)}", sep="\n")
+    options, weights = common.absolute(options), str(args.weights.resolve())
+    common.print_machine(f"n = {args.seeds} seeds, options: {' '.join(options)}")
     table = []
     for name in args.sets:
         rows, (first, last, rounds) = one_set(name, weights, args.seeds, options)
-        table.append([re.sub(".*/", "", name), *(spread(column, 3) for column in rows.T),
-                      f"{first:.0f}", f"{last:.0f} ({rounds} rounds)"])  # fmt: skip
-    print_table(["set", "pixels", "mixed8", "round 0", "end", "s to round 0", "s in all"], table)
+        cells = [common.spread(column, 3) for column in rows.T]
+        cells += [f"{first:.0f}", f"{last:.0f} ({rounds} rounds)"]
+        table.append([re.sub(".*/", "", name), *cells])
+    names = ["set", "pixels", "mixed8", "round 0", "end", "s to round 0", "s in all"]
+    common.print_table(names, table)
 
 
 if __name__ == "__main__":

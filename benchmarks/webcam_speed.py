@@ -1,14 +1,14 @@
-"""Compare webcam.py with the loop of 2016: speed from a film, detection, and life from a source of 30 frames a second.
+"""Compare webcam.py with the loop of 2016 on films; then play one as a camera of 30 a second.
 
     python benchmarks/webcam_speed.py
     python benchmarks/webcam_speed.py film.mp4 --image-size 224
 
-Without a film it draws one. The network has random weights: speed does not depend on them. Where a film has its
-true boxes beside it (film.json, as tests/sample_faces.py writes), faces are counted against these, else against what
-the detector of 2016 is sure of. With a display the paced source is shown in a window, as it would be used.
+Without a film it draws one. The network has random weights: speed does not depend on them. Where a
+film has its true boxes beside it (film.json, as tests/sample_faces.py writes), faces are counted
+against these, else against what the detector of 2016 is sure of. With a display the camera is
+shown in a window, as it would be used.
 """
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -17,83 +17,52 @@ import tempfile
 import time
 from pathlib import Path
 
+import common
 import cv2
 import numpy as np
-from common import model, utils  # first: it finds the folders of the two below
-
-# isort: split
 import sample_faces
+from common import model, utils
 
 import webcam
 
-SURE = (
-    15  # finds: every box with so many lay on a head in the films that the settings were chosen on
-)
-SECONDS = 20  # of the paced source
+SURE = 15  # neighbors: every box with so many lay on a head in the films looked at
+FRAMES = 150  # of each film
+SECONDS = 20  # of the camera
 
 
-def parse_arguments():
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("films", nargs="*", type=Path, help="films (default: a drawn one)")
-    parser.add_argument("--image-size", type=int, default=224, help="side of the network's input")
-    parser.add_argument("--frames", type=int, default=150, help="frames of each film")
-    return parser.parse_args()
+def loop_2016(network, side, frames):
+    """Detect at full size, and call `predict` for each face, as in 2016.
 
-
-def read_film(path, most):
-    """Return the first frames of a film, a list of uint8 BGR arrays."""
-    capture, frames = cv2.VideoCapture(str(path)), []
-    while len(frames) < most and (read := capture.read())[0]:
-        frames.append(read[1])
-    return frames
-
-
-def detect_2016(cascade, frame):
-    """Search a frame as the tool of 2016 did. Returns [(box, finds)] and the seconds it took."""
-    start = time.perf_counter()
-    boxes, counts = cascade.detectMultiScale2(
-        cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY), 1.1, 3, minSize=(30, 30)
-    )
-    return [
-        (tuple(map(int, box)), int(n)) for box, n in zip(boxes, counts)
-    ], time.perf_counter() - start
-
-
-def loop_2016(network, side, cascade, frames):
-    """As in 2016: detect at full size, one `predict` a face. Returns boxes, seconds, seconds of detection."""
+    Returns [(box, neighbors)] of each frame, seconds in all, seconds of detection.
+    """
     found, searching, start = [], 0.0, time.perf_counter()
+    cascade = webcam.load_cascade()
     for frame in frames:
-        hits, seconds = detect_2016(cascade, frame)
-        searching += seconds
-        for (x, y, w, h), _ in hits:
+        begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+        boxes, neighbors = cascade.detectMultiScale2(grey, 1.1, 3, minSize=(30, 30))
+        searching += time.perf_counter() - begin
+        found.append([(tuple(map(int, box)), int(n)) for box, n in zip(boxes, neighbors)])
+        for x, y, w, h in boxes:
             face = cv2.resize(frame[y : y + h, x : x + w], (side, side)).astype("float32")
             network.predict(face[None], verbose=0)
-        found.append(hits)
     return found, time.perf_counter() - start, searching
 
 
 def new_tagger(network, side, kind):
-    """Return webcam.py's tagger and viewer, with our network."""
+    """Return webcam.py's tagger with our network, for a source of this kind."""
     args = webcam.parse_arguments(["model"])
-    args.whole_picture, args.no_display = False, kind == "film"
+    args.whole_picture = False
     tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
     labeller = tagger.labeller
     labeller.network, labeller.side, labeller.threshold = network, side, 0.0
     labeller.labels = [f"person {n}" for n in range(5)]
-    tagger.start()
-    viewer = None
-    if kind == "camera":
-        viewer = webcam.Viewer(args, labeller, tagger.statistics)
-        viewer.write = lambda image, timestamp: None
-    return tagger, viewer
+    return tagger
 
 
 def our_loop(network, side, frames):
-    """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, and the tagger."""
-    (tagger, _), found, start = new_tagger(network, side, "film"), [], time.perf_counter()
+    """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, the tagger."""
+    tagger, found, start = new_tagger(network, side, "film"), [], time.perf_counter()
+    tagger.start()
     with contextlib.redirect_stdout(io.StringIO()):
         for number, frame in enumerate(frames):
             tagger.handle(webcam.Frame(number, number / 30, frame))
@@ -101,105 +70,82 @@ def our_loop(network, side, frames):
     return found, time.perf_counter() - start, tagger
 
 
-def kept(truth, found):
-    """Return (faces, how many of them have a box that overlaps by 0.5 or more)."""
-    hits = [
-        any(webcam.iou(face, box) >= 0.5 for box in boxes)
-        for faces, boxes in zip(truth, found)
-        for face in faces
-    ]
-    return len(hits), sum(hits)
+def count_found(truth, found):
+    """Return how many of the true faces have a box that overlaps by 0.5 or more."""
+    return sum(any(webcam.iou(face, box) >= 0.5 for box in boxes)
+               for faces, boxes in zip(truth, found) for face in faces)  # fmt: skip
 
 
-def paced_images(frames):
-    """Yield the frames of a film as a camera does: 30 a second, round and round, late ones lost."""
+def compare(path, frames, network, side):
+    """Run both loops over the same frames and print speed, detection time and faces found."""
+    loop_2016(network, side, frames[:2])  # warm both up
+    our_loop(network, side, frames[:2])
+    old, old_seconds, old_search = loop_2016(network, side, frames)
+    new, new_seconds, tagger = our_loop(network, side, frames)
+    search = sum(tagger.statistics.times["detection"]) / 1000
+    truth = [[box for box, neighbors in hits if neighbors >= SURE] for hits in old]
+    if path.with_suffix(".json").is_file():
+        faces = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        truth = [[[face[key] for key in "xywh"] for face in some] for some in faces[: len(frames)]]
+    least, n, rows = tagger.tracker.smallest, len(frames), []
+    truth = [[face for face in faces if face[2] >= least] for faces in truth]
+    old = "2016", [[box for box, _ in hits] for hits in old], old_seconds, old_search
+    for name, found, seconds, searching in (old, ("ours", new, new_seconds, search)):
+        speed = f"{n / seconds:.1f}", f"{1000 * searching / n:.2f}"
+        rows.append([name, *speed, count_found(truth, found), sum(map(len, found))])
+    faces = f"of {sum(map(len, truth))} faces of {least} px"
+    names = [path.name, "frames/s", "ms of detection a frame", faces, "boxes"]
+    common.print_table(names, rows)
+    times, part = old_seconds / new_seconds, search / old_search
+    print(f"{times:.1f} times as many frames; detection takes {part:.1%} of the time")
+
+
+def camera_images(frames, stop):
+    """Yield frames as a camera does: 30 a second, round and round, late ones lost; then stop."""
     number, start = 0, time.monotonic()
     while number < SECONDS * 30:
         time.sleep(max(0.0, start + number / 30 - time.monotonic()))
         yield frames[number % len(frames)].copy()
         number = max(number + 1, int((time.monotonic() - start) * 30))
+    stop.set()
 
 
-def paced(network, side, frames):
-    """Tag a paced source as a camera is tagged, and print what its user would see."""
-    tagger, viewer = new_tagger(network, side, "camera")
-    tagger.args.model = None  # it is loaded already
-    images = paced_images(frames)
-
-    def end():  # all that comes after the end is nothing
-        viewer.stop.set()
-        yield from ()
-
-    webcam.Live.open = lambda live: itertools.chain(images, end())
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(utils.UserError):
+def play_camera(network, side, frames):
+    """Tag a camera, and print what its user would see."""
+    tagger = new_tagger(network, side, "camera")
+    viewer = webcam.Viewer(tagger.args, tagger.labeller, tagger.statistics)
+    viewer.write = lambda image, timestamp: None  # so that frames are drawn without a window, too
+    viewer.writing = lambda path, rate: contextlib.nullcontext()
+    webcam.Live.open = lambda live: camera_images(frames, live.stop)
+    with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(tagger.source, tagger, viewer)
     rate = viewer.count / (viewer.latest[-1] - viewer.first)
     counts, ages = tagger.statistics.counts, tagger.statistics.times["label age"]
     median, most = np.percentile(ages, [50, 95])
-    utils.print_line(
-        f"  paced, 30 a second, {'window' if viewer.window else 'drawn, no window'}: {rate:.1f} "
-        f"shown a second, {counts['frames']} of {viewer.count} frames handled, "
-        f"{counts['classifications']} classifications, "
-        f"label age median {median:.2f} s, 95th percentile {most:.2f} s"
-    )
-
-
-def compare(path, frames, network, side):
-    """Run both loops over the same frames and print speed, detection time and recall."""
-    cascade = webcam.load_cascade()
-    loop_2016(network, side, cascade, frames[:2])  # warm both up
-    our_loop(network, side, frames[:2])
-    old, old_seconds, old_search = loop_2016(network, side, cascade, frames)
-    new, new_seconds, tagger = our_loop(network, side, frames)
-    search = sum(tagger.statistics.times["detection"]) / 1000
-    old_boxes = [[box for box, _ in hits] for hits in old]
-    truth_path = path.with_suffix(".json")
-    truth = [[box for box, count in hits if count >= SURE] for hits in old]
-    if truth_path.is_file():
-        faces = json.loads(truth_path.read_text(encoding="utf-8"))[: len(frames)]
-        truth = [[(f["x"], f["y"], f["w"], f["h"]) for f in frame] for frame in faces]
-    large = [[face for face in faces if face[2] >= tagger.tracker.smallest] for faces in truth]
-    theirs = [
-        [f for f in faces if kept([[f]], [boxes])[1]] for faces, boxes in zip(large, old_boxes)
-    ]
-    (total, by_old), (_, by_new), (found, still) = (
-        kept(large, old_boxes),
-        kept(large, new),
-        kept(theirs, new),
-    )
-    n = len(frames)
-    utils.print_line(
-        f"{path.name}: {n} frames of {frames[0].shape[1]}x{frames[0].shape[0]}, network of {side} px"
-    )
-    utils.print_line(
-        f"  2016: {n / old_seconds:6.1f} frames a second, detection {1000 * old_search / n:6.2f} ms a frame"
-    )
-    utils.print_line(
-        f"  ours: {n / new_seconds:6.1f} frames a second, detection {1000 * search / n:6.2f} ms a frame"
-    )
-    utils.print_line(
-        f"  {old_seconds / new_seconds:.1f} times as many frames; detection takes {search / old_search:.1%} of the time"
-    )
-    utils.print_line(
-        f"  {total} faces of {tagger.tracker.smallest} px or more: 2016 finds {by_old}, ours {by_new}; of those that 2016 finds "
-        f"ours keeps {still / max(1, found):.1%}; boxes: 2016 {sum(map(len, old_boxes))}, ours {sum(map(len, new))}"
-    )
+    print(f"camera of 30 a second, {'in a window' if viewer.window else 'drawn, no window'}:")
+    print(f"{rate:.1f} shown a second, {counts['frames']} of {viewer.count} frames handled")
+    print(f"age of labels: median {median:.2f} s, 95th percentile {most:.2f} s")
 
 
 def main():
-    """Compare the loops on each film."""
-    args = parse_arguments()
-    network = model.compiled(model.build_network(5, args.image_size))
+    """Compare the loops on each film, and play the last one as a camera."""
+    parser = common.make_parser(__doc__)
+    parser.add_argument("films", nargs="*", type=Path, help="(default: a drawn one)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the network's input")
+    args = parser.parse_args()
+    network, side = model.compiled(model.build_network(5, args.image_size)), args.image_size
     for n in (1, 2):
-        model.predict(network, np.zeros((n, args.image_size, args.image_size, 3), "uint8"), n)
+        model.predict(network, np.zeros((n, side, side, 3), "uint8"), n)
+    common.print_machine(f"{side} px, n = 1")
     with tempfile.TemporaryDirectory() as folder:
         if not args.films:
             args.films = [Path(folder, "drawn.mp4")]
             sample_faces.draw_clip(args.films[0])
         for path in args.films:
-            frames = read_film(path, args.frames)
-            compare(path, frames, network, args.image_size)
-        paced(network, args.image_size, frames)
+            film = webcam.Film(str(path), path.name)
+            frames = [frame.image for frame in itertools.islice(film.frames(), FRAMES)]
+            compare(path, frames, network, side)
+        play_camera(network, side, frames)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     make_library("Test.photoslibrary", 10, [(image, [("Ann", (x, y, side)), (None, (x, y, side))])])
 
-A generation is a version of Photos: 1; 2 (to 4); 5, 6 (to 8), 9, 10 (to 11): the last four differ in the names of
-columns. For odd libraries, use the classes: rows are written as given, any column can be set. All rows lie in the
-databases' -wal only, as in a library that Photos has open.
+A generation is a version of Photos: 1; 2 (to 4); 5, 6 (to 8), 9, 10 (to 11): the last four differ
+in the names of columns. For odd libraries, use the classes: rows are written as given, any column
+can be set. All rows lie in the databases' -wal only, as in a library that Photos has open.
 """
 
 import io
@@ -31,8 +31,8 @@ STORED |= {7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
 def make_library(path, generation, photos):
     """Make a library at `path` and return its path.
 
-    photos: list of (upright PIL image, faces), faces: list of (name or None, (x, y, side)): the box's centre and
-    side in pixels from the top left.
+    photos: list of (upright PIL image, faces), faces: list of (name or None, (x, y, side)): the
+    box's centre and side in pixels from the top left.
     """
     library = LIBRARIES[generation](path)
     persons = {None: None}
@@ -55,7 +55,10 @@ def jpeg(image, orientation=1):
 
 
 def fractions(size, box):
-    """Return Photos' three numbers for a box in an image of `size`: x, y from below, part of the longer side."""
+    """Return Photos' three numbers for a box in an image of `size`.
+
+    These are x, y from below, and the side as a part of the longer side of the image.
+    """
     return box[0] / size[0], 1 - box[1] / size[1], box[2] / max(size)
 
 
@@ -92,7 +95,7 @@ class Library:
         file.write_bytes(data)
 
     def finish(self):
-        """Copy the databases, with all rows still in their -wal, into the library and return its path."""
+        """Copy the databases, all rows still in their -wal, into the library. Returns its path."""
         (self.path / "database").mkdir(parents=True, exist_ok=True)
         for file in self.open:
             for name in (file, file + "-wal"):
@@ -115,13 +118,14 @@ class Photos10(Library):
     )
 
     def __init__(self, path):
-        face = "Z_PK, ZUUID, ZCENTERX, ZCENTERY, ZSIZE, ZSOURCEWIDTH, ZSOURCEHEIGHT, ZHIDDEN, ZISINTRASH, ZTRAININGTYPE"
-        face += f", ZMANUAL, {self.to_photo}, {self.to_person}"
+        face = "Z_PK, ZUUID, ZCENTERX, ZCENTERY, ZSIZE, ZSOURCEWIDTH, ZSOURCEHEIGHT, ZHIDDEN"
+        face += f", ZISINTRASH, ZTRAININGTYPE, ZMANUAL, {self.to_photo}, {self.to_person}"
         if self.assets == "ZASSET":
             face += ", ZDETECTIONTYPE"
         if self.to_photo == "ZASSETFORFACE":
             face += ", ZASSETFORTORSO, ZPERSONFORTORSO"
-        asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT, ZTRASHEDSTATE, ZHIDDEN"
+        asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT"
+        asset += ", ZTRASHEDSTATE, ZHIDDEN"
         tables = {"ZDETECTEDFACE": face, self.assets: f"{asset}, {self.edited}"}
         tables["ZPERSON"] = (
             "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT"
@@ -209,8 +213,8 @@ class Photos2(Library):
     """Photos 2 to 4. Faces have tiles; uuids differ by case only."""
 
     link = "imageModelId"
-    face_columns = "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, centerX, centerY, size, "
-    face_columns += "hidden, manual, adjustmentUuid, trainingType"
+    face_columns = "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, "
+    face_columns += "centerX, centerY, size, hidden, manual, adjustmentUuid, trainingType"
     version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
     master = "modelId, uuid, imagePath, fileIsReference, volumeId, isMissing"
     schemas = {  # noqa: RUF012
@@ -220,7 +224,8 @@ class Photos2(Library):
             "RKPerson": "modelId, uuid, name, displayName, verifiedType, mergeTargetPersonId",
             "RKVersion": version,
             "RKMaster": master,
-            "RKModelResource": "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, UTI",
+            "RKModelResource": "modelId, attachedModelId, attachedModelType, resourceType, "
+            "resourceTag, UTI",
         }
     }
 
@@ -232,7 +237,7 @@ class Photos2(Library):
         return self.insert("RKPerson", **{"name": name, "displayName": name} | columns)
 
     def photo(self, image=None, data=None, place=None, **columns):
-        """Add a version of a photo and its master, at `place` in Masters, and return the version's key."""
+        """Add a version of a photo and its master, at `place` in Masters. Returns its key."""
         row = {
             "adjustmentUuid": "UNADJUSTEDNONRAW",
             "hasAdjustments": 0,
@@ -310,11 +315,12 @@ class Photos2(Library):
 
 
 class Photos1(Photos2):
-    """Photos 1: three databases. `typed` says whether resources have the column attachedModelType."""
+    """Photos 1: three databases. `typed`: resources have the column attachedModelType."""
 
     link = "imageId"
     typed = True
-    resource = "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, resourceUuid, filename, UTI"
+    resource = "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, "
+    resource += "resourceUuid, filename, UTI"
     version = "modelId, uuid, masterUuid, adjustmentUuid, isInTrash, isHidden, type"
 
     def __init__(self, path):

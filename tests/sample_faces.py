@@ -3,9 +3,10 @@
     python tests/sample_faces.py people
     python tests/sample_faces.py people --people 5 --pictures 40 --clip people.mp4
 
-Every picture is people/<name>/<number>.jpg, framed as the tagger frames faces: a square about twice as wide as
-the face box. What makes a person (hair, skin, glasses, beard…) stays; pose, expression, light, clothes and room
-change. The same numbers give the same pictures. Beside the film, people.json holds the true face boxes.
+Every picture is people/<name>/<number>.jpg, framed as the tagger frames faces: a square about twice
+as wide as the face box. What makes a person (hair, skin, glasses, beard…) stays; pose, expression,
+light, clothes and room change. The same numbers give the same pictures. Beside the film,
+people.json holds the true face boxes.
 """
 
 import argparse
@@ -28,7 +29,8 @@ SECONDS = 6
 SEED = 1
 CODECS = {".mp4": "mp4v", ".avi": "MJPG"}
 SMOOTH = 3  # shapes are drawn this many times larger and then reduced, for soft edges
-BOX = 1.14  # side in head units of the box in which a Haar detector sees the face: the median over all people
+# Side in head units of the box in which a Haar detector sees the face: the median over all people.
+BOX = 1.14
 
 SKINS = {"fair": "#f8dcc6", "rosy": "#f0c09c", "olive": "#dcae7f"}
 SKINS |= {"tan": "#c48c5e", "brown": "#a06a45", "dark": "#7d4f34"}
@@ -43,7 +45,7 @@ HAIRS |= {"grey": "#9b9aa1", "white": "#d6d3d0"}
 SHIRTS = "#2f6f8f #c8553d #588157 #e0a030 #6d597a #34495e #d88c9a #8d99ae #3f8f86 #f0e6d6".split()
 WALLS = "#cfd8d3 #e8dcc8 #b9cbd9 #d9c2b4 #9fb3a8 #c9c3d6 #8496a9 #efe9df #a89f91".split()
 
-# width and jaw: half the face's width, and 0.7 (square) to 1.05 (pointed); brow: half its thickness.
+# width: half the face's; jaw: 0.7 (square) to 1.05 (pointed); brow: half its thickness.
 TRAITS = ("name", "skin", "hair", "style", "glasses", "beard", "width", "jaw", "brow")
 PEOPLE = (
     ("Ann", "fair", "ginger", "long", "none", "none", 0.40, 0.95, 0.018),
@@ -60,32 +62,39 @@ PEOPLE = (
     ("Иван", "olive", "brown", "bald", "none", "goatee", 0.42, 0.80, 0.026),
 )
 # Names of further people, whose traits are drawn by lot.
-MORE_NAMES = """Grace Hugo Ida Jack Kaja Liam Maria Noah Olga Paul Rosa Sami Tina Uwe Vera Will Xenia Yusuf Zara Axel
-Bea Carl Dora Émile Fay Gus Ines Håkon""".split()
+MORE_NAMES = """Grace Hugo Ida Jack Kaja Liam Maria Noah Olga Paul Rosa Sami Tina Uwe Vera Will
+Xenia Yusuf Zara Axel Bea Carl Dora Émile Fay Gus Ines Håkon""".split()
 
-# Outlines, as "x,y x,y …" in hundredths of a head unit: (0, 0) is the middle of the face, y points down; the brows
-# lie at -21, the eyes at -10, the mouth at 29, the chin at 51. Hair is partly behind, partly before the head.
+# Outlines, as "x,y x,y …" in hundredths of a head unit: (0, 0) is the middle of the face, y points
+# down; the brows lie at -21, the eyes at -10, the mouth at 29, the chin at 51. Hair is partly
+# behind, partly before the head.
 HAIR_BACK = {
     "long": "-48,-30 -54,20 -58,75 0,85 58,75 54,20 48,-30 0,-70",
     "bob": "-50,-30 -55,10 -54,46 0,50 54,46 55,10 50,-30 0,-70",
-    "bun": "-20,-86 0,-100 20,-86 10,-68 -10,-68 / -44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
+    "bun": "-20,-86 0,-100 20,-86 10,-68 -10,-68 / "
+    "-44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
     "short": "-44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
     "quiff": "-44,-10 -45,-40 -30,-65 0,-72 30,-65 45,-40 44,-10 0,0",
     "bald": "-44,-10 -46,-20 -44,-30 0,-30 44,-30 46,-20 44,-10 0,0",
     "fringe": "-50,-30 -50,16 0,20 50,16 50,-30 0,-70",
-    "curls": "0,-78 -16,-85 -26,-75 -42,-73 -45,-60 -57,-53 -54,-39 -64,-28 -56,-16 -62,-2 -52,8 -52,22 -40,24 -30,34 "
-    "30,34 40,24 52,22 52,8 62,-2 56,-16 64,-28 54,-39 57,-53 45,-60 42,-73 26,-75 16,-85",
+    "curls": "0,-78 -16,-85 -26,-75 -42,-73 -45,-60 -57,-53 -54,-39 -64,-28 -56,-16 -62,-2 -52,8 "
+    "-52,22 -40,24 -30,34 30,34 40,24 52,22 52,8 62,-2 56,-16 64,-28 54,-39 57,-53 45,-60 42,-73 "
+    "26,-75 16,-85",
 }
 HAIR_FRONT = {
-    "bald": "35,-4 35,-22 31,-40 37,-50 46,-36 49,-18 46,-4 / -35,-4 -35,-22 -31,-40 -37,-50 -46,-36 -49,-18 -46,-4",
-    "long": "-45,20 -50,-30 -38,-66 0,-78 38,-66 50,-30 45,20 40,-15 28,-38 -10,-60 -30,-38 -40,-15",
+    "bald": "35,-4 35,-22 31,-40 37,-50 46,-36 49,-18 46,-4 / "
+    "-35,-4 -35,-22 -31,-40 -37,-50 -46,-36 -49,-18 -46,-4",
+    "long": "-45,20 -50,-30 -38,-66 0,-78 38,-66 50,-30 45,20 40,-15 28,-38 -10,-60 -30,-38 "
+    "-40,-15",
     "bob": "-47,35 -51,-30 -38,-66 0,-78 38,-66 51,-30 47,35 40,-10 34,-32 0,-36 -34,-32 -40,-10",
     "fringe": "-46,2 -50,-30 -38,-66 0,-78 38,-66 50,-30 46,2 40,-20 32,-42 5,-52 -25,-34 -40,-18",
     "bun": "-42,-12 -46,-38 -34,-64 0,-75 34,-64 46,-38 42,-12 36,-36 20,-50 0,-55 -20,-50 -36,-36",
-    "short": "-43,-10 -47,-35 -36,-64 0,-75 36,-64 47,-35 43,-10 38,-32 26,-47 0,-50 -26,-47 -38,-32",
-    "quiff": "-43,-10 -47,-40 -46,-62 -28,-80 10,-86 40,-74 47,-45 43,-10 38,-34 24,-47 0,-48 -22,-42 -36,-34",
-    "curls": "-44,-5 -53,-20 -50,-38 -50,-56 -36,-64 -24,-78 -8,-76 8,-82 24,-74 38,-68 48,-52 52,-34 52,-18 44,-5 "
-    "38,-30 27,-36 15,-46 0,-43 -15,-48 -27,-38 -38,-28",
+    "short": "-43,-10 -47,-35 -36,-64 0,-75 36,-64 47,-35 43,-10 38,-32 26,-47 0,-50 "
+    "-26,-47 -38,-32",
+    "quiff": "-43,-10 -47,-40 -46,-62 -28,-80 10,-86 40,-74 47,-45 43,-10 38,-34 24,-47 0,-48 "
+    "-22,-42 -36,-34",
+    "curls": "-44,-5 -53,-20 -50,-38 -50,-56 -36,-64 -24,-78 -8,-76 8,-82 24,-74 38,-68 48,-52 "
+    "52,-34 52,-18 44,-5 38,-30 27,-36 15,-46 0,-43 -15,-48 -27,-38 -38,-28",
 }
 BEARDS = {
     "full": "-42,-2 -42,20 -30,44 0,56 30,44 42,20 42,-2 34,12 20,20 0,17 -20,20 -34,12",
@@ -96,7 +105,8 @@ GLASSES = {
     "round": "-13,0 -9,-9 0,-12 9,-9 13,0 9,9 0,12 -9,9",
     "square": "-13,-7 0,-8 13,-7 14,0 11,8 0,9 -11,8 -14,0",
 }
-BODY = "-110,900 -108,500 -106,300 -104,200 -99,125 -82,91 -30,74 30,74 82,91 99,125 104,200 106,300 108,500 110,900"
+BODY = "-110,900 -108,500 -106,300 -104,200 -99,125 -82,91 -30,74 30,74 82,91 99,125 104,200 "
+BODY += "106,300 108,500 110,900"
 
 
 # ---------------------------------------------------------------- people and poses
@@ -106,8 +116,9 @@ BODY = "-110,900 -108,500 -106,300 -104,200 -99,125 -82,91 -30,74 30,74 82,91 99
 def person(index):
     """Return who number `index` (from 0) is: a namespace with the TRAITS, always the same.
 
-    The first dozen are chosen by hand. Of the others each is, of many drawn by lot, the least like anybody before;
-    hair is darker than the skin, because a Haar detector finds few faces where it is not.
+    The first dozen are chosen by hand. Of the others each is, of many drawn by lot, the least like
+    anybody before; hair is darker than the skin, because a Haar detector finds few faces where it
+    is not.
     """
     if index < len(PEOPLE):
         return SimpleNamespace(**dict(zip(TRAITS, PEOPLE[index])))
@@ -135,8 +146,8 @@ def person(index):
 def random_pose(rng, x, y, side):
     """Return a pose whose face box has its centre near (x, y) and is `side` pixels wide.
 
-    angle in degrees; turn and nod shift the features on the head, gaze the pupils, lift the brows (head units);
-    smile from 0.05 to 1; gape, how far the mouth is open, from 0 to 0.08.
+    angle in degrees; turn and nod shift the features on the head, gaze the pupils, lift the brows
+    (head units); smile from 0.05 to 1; gape, how far the mouth is open, from 0 to 0.08.
     """
     low = {
         "angle": -7,
@@ -161,7 +172,10 @@ def random_pose(rng, x, y, side):
 
 
 def face_box(pose):
-    """Return {"x", "y", "w", "h"}, whole pixels: the square in which a Haar detector sees the face, brows to chin."""
+    """Return the square in which a Haar detector sees the face, brows to chin.
+
+    {"x", "y", "w", "h"} in whole pixels.
+    """
     x, y = place([(0, 0)], pose, 1)[0] - pose.side / 2
     return {"x": round(x), "y": round(y), "w": round(pose.side), "h": round(pose.side)}
 
@@ -170,7 +184,10 @@ def face_box(pose):
 
 
 def place(points, pose, depth=0):
-    """Turn points in head units into pixels; `depth` is 0 for the outline of the head, 1 for what is on the face."""
+    """Turn points in head units into pixels.
+
+    depth: 0 for the outline of the head, 1 for what is on the face.
+    """
     x, y = (np.asarray(points, float) + (pose.turn * depth, pose.nod * depth)).T
     angle = np.radians(pose.angle)
     turned = np.stack(
@@ -187,7 +204,7 @@ def fill(image, pose, points, colour, depth=0):
 
 
 def glow(image, pose, x, y, width, height, colour, strength):
-    """Blend a colour into the face: `strength` (0 to 1) in the middle of an ellipse, nothing at its edge."""
+    """Blend a colour into the face: `strength` (0 to 1) amid an ellipse, nothing at its edge."""
     half = np.array((width, height)) * pose.side / BOX
     left, top, right, bottom = np.round(
         (place([(x, y)], pose, 1) + ([-half], [half])).ravel() * SMOOTH
@@ -197,14 +214,17 @@ def glow(image, pose, x, y, width, height, colour, strength):
 
 @functools.cache
 def soft_disc(strength):
-    """Return a mask of 64 x 64 pixels: `strength` (0 to 1) in the middle, falling to nothing at the edge."""
+    """Return a mask of 64 x 64 pixels: `strength` (0 to 1) in the middle, 0 at the edge."""
     y, x = np.mgrid[-1:1:64j, -1:1:64j]
     return Image.fromarray((255 * strength * np.clip(1 - x * x - y * y, 0, 1)).astype("uint8"))
 
 
 @functools.cache
 def curve(text, scale=1.0):
-    """Return a closed curve (Catmull-Rom spline) through "x,y x,y …" in hundredths, x scaled: (8 n, 2)."""
+    """Return a closed curve through "x,y x,y …" in hundredths, x scaled: (8 n, 2).
+
+    It is a Catmull-Rom spline.
+    """
     p = np.array([pair.split(",") for pair in text.split()], float) * (scale / 100, 0.01)
     a, b, c, d = (np.roll(p, n, 0) for n in (1, 0, -1, -2))
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
@@ -224,7 +244,7 @@ def oval(x, y, width, height):
 
 
 def stroke(x0, y0, x1, y1, sag, thick):
-    """Return the outline of a brush stroke that sags by `sag` in the middle and is pointed at both ends."""
+    """Return the outline of a brush stroke that sags by `sag` and is pointed at both ends."""
     t = np.linspace(0, 1, 16)
     swell = 4 * t * (1 - t)
     upper, lower = (
@@ -235,7 +255,10 @@ def stroke(x0, y0, x1, y1, sag, thick):
 
 
 def shade(colour, factor):
-    """Make a colour "#rrggbb" darker (factor 0 to 1) or lighter (1 to 2); three factors change the hue."""
+    """Make a colour "#rrggbb" darker (factor 0 to 1) or lighter (1 to 2).
+
+    Three factors, for red, green and blue, change the hue.
+    """
     rgb, factor = np.array(ImageColor.getrgb(colour)), np.array(factor)
     rgb = np.where(factor <= 1, rgb * factor, 255 - (255 - rgb) * (2 - factor))
     return "#{:02x}{:02x}{:02x}".format(*rgb.astype(int))
@@ -290,7 +313,7 @@ def draw_head(shape, who, skin):
 
 
 def draw_light(soft, skin):
-    """Darken the eye sockets and lighten nose, cheeks and forehead: what a Haar detector looks for."""
+    """Darken eye sockets, lighten nose, cheeks and forehead: what a Haar detector looks for."""
     for side in (-1, 1):
         soft(side * 0.19, -0.12, 0.2, 0.14, shade(skin, (0.64, 0.5, 0.48)), 0.8)
         soft(side * 0.22, 0.13, 0.15, 0.12, shade(skin, 1.3), 0.6)
@@ -353,7 +376,7 @@ def draw_glasses(shape, soft, who):
 
 
 def draw_room(rng, width, height):
-    """Return a wall with windows, pictures and shelves, out of focus, as an RGB image of width x height pixels."""
+    """Return a wall with windows, pictures and shelves, out of focus: an RGB image of that size."""
     image = Image.new("RGB", (width, height), rng.choice(WALLS))
     draw = ImageDraw.Draw(image)
     count = round(3 * width / height)
@@ -396,7 +419,7 @@ def draw_shelf(rng, draw, x, y, w, h):
 
 
 def light(rng, width, height, strength=1.0):
-    """Return factors (height, width, 3) for a picture's pixels: brightness, warmth, one side lit more."""
+    """Return factors (height, width, 3) for pixels: brightness, warmth, one side lit more."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     side_x, side_y, gain, warm = strength * rng.uniform(
         (-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06)
@@ -408,7 +431,8 @@ def draw_scene(room, lit, noise, faces):
     """Draw people into a room.
 
     room: RGB image; lit: the factors of `light`; noise: (height, width, 1), added; faces: a list of
-    (person's index, pose in pixels of the room, shirt colour). Returns an RGB image of the room's size.
+    (person's index, pose in pixels of the room, shirt colour). Returns an RGB image of the room's
+    size.
     """
     image = room.resize((room.width * SMOOTH, room.height * SMOOTH), Image.Resampling.NEAREST)
     for index, pose, shirt in faces:
@@ -419,7 +443,10 @@ def draw_scene(room, lit, noise, faces):
 
 
 def draw_person(index, rng, size=SIDE):
-    """Return a training picture of person number `index`: RGB, size x size pixels, all else drawn by lot from `rng`."""
+    """Return a training picture of person number `index`, RGB, size x size pixels.
+
+    All else is drawn by lot from `rng`.
+    """
     side = size / rng.uniform(1.8, 2.2)
     pose = random_pose(rng, *(size / 2 + rng.uniform(-0.06, 0.06, 2) * side), side)
     noise = rng.normal(0, rng.uniform(0, 5), (size, size, 1))
@@ -431,7 +458,8 @@ def draw_person(index, rng, size=SIDE):
 def draw_set(folder, people=5, pictures=40, seed=SEED):
     """Draw folder/<name>/<nnn>.jpg, `pictures` of each of the first `people`.
 
-    Raises UserError if the folder holds files that this would not write: they are somebody's, or of a larger set.
+    Raises UserError if the folder holds files that this would not write: they are somebody's, or of
+    a larger set.
     """
     wanted = {
         Path(folder, person(i).name, f"{n:03}.jpg"): (i, n)
@@ -448,7 +476,10 @@ def draw_set(folder, people=5, pictures=40, seed=SEED):
 
 
 def film_poses(rng, frames, left, right):
-    """Return a pose for each frame of somebody between two x in pixels, who stands nearly still and moves in turn."""
+    """Return a pose for each frame of somebody between two x in pixels.
+
+    By turns they stand nearly still and move.
+    """
     from scipy.interpolate import PchipInterpolator
 
     largest = min(120, (right - left) / 2.2)
@@ -474,8 +505,9 @@ def film_poses(rng, frames, left, right):
 
 
 def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
-    """Write a film (.mp4 or .avi) in which the people of these numbers move side by side, and its truth as .json.
+    """Write a film (.mp4 or .avi) in which the people of these numbers move side by side.
 
+    The truth lies beside it as .json.
     Returns the truth: for each frame a list of {"name", "x", "y", "w", "h"}, face boxes in pixels.
     Raises UserError where OpenCV cannot write such a film.
     """
@@ -553,9 +585,8 @@ def main():
     )
     args = parser.parse_args()
     draw_set(args.out_dir, args.people, args.pictures)
-    utils.print_line(
-        f"{args.people * args.pictures} pictures of {args.people} people in {utils.escape(args.out_dir)}"
-    )
+    pictures = f"{args.people * args.pictures} pictures of {args.people} people"
+    utils.print_line(f"{pictures} in {utils.escape(args.out_dir)}")
     if args.clip:
         draw_clip(args.clip, range(min(2, args.people)))
         utils.print_line(

@@ -1,4 +1,4 @@
-"""What collect_apple_photos.py promises: on libraries drawn here, and on real ones where they are at hand."""
+"""What collect_apple_photos.py promises: on libraries drawn here, and on real ones at hand."""
 
 import hashlib
 import io
@@ -45,7 +45,7 @@ def collect(library, out, *options, code=0):
 
 
 def texture(seed, size=(640, 480)):
-    """Return a picture in which every place looks different, so that a crop tells where it was cut."""
+    """Return a picture that looks different everywhere, so that a crop tells where it was cut."""
     small = np.random.default_rng(seed).integers(
         0, 256, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8
     )
@@ -80,7 +80,7 @@ def assert_same_crop(file, picture, box, context=2.2):
 
 
 def state_of(folder):
-    """Return a dictionary of all that must not change in a library: kinds, times, and the bytes of files."""
+    """Return all that must not change in a library: kinds, times, and the bytes of files."""
     return {
         path: (
             path.stat().st_mode,
@@ -103,7 +103,7 @@ GENERATIONS = [pytest.param(generation, id=f"Photos {generation}") for generatio
 IN_FRAME = (300, 200, 80)
 
 
-# ---------------------------------------------------------------- the whole of it, for each generation
+# ---------------------------------------------------------------- the whole, for each generation
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -746,7 +746,8 @@ def test_wrong_usage_ends_with_2(tmp_path, family, options):
 
 def test_help_names_every_option_and_loads_nothing_heavy(tmp_path):
     code = "import sys, collect_apple_photos as c; sys.argv[1:] = ['--help']\n"
-    code += "try: c.main()\nfinally: print(sorted({'tensorflow', 'keras', 'cv2', 'scipy', 'matplotlib'} & {*sys.modules}))"
+    heavy = "{'tensorflow', 'keras', 'cv2', 'scipy', 'matplotlib'}"
+    code += f"try: c.main()\nfinally: print(sorted({heavy} & {{*sys.modules}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     for option in (
         "--context F",
@@ -891,7 +892,8 @@ def test_a_database_that_photos_changed_while_it_was_copied_is_copied_again(
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, family):
     code = "import resource, signal, sys, utils, collect_apple_photos as c\n"
-    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
+    code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+    code += "resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))\n"
     code += f"sys.argv[1:] = [{str(family)!r}, {str(tmp_path / 'people')!r}]\nutils.run(c.main)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (
@@ -923,7 +925,7 @@ def start(library, out):
 
 
 def kill_at_random(library, folder, kills, seed):
-    """Kill a run `kills` times, at moments spread over the time that one takes, and look at what is there."""
+    """Kill a run `kills` times, at moments spread over its time, and look at what is there."""
     rng, before, started = random.Random(seed), state_of(library), time.monotonic()
     collect(library, folder / "whole")
     seconds, whole = time.monotonic() - started, files(folder / "whole")
@@ -1028,10 +1030,8 @@ def test_every_face_of_a_real_library(tmp_path, name):
     library, before = tmp_path / name, state_of(tmp_path / name)
     lines, errors = collect(library, tmp_path / "people")
     truth = json.loads((REAL / "truth.json").read_text())["libraries"][name]
-    assert (
-        lines[-1]
-        == f"{truth['eligible_faces']} faces: {truth['named_faces']} named (3 persons), 1 unknown, 0 skipped"
-    )
+    named = f"{truth['named_faces']} named (3 persons)"
+    assert lines[-1] == f"{truth['eligible_faces']} faces: {named}, 1 unknown, 0 skipped"
     assert errors == [] and state_of(library) == before
     for face in truth["faces"]:
         stem = f"{face['asset_uuid']}-{face['face_uuid']}"

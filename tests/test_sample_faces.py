@@ -1,4 +1,4 @@
-"""The drawn people: repeatable, told apart, and found by the Haar detector where the truth file says."""
+"""The drawn people: repeatable, told apart, and found where the truth file says."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""webcam.py --save-faces: what is kept from films, streams and pictures, where, and what training makes of it."""
+"""webcam.py --save-faces: what is kept of films, streams and pictures, and how it trains."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def crops(folder):
 
 
 def check_crop(path):
-    """Assert that a file is a square JPEG of quality 95, colours at full resolution, without metadata."""
+    """Assert that a file is a square JPEG of quality 95, not subsampled, without metadata."""
     image = Image.open(path)
     assert image.format == "JPEG" and image.width == image.height and not image.getexif()
     assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
@@ -91,7 +91,10 @@ def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):
 
 @pytest.fixture
 def photos(tmp_path, film):
-    """Make family photos: one face, two, none, a blurred one, a broken file, a phone's with place and turned."""
+    """Make family photos: one face, two, none, a blurred one, a broken file, a phone's.
+
+    The phone's is turned, and says where it was taken.
+    """
     two = Image.fromarray(read_film(film)[0][..., ::-1])
     one, folder = two.crop((0, 0, 300, 480)), tmp_path / "photos"
     (folder / "2019").mkdir(parents=True)
