@@ -1989,17 +1989,20 @@ def review_labels(args, data, fit, temperature):
     """Return rows (index, suggested label, probability, why) for labels that deserve a look.
 
     `label`: a readout that has not seen the picture gives its label less than another; `copy`:
-    equal or near copies under two classes. The most doubtful come first.
+    equal or near copies under two classes. The least probable labels come first, as in confident
+    learning (Northcutt et al. 2021).
     """
     answers = softmax(fit.answers / temperature)
-    found = {}
+    doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
     for i, p in zip(fit.rows[: len(answers)].tolist(), answers):
         if p.argmax() != data.targets[i]:
-            found[i] = (i, data.labels[p.argmax()], float(p.max() - p[data.targets[i]]), "label")
+            own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
+            doubts[i] = (own, suggestion, float(p.max()), "label")
     for pair in data.copies:
         for i, other in (pair, pair[::-1]):
-            found[i] = (i, data.pictures[other].label, 1.0, "copy")
-    return sorted(found.values(), key=lambda row: (-row[2], row[0]))
+            doubts[i] = (0.0, data.pictures[other].label, 1.0, "copy")
+    order = sorted(doubts, key=lambda i: (doubts[i][0], i))
+    return [(i, *doubts[i][1:]) for i in order]
 
 
 def write_review(args, data, review):
