@@ -1218,7 +1218,8 @@ def fit_readout(run, indices, views, levels, like=None):
         return np.concatenate(found)
 
     rows = np.concatenate(parts)
-    fit = fit_primal if len(rows) > MAX_DUAL else fit_dual
+    is_small = len(views) * len(data.train) <= MAX_DUAL  # also where validation is read as well
+    fit = fit_dual if is_small else fit_primal
     return fit(run, rows, len(indices), read, levels, like)
 
 
