@@ -240,5 +240,4 @@ def test_labels_worth_a_look_are_wrong_ones_and_copies():
     found = {i: (suggested, why) for i, suggested, _, why in review}
     assert found[0] == ("a", "label") and found[20] == ("b", "label")
     assert found[2] == ("c", "copy") and found[30] == ("a", "copy")
-    doubts = [row[2] for row in review]
-    assert doubts == sorted(doubts, reverse=True)
+    assert {row[0] for row in review[2:4]} == {0, 20}  # the least probable labels
