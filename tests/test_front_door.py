@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sample_faces
-from conftest import FAST, ROOT, draw_classes, run_process
+from conftest import FAST, ROOT, draw_classes, rows, run_process
 from photos_library import make_library
 from PIL import Image
 from test_whole_way import draw_album
@@ -252,7 +252,7 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     assert sorted(json.loads((folder / "mon modèle-labels.json").read_text())) == ["l'été", "王"]
     done = limited(folder, limits, "webcam.py", "mon modèle", "--source", "mes données", "--whole-picture",
                    *closed.split(), "--no-display", "--output", "tagués")  # fmt: skip
-    labels = [line.split("\t")[-2] for line in done.stdout.splitlines()[1:]]
+    labels = [row["label"] for row in rows(done.stdout)]
     assert done.returncode == 0 and len(labels) == 16 and set(labels) <= {"王", "l'été"}, (
         done.stderr
     )

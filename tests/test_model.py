@@ -53,6 +53,7 @@ def test_a_saved_model_comes_back(network, folder):
     assert (info["labels"], info["image_size"], info["threshold"]) == (LABELS, 75, 0.5)
 
 
+@pytest.mark.slow
 def test_weights_alone_load_as_keras_loads_them(network, tmp_path):
     """Keras numbers the layers of a `.weights.h5` in another order than their names."""
     network.save_weights(tmp_path / "all.weights.h5")
@@ -72,6 +73,7 @@ def test_the_layout_that_keras_offers_for_download(weights_file):
     assert have_same_weights(part, expected)
 
 
+@pytest.mark.slow
 def test_packed_halves_and_names_of_keras_2_load(weights_file, tmp_path):
     """Names end in `:0`; arrays may be 16-bit and packed."""
     path = shutil.copy(weights_file, tmp_path / "w.h5")
@@ -187,7 +189,10 @@ def test_folding_the_normalisation_of_inception_changes_nothing():
 def chain(*layers):
     import keras
 
-    return keras.Sequential([keras.Input((9, 9, 3)), *layers])
+    inputs = outputs = keras.Input((9, 9, 3))
+    for layer in layers:
+        outputs = layer(outputs)
+    return keras.Model(inputs, outputs)
 
 
 def test_a_normalisation_with_all_its_numbers_is_folded():
