@@ -19,7 +19,6 @@ from conftest import ROOT, run_process
 from PIL import Image
 
 import model
-import train
 import utils
 
 LABELS = ["Ann", "Ben", "Cleo"]
@@ -577,4 +576,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, weights_file, value):
         name = next(name for name in file if name.startswith("batch_normalization"))
         file[name][name]["beta"][3] = value
     with pytest.raises(utils.UserError, match=r"w\.h5: .*not finite"):
-        train.load_base(model.build_network(2, 75), path)
+        model.load_arrays(model.backbone_of(model.build_network(2, 75)), path)
