@@ -78,7 +78,7 @@ SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind o
 
 STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squares of a picture
 FIRST_STRENGTH = 5  # where the search among them begins
-GRID_SHARES = (0.0, 0.5, 1.0)  # of the kernel; leave-one-out chooses
+GRID_SHARES = (0.5, 1.0)  # of the kernel; leave-one-out chooses
 MAX_DUAL = 6_000  # rows: with more, the fit is in the primal, without grids
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
 STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
@@ -424,8 +424,8 @@ def split(pictures, groups, fraction, seed):
     """Divide into training and validation, stratified; groups stay whole. Returns index arrays.
 
     Groups are ordered by a hash of seed and content, so that added pictures move only those at the
-    boundary. Each class gives max(1, round(n * fraction)) pictures, never its last group. Raises
-    UserError for fewer than two classes, or if no class can be divided.
+    boundary. Each class gives max(1, round(n * fraction)) pictures, never its last group, nor one
+    that has most of its pictures. Raises UserError if no class can be divided.
     """
     digests = [min(pictures[i].digest for i in group) for group in groups]
     rank = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in digests]
@@ -440,7 +440,10 @@ def split(pictures, groups, fraction, seed):
     for label in sorted(sizes):
         wanted = max(1, round(sizes[label] * fraction))
         for group in sorted(of_class[label], key=rank.__getitem__):
-            is_free = group not in chosen and all(left[other] > 1 for other in members[group])
+            is_free = group not in chosen and all(
+                left[other] > 1 and 2 * number <= sizes[other]
+                for other, number in members[group].items()
+            )
             if taken[label] < wanted and is_free:
                 chosen.add(group)
                 taken += members[group]
