@@ -581,7 +581,7 @@ def make_data(args, pictures, pixels, train, validation, labels, groups, copies)
     weights = np.ones(len(pictures), "float32")
     if args.class_weight:
         frequency = np.bincount(targets[train], minlength=len(labels))
-        weights = (len(train) / len(labels) / frequency)[targets].astype("float32")
+        weights = (len(train) / len(labels) / np.maximum(1, frequency))[targets].astype("float32")
     local = train[owner[train] == args.process]
     return Data(pictures, pixels, train, local, int(shards.max()), validation, labels, targets,
                 weights, groups, copies)  # fmt: skip
@@ -720,9 +720,12 @@ def list_views(run, round_number):
 
 
 def row_type(run, has_levels):
-    """Return the dtype of a row of a view's file: digest, levels, feature map at the cut."""
+    """Return the dtype of a row of a view's file: digest, levels, feature map at the cut.
+
+    exact: whether these are of the float32 network.
+    """
     settings, recipe = run.networks.settings, run.recipe
-    fields = [("digest", "V32")]
+    fields = [("digest", "V32"), ("exact", "?")]
     if has_levels:
         fields.append(("levels", "float32", (settings.levels[-1].stop,)))
     if recipe["rounds"]:
@@ -791,6 +794,8 @@ def copy_known_rows(data, path, array, indices):
         old = np.memmap(path, dtype, "r")
         known = {digest.tobytes(): row for row, digest in enumerate(old["digest"])}
     before = np.array([known.get(data.pictures[i].digest, -1) for i in indices])
+    if known:  # what is scored must have gone through the float32 network
+        before[np.isin(indices, data.validation) & ~old["exact"][before]] = -1
     for rows in in_batches(np.flatnonzero(before >= 0), 256):
         write_rows(array, rows, old[before[rows]])
     return np.flatnonzero(before < 0)
@@ -814,6 +819,7 @@ def fill_view(run, view, array, indices, missing):
         values = np.zeros(len(batch), array.rows.dtype)
         digests = b"".join(data.pictures[i].digest for i in indices[batch])
         values["digest"] = np.frombuffer(digests, "V32")
+        values["exact"] = exact or run.networks.fast is run.networks.exact
         compute_features(run, values, pixels, exact)
         return values
 
