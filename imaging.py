@@ -26,6 +26,7 @@ MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
 TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
 TIFF_RANGE = 280, 281  # tags of the smallest and the largest value
 STRIPE = 2**20  # pixels that are computed with at once
@@ -91,7 +92,8 @@ def is_animation(image):
 def drop_png_metadata(data):
     """Return a PNG without what Pillow would refuse it for; other data as they are.
 
-    That is all optional chunks but transparency and EXIF: texts may be long, misnamed or broken.
+    That is all optional chunks but transparency, EXIF and the frames of an animation: texts may be
+    long, misnamed or broken.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
@@ -100,7 +102,7 @@ def drop_png_metadata(data):
         size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
         chunk = data[start : start + 12 + size]
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if kind[:1].isupper() or (kind in (b"tRNS", b"eXIf") and is_whole):
+        if kind[:1].isupper() or (kind in PNG_OPTIONAL and is_whole):
             kept.append(chunk)
         start += len(chunk)
     return b"".join(kept)
