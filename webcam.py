@@ -505,7 +505,9 @@ class Live:
     def open(self):
         """Open the source. Returns a generator of its images, empty if it does not open."""
         if self.kind == "camera":
-            return camera_images(cv2.VideoCapture(int(self.source)), self.stop)
+            capture = cv2.VideoCapture(int(self.source))
+            self.finite = capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # a virtual camera's film
+            return camera_images(capture, self.stop)
         try:
             film = Film(self.source, self.name, live=True)
         except FilmError:
