@@ -664,7 +664,8 @@ def test_the_commands_of_a_block(clone, request, block):
     output, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "from scratch" not in errors and "Traceback" not in errors
-    assert output.count("frame\ttime\ttrack") == len(re.findall(r"webcam\.py", block))
+    headers = re.findall(r"^(?:frame\ttime\ttrack|file\tface|file\tframe)\t", output, re.M)
+    assert len(headers) == len(re.findall(r"webcam\.py(?!.*>)", block))
     assert output.count("best: ") == len(re.findall(r"train\.py \w+ \w+$", block, re.M))
     assert output.count("evaluate: ") == block.count("--evaluate")
     assert len(re.findall(r"^\d+ faces: ", output, re.M)) == block.count("collect_apple_photos.py")
