@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, run_process
 from PIL import Image
 
-import utils  # noqa: F401 - so that Pillow writes HEIC
+import imaging  # noqa: F401 - so that Pillow writes HEIC
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
