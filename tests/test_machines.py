@@ -81,7 +81,8 @@ def accuracy(output):
 
 
 @needs_jax
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [2, 4])
 def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights_file, count):
     recipe = [*RECIPE, "--rounds", 1, "--weights", weights_file]
     data = draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
@@ -145,6 +146,7 @@ def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(
 
 
 @needs_jax
+@pytest.mark.long
 def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
     draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
     devices = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
