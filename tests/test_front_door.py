@@ -401,7 +401,7 @@ def test_weights_that_cannot_be_downloaded(make_classes, tmp_path, server):
             and reason in line
         )
         name = address.rpartition("/")[2]
-        assert line.endswith(f"by hand, {address}, and give it with --weights {name}")
+        assert line.endswith(f"get {address} by hand and give it with --weights {name}")
     assert not list(tmp_path.glob("model*"))
 
 

@@ -500,7 +500,8 @@ def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
 
 def test_weights_that_keras_would_read_in_another_way(run_script, tmp_path, weights_file):
     shutil.copy(weights_file, tmp_path / "w.keras")
-    (tmp_path / "data").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
     done = run_script("train.py", "data", "m", "--weights", "w.keras")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
         "error: --weights w.keras: give a file"

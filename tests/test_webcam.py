@@ -1006,8 +1006,8 @@ def test_without_a_display_it_goes_on(tmp_path, film):
 
 @pytest.mark.parametrize("missing", ["module", "CascadeClassifier", "cascade file"])
 def test_what_is_missing_is_told_with_the_remedy(tmp_path, film, missing):
-    for name in ("webcam.py", "utils.py", "model.py", "report.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
+    for script in ROOT.glob("*.py"):
+        shutil.copy(script, tmp_path / script.name)
     if missing == "module":
         (tmp_path / "cv2.py").write_text("raise ImportError('No module named cv2')")
     elif missing == "CascadeClassifier":
