@@ -23,7 +23,7 @@ BACKENDS = ("tensorflow", "jax")
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 
 Base = collections.namedtuple("Base", "builder scale offset blocks levels grid_levels address md5")
-Level = collections.namedtuple("Level", "block is_grid start stop")
+Level = collections.namedtuple("Level", "block units")  # units: a slice of the layer `levels`
 # The network that all begins with. Another one is another table, as far as its layers with weights
 # are convolutions with batch normalisation behind them.
 BASE = Base(
@@ -138,12 +138,15 @@ def build_network(class_count, side, has_grids=True, number_format="float32"):
         builder = getattr(keras.applications, BASE.builder)
         backbone = builder(weights=None, include_top=False, input_tensor=scaled)
         maps = {block: backbone.get_layer(block).output for block in BASE.blocks}
-        pool = layers.GlobalAveragePooling2D
-        means = [pool(name=name_of(block))(maps[block]) for block in BASE.levels]
         cells = BASE.grid_levels if has_grids else ()
-        grids = [pool_in_cells(maps[block], name_of(block, is_grid=True)) for block in cells]
-        levels = layers.Concatenate(name="levels", dtype="float32")([*means, *grids])
-        hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(means[-1])
+        pooled = [
+            pool_in_cells(maps[block], name_of(block))
+            if block in cells
+            else layers.GlobalAveragePooling2D(name=name_of(block))(maps[block])
+            for block in BASE.levels
+        ]
+        levels = layers.Concatenate(name="levels", dtype="float32")(pooled)
+        hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(pooled[-1])
         units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
         softmax = layers.Dense(class_count, "softmax", dtype="float32", name="probabilities")
         return keras.Model(pixels, softmax(units))
@@ -151,9 +154,9 @@ def build_network(class_count, side, has_grids=True, number_format="float32"):
         keras.config.set_dtype_policy("float32")
 
 
-def name_of(block, is_grid=False):
+def name_of(block):
     """Return the name of the layer that pools a block of the backbone."""
-    return f"{block}_cells" if is_grid else f"{block}_mean"
+    return f"{block}_level"
 
 
 def pool_in_cells(feature_map, name):
@@ -166,15 +169,11 @@ def pool_in_cells(feature_map, name):
 
 def list_levels(network):
     """Return the parts of the layer `levels`, in order, as [Level]."""
-    known = {layer.name for layer in network.layers}
-    pooled = [(block, False) for block in BASE.levels]
-    pooled += [(block, True) for block in BASE.grid_levels]
     levels, start = [], 0
-    for block, is_grid in pooled:
-        if name_of(block, is_grid) in known:
-            stop = start + network.get_layer(name_of(block, is_grid)).output.shape[1]
-            levels.append(Level(block, is_grid, start, stop))
-            start = stop
+    for block in BASE.levels:
+        stop = start + network.get_layer(name_of(block)).output.shape[1]
+        levels.append(Level(block, slice(start, stop)))
+        start = stop
     return levels
 
 
@@ -189,18 +188,16 @@ def cut_name(unfreeze):
     return BASE.blocks[-1 - unfreeze]
 
 
-def frozen_part(network, cut, has_levels=True):
+def frozen_part(network, cut):
     """Return the frozen part, folded and compiled: pixels → one flat row a picture, float32.
 
-    The row holds the levels, if has_levels, and the feature map at the layer `cut`, if any.
+    The row holds the levels, and the feature map at the layer `cut`, if any.
     """
     keras = import_keras()
-    outputs = [network.get_layer("levels").output] if has_levels else []
+    row = network.get_layer("levels").output
     if cut:
-        outputs.append(keras.layers.Flatten(dtype="float32")(network.get_layer(cut).output))
-    row = outputs[0]
-    if len(outputs) > 1:
-        row = keras.layers.Concatenate(dtype="float32")(outputs)
+        flat = keras.layers.Flatten(dtype="float32")(network.get_layer(cut).output)
+        row = keras.layers.Concatenate(dtype="float32")([row, flat])
     return fold_normalisation(keras.Model(network.input, row))
 
 

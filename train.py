@@ -39,6 +39,7 @@ import utils  # first: it says which Python and packages are needed
 # isort: split
 import imaging
 import model
+import readout
 import report
 
 # isort: split
@@ -76,14 +77,8 @@ WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 
-STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squares of a picture
-FIRST_STRENGTH = 5  # where the search among them begins
-GRID_SHARES = (0.5, 1.0)  # of the kernel; leave-one-out chooses
-MAX_DUAL = 6_000  # rows: with more, the fit is in the primal, without grids
+MAX_GRID_PICTURES = 3_000  # that train: with more, levels are read without cells and mirror images
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
-STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
-FRIENDS_REFUSED = 0.2  # largest share of correct answers that it may cost
-MAX_LEFT_OUT = 40  # classes that play the stranger
 REVIEW_SHOWN = 40
 
 INFERENCE_BATCH = 16  # pictures; 64 is no faster on a CPU, and wastes more of a last batch
@@ -120,20 +115,17 @@ Data = namedtuple(
     "pictures pixels train local largest_shard validation labels targets weights groups copies",
 )
 View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
-# base: float32, never trained; exact, fast, maps: compiled frozen parts of it, see Frozen; trained:
-# a twin whose top is trained; head, top: what is trained of it
-Networks = namedtuple("Networks", "base exact fast maps trained head top hidden settings")
+# base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part;
+# trained: a twin whose top is trained; head, top, hidden: what is trained of it
+Networks = namedtuple("Networks", "base exact fast trained head top hidden settings")
 # cut: last frozen layer, None from scratch; levels: of the base; augment: None on the cores
-Settings = namedtuple("Settings", "cut levels map_shape augment batch number_format source devices "
-                      "distribution_scope")  # fmt: skip
-Run = namedtuple("Run", "args recipe data networks views")
-# answers: leave-one-out, of the unaugmented rows, which come first; rows: the picture of each row;
-# block: places of rows → their part of I - hat matrix; roots: of the rows' weights
-Fit = namedtuple("Fit", "grid_share strength error answers rows block residuals roots kernel bias")
-# shares of friends correct and strangers unknown at each threshold, the chosen one, and for whom
-# strangers are taken: [(class left out, class said)]
-Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for")
-Score = namedtuple("Score", "right loss")
+Settings = namedtuple("Settings", "cut levels has_grids map_shape augment batch number_format "
+                      "source devices distribution_scope")  # fmt: skip
+# views: {number: View}; readouts: {0 or 1: Readout}, as they are made
+Run = namedtuple("Run", "args recipe data networks views readouts")
+Readout = namedtuple("Readout", "fit rows pictures views")  # pictures: index of that of each row
+# network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
+Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
 Predictions = namedtuple("Predictions", "probabilities accuracy rows title")
 
 
@@ -727,7 +719,7 @@ def row_type(run, has_levels):
     settings, recipe = run.networks.settings, run.recipe
     fields = [("digest", "V32"), ("exact", "?")]
     if has_levels:
-        fields.append(("levels", "float32", (settings.levels[-1].stop,)))
+        fields.append(("levels", "float32", (settings.levels[-1].units.stop,)))
     if recipe["rounds"]:
         kind = "float32" if run.args.float32 else "float16"
         fields.append(("map", "uint8" if settings.cut is None else kind, settings.map_shape))
@@ -843,23 +835,19 @@ def compute_features(run, values, pixels, exact):
     """Fill the fields `levels` and `map` of rows (n,) with what the frozen part makes of pixels."""
     networks, fields = run.networks, values.dtype.names
     settings = networks.settings
-    has_map = "map" in fields
-    if has_map and settings.cut is None:
+    is_scratch = settings.cut is None
+    if "map" in fields and is_scratch:
         values["map"] = np.asarray(pixels)
-        has_map = False
-    if "levels" not in fields:
-        network = networks.maps
-    else:
-        network = networks.exact if exact else networks.fast
-    if not has_map and "levels" not in fields:
+    if "levels" not in fields and is_scratch:
         return
+    network = networks.exact if exact else networks.fast
     flat = model.predict(network, pixels, settings.batch)
+    levels, maps = np.split(flat, [settings.levels[-1].units.stop], axis=1)
     if "levels" in fields:
-        values["levels"] = flat[:, : settings.levels[-1].stop]
-        flat = flat[:, settings.levels[-1].stop :]
-    if has_map:
+        values["levels"] = levels
+    if "map" in fields and not is_scratch:
         with np.errstate(over="ignore"):  # what does not fit is reported by the caller
-            values["map"] = flat.reshape(-1, *settings.map_shape)
+            values["map"] = maps.reshape(-1, *settings.map_shape)
 
 
 def is_finite(values):
@@ -875,7 +863,7 @@ def cache_name(run, view):
     backend = model.import_keras().config.backend()
     chances = [] if view in (UNAUGMENTED, MIRRORED) else view_settings(args)
     made_from = [CACHE_VERSION, chances, settings.source, settings.cut, settings.map_shape]
-    made_from += [[level._asdict() for level in settings.levels], run.data.pixels.rows.shape[1:]]
+    made_from += [str(settings.levels), run.data.pixels.rows.shape[1:]]
     made_from += [settings.number_format, args.float32, backend, on_device(), args.process]
     made_from += [args.processes, bool(run.recipe["rounds"])]
     return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
@@ -893,7 +881,7 @@ def gather_levels(run, view):
     if known in run.views:
         return run.views[known]
     mine = np.flatnonzero(local.row_of >= 0)
-    width = run.networks.settings.levels[-1].stop
+    width = run.networks.settings.levels[-1].units.stop
     most = max(all_gather(args, len(mine)))
     table = temporary_array(args, (len(data.pictures), width), "float32")
     for start in range(0, most, INFERENCE_BATCH):
@@ -1029,7 +1017,7 @@ def build_networks(args, path, data, recipe, number_format):
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     side, class_count = data.pixels.rows.shape[1], len(data.labels)
-    has_grids = 2 * len(data.train) <= MAX_DUAL
+    has_grids = len(data.train) <= MAX_GRID_PICTURES
     base = model.build_network(class_count, side, has_grids)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)
@@ -1049,10 +1037,10 @@ def build_networks(args, path, data, recipe, number_format):
         rounded = model.build_network(class_count, side, has_grids, number_format)
         rounded.set_weights(base.get_weights())
         fast = model.frozen_part(rounded, cut if has_map else None)
-    maps = model.frozen_part(rounded, cut, has_levels=False) if has_map else None
     settings = Settings(
         cut=cut,
         levels=model.list_levels(base),
+        has_grids=has_grids,
         map_shape=tuple(top.input_shape[1:]),
         augment=build_augmentation(side) if on_device() else None,
         batch=inference_batch(side),
@@ -1061,7 +1049,7 @@ def build_networks(args, path, data, recipe, number_format):
         devices=devices,
         distribution_scope=scope,
     )
-    return Networks(base, exact, fast, maps, trained, head, top, hidden, settings)
+    return Networks(base, exact, fast, trained, head, top, hidden, settings)
 
 
 # ---------------------------------------------------------------- training
@@ -1140,7 +1128,7 @@ def train_epochs(run, network, read, round_number, predict_validation):
         if run.args.process:
             continue  # the first one scores
         probabilities = predict_validation()
-        logs["val_loss"] = log_loss(probabilities, actual, LABEL_SMOOTHING)
+        logs["val_loss"] = readout.log_loss(probabilities, actual, LABEL_SMOOTHING)
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
@@ -1154,17 +1142,16 @@ def train_epochs(run, network, read, round_number, predict_validation):
 def train_head(run):
     """Round 0: the new dense layers, on the top level of the unaugmented pictures."""
     networks, data = run.networks, run.data
-    view, top_level = get_view(run, UNAUGMENTED), networks.settings.levels
-    last = next(lv for lv in top_level if lv.block == model.BASE.levels[-1] and not lv.is_grid)
+    view, top_level = get_view(run, UNAUGMENTED), networks.settings.levels[-1]
 
     def read(indices, _=None):
-        return view.rows["levels"][view.row_of[indices], last.start : last.stop]
+        return view.rows["levels"][view.row_of[indices], top_level.units]
 
     def predict_validation():
         layers = [networks.trained.get_layer("hidden"), networks.head.get_layer("trained")]
         (kernel, bias), (kernel2, bias2) = (layer.get_weights() for layer in layers)
         hidden = np.maximum(read(data.validation) @ kernel + bias, 0)
-        return softmax(hidden @ kernel2 + bias2)
+        return readout.softmax(hidden @ kernel2 + bias2)
 
     compile_for_training(run, networks.head)
     return train_epochs(run, networks.head, read, 0, predict_validation)
@@ -1199,381 +1186,73 @@ def predict_trained(run, view, indices):
         parts.append(model.predict(networks.hidden, view.rows["map"][some], size))
     kernel, bias = networks.top.get_layer("trained").get_weights()
     logits = np.concatenate(parts) @ kernel + bias
-    return logits, softmax(logits)
+    return logits, readout.softmax(logits)
 
 
-# ---------------------------------------------------------------- readout
-# Ridge regression of the one-hot classes on the levels of the frozen network. Classes count alike,
-# or a stranger would be taken for whoever has most pictures. Each level weighs alike.
+# ---------------------------------------------------------------- cached features → readout
 
 
-def fit_readout(run, indices, views, levels, like=None):
-    """Fit the classes to some levels of pictures, in closed form. Returns a Fit.
+def round_readout(run, round_number):
+    """Return the Readout of a round, made once: with mirror images from round 1 on, if they help.
 
-    views: those whose levels are read, unaugmented first. levels: [Level]. like: a Fit, whose share
-    of grids and strength are taken over. The strength, and the grids' share of the kernel, have the
-    least leave-one-out error; what belongs to one group is left out together.
+    Leave-one-out says whether they do. All processes call it, since all give their levels; only the
+    first one has a result.
+    """
+    number = min(round_number, 1)
+    if number not in run.readouts:
+        chosen = make_readout(run, [UNAUGMENTED]) if not number else round_readout(run, 0)
+        if number and run.networks.settings.has_grids:
+            mirrored = make_readout(run, [UNAUGMENTED, MIRRORED])
+            # weights sum to one over twice the rows, so the error of the same answers is half
+            if mirrored and 2 * mirrored.fit.error < chosen.fit.error:
+                chosen = mirrored
+        run.readouts[number] = chosen
+    return run.readouts[number]
+
+
+def make_readout(run, views, levels=None, indices=None, strength=None):
+    """Fit the classes to levels (default: all) of pictures (default: those that train).
+
+    views: those that are read, unaugmented first; what is no training picture has that one only.
+    Returns a Readout, or None in all processes but the first.
     """
     data, tables = run.data, [gather_levels(run, view) for view in views]
+    if run.args.process:
+        return None
+    indices = data.train if indices is None else indices
     parts = [indices, *(np.intersect1d(indices, data.train) for _ in views[1:])]
     starts = np.cumsum([0, *map(len, parts)])
 
-    def read(level, some=slice(None)):
-        """Return one level, float32 (n, units), of sorted places among all rows."""
-        places, found = np.arange(starts[-1])[some], []
+    def read(level, places):
+        """Return some units of rows whose places are sorted: float32 (n, units)."""
+        found = []
         for start, part, (rows, row_of) in zip(starts, parts, tables):
             inside = places[(places >= start) & (places < start + len(part))] - start
-            found.append(rows[row_of[part[inside]], level.start : level.stop])
+            found.append(rows[row_of[part[inside]], level])
         return np.concatenate(found)
 
-    rows = np.concatenate(parts)
-    is_small = len(views) * len(data.train) <= MAX_DUAL  # also where validation is read as well
-    fit = fit_dual if is_small else fit_primal
-    return fit(run, rows, len(indices), read, levels, like)
-
-
-def class_roots(targets, class_count):
-    """Return the roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
-    weights = 1 / np.maximum(1, np.bincount(targets, minlength=class_count))[targets]
-    return np.sqrt(weights / weights.sum())[:, None]
-
-
-def centred(targets, class_count):
-    """Return one-hot classes less their mean, float64 (n, classes)."""
-    return np.eye(class_count)[targets] - 1 / class_count
-
-
-def standardise(x):
-    """Return (rows with mean 0 whose mean square length is 1, the mean, the factor)."""
-    mean = x.mean(axis=0)
-    x = x - mean
-    factor = 1 / max(1e-12, np.sqrt(np.square(x).sum(axis=1).mean()))
-    return x * np.float32(factor), mean, factor
-
-
-def fit_dual(run, rows, plain, read, levels, like):
-    """Do what `fit_readout` does while there are fewer rows than numbers. plain: unaugmented rows.
-
-    With weights in K, the mean kernel of the levels plus 1 for the bias, the dual coefficients are
-    inv(K + strength) y, and I - hat matrix is strength * inv(K + strength).
-    """
-    data, class_count = run.data, len(run.data.labels)
-    targets = data.targets[rows]
-    roots, y = class_roots(targets, class_count), centred(targets, class_count)
-    groups = loo_groups(data, rows)
-    grams = {False: 0.0, True: 0.0}
-    for level in levels:
-        x = standardise(read(level))[0]
-        share = 1 / sum(other.is_grid == level.is_grid for other in levels)
-        grams[level.is_grid] = grams[level.is_grid] + share * (x @ x.T).astype("float64")
-    best = None
-    shares = GRID_SHARES if any(level.is_grid for level in levels) else (0.0,)
-    for grid_share in shares if like is None else (like.grid_share,):
-        kernel = (1 - grid_share) * grams[False] + grid_share * grams[True] + 1
-        weighted = roots * kernel * roots.T
-
-        def fit(strength, weighted=weighted, grid_share=grid_share):
-            inverse = invert(weighted + strength * np.eye(len(rows)))
-            residuals = inverse @ (roots * y)
-            answers = leave_out(inverse_block(inverse), residuals, roots, y, groups)
-            error = float(np.square(roots * (answers - y))[:plain].sum())
-            return Fit(
-                grid_share=grid_share,
-                strength=strength,
-                error=error,
-                answers=answers[:plain],
-                rows=rows,
-                block=inverse_block(inverse),
-                residuals=residuals,
-                roots=roots,
-                kernel=None,
-                bias=None,
-            )
-
-        found = search_strength(fit, like)
-        best = found if best is None or found.error < best.error else best
-    kernel, bias = primal_coefficients(read, levels, best, roots * best.residuals, class_count)
-    return best._replace(kernel=kernel, bias=bias)
-
-
-def inverse_block(inverse):
-    """Return a function that cuts the block of some rows out of a symmetric matrix."""
-    return lambda rows: inverse[np.ix_(rows, rows)]
-
-
-def invert(matrix):
-    """Return the inverse of a symmetric positive definite matrix, by Cholesky decomposition."""
-    from scipy.linalg import lapack
-
-    factor, problem = lapack.dpotrf(matrix, lower=1)
-    inverse, problem_2 = lapack.dpotri(factor, lower=1)
-    if problem or problem_2 or not np.isfinite(inverse).all():
-        raise utils.UserError("--weights: the network's features are not finite: use others")
-    lower = np.tril(inverse)
-    return lower + np.tril(lower, -1).T
-
-
-def search_strength(fit, like):
-    """Return fit(strength) with the least error, walking downhill among STRENGTHS."""
-    if like is not None:
-        return fit(like.strength)
-    place = FIRST_STRENGTH
-    best = fit(STRENGTHS[place])
-    for step in (-1, 1):
-        while 0 <= place + step < len(STRENGTHS):
-            other = fit(STRENGTHS[place + step])
-            if other.error >= best.error:
-                break
-            best, place = other, place + step
-    return best
-
-
-def loo_groups(data, rows):
-    """Return arrays of places in `rows` (picture indices, repeated for views) left out together.
-
-    A class that is one group only would have nothing to learn from: its pictures count alone.
-    """
-    groups = data.groups[rows]
-    of_class = defaultdict(set)
-    for target, group in zip(data.targets[rows].tolist(), groups.tolist()):
-        of_class[target].add(group)
-    single = {target for target, some in of_class.items() if len(some) == 1}
-    alone = np.isin(data.targets[rows], list(single))
-    keys = np.where(alone, rows + len(data.pictures), groups)
-    order = np.argsort(keys, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
-
-
-def leave_out(block, residuals, roots, y, groups):
-    """Return what a fit without a row's group answers for it: (n, classes), in units of y.
-
-    The residuals r of a group left out are inv(B) r, where B is its block of I - hat matrix; a
-    factor on both cancels out (Cook and Weisberg 1982, for several rows at once).
-    """
-    answers = np.empty_like(residuals)
-    for group in groups:
-        answers[group] = y[group] - np.linalg.solve(block(group), residuals[group]) / roots[group]
-    return answers
-
-
-def primal_coefficients(read, levels, fit, dual, class_count):
-    """Return kernel (units of all levels, classes) and bias (classes,) of dual coefficients."""
-    kernel = np.zeros((levels[-1].stop, class_count))
-    bias = dual.sum(axis=0) + 1 / class_count
-    for level in levels:
-        share = fit.grid_share if level.is_grid else 1 - fit.grid_share
-        share /= sum(other.is_grid == level.is_grid for other in levels)
-        if share:
-            x, mean, factor = standardise(read(level))
-            part = share * factor * (x.T @ dual)
-            kernel[level.start : level.stop] = part
-            bias = bias - mean @ part
-    return kernel, bias
-
-
-def fit_primal(run, rows, plain, read, levels, like):
-    """Do what `fit_readout` does with sums over all rows; the levels' means alone are read.
-
-    Leave-one-out is asked of MAX_DUAL of the unaugmented rows, drawn by lot, groups together.
-    """
-    data, class_count, all_units = run.data, len(run.data.labels), levels[-1].stop
-    levels = [level for level in levels if not level.is_grid]
-    targets, chunks = data.targets[rows], in_batches(np.arange(len(rows)), 1024)
-    roots, y = class_roots(targets, class_count), centred(targets, class_count)
-    scales = [running_scale(read, level, chunks) for level in levels]
-
-    def standard_rows(some):
-        """Return standardised levels and 1 for the bias, times the weights' roots."""
-        parts = [(read(level, some) - mean) * (factor / np.sqrt(len(levels)))
-                 for level, (mean, factor) in zip(levels, scales)]  # fmt: skip
-        return roots[some] * np.column_stack([*parts, np.ones(len(some))])
-
-    width = sum(level.stop - level.start for level in levels) + 1
-    gram, products = np.zeros((width, width)), np.zeros((width, class_count))
-    for some in chunks:
-        x = standard_rows(some)
-        gram += x.T @ x
-        products += x.T @ (roots[some] * y[some])
-    lot = np.random.default_rng(run.args.seed).permutation(data.groups.max() + 1)
-    drawn = np.sort(np.argsort(lot[data.groups[rows[:plain]]], kind="stable")[:MAX_DUAL])
-    x, y, roots = standard_rows(drawn), y[drawn], roots[drawn]
-    groups = loo_groups(data, rows[drawn])
-
-    def fit(strength):
-        inverse = invert(gram + strength * np.eye(width))
-        coefficients = inverse @ products
-        half = x @ inverse
-
-        def block(some):
-            return np.eye(len(some)) - half[some] @ x[some].T
-
-        residuals = roots * y - x @ coefficients
-        answers = leave_out(block, residuals, roots, y, groups)
-        return Fit(
-            grid_share=0.0,
-            strength=strength,
-            error=float(np.square(roots * (answers - y)).sum()),
-            answers=answers,
-            rows=rows[drawn],
-            block=block,
-            residuals=residuals,
-            roots=roots,
-            kernel=coefficients,
-            bias=None,
-        )
-
-    best = search_strength(fit, like)
-    kernel, bias = np.zeros((all_units, class_count)), best.kernel[-1] + 1 / class_count
-    start = 0
-    for level, (mean, factor) in zip(levels, scales):
-        stop = start + level.stop - level.start
-        part = best.kernel[start:stop] * (factor / np.sqrt(len(levels)))
-        kernel[level.start : level.stop] = part
-        bias = bias - mean @ part
-        start = stop
-    return best._replace(kernel=kernel, bias=bias)
-
-
-def running_scale(read, level, chunks):
-    """Return what `standardise` does beside the rows, from sums: (the mean, the factor)."""
-    total, squares, count = 0.0, 0.0, 0
-    for some in chunks:
-        x = read(level, some).astype("float64")
-        total, squares, count = total + x.sum(axis=0), squares + np.square(x).sum(), count + len(x)
-    mean = total / count
-    return mean, 1 / np.sqrt(max(1e-24, squares / count - mean @ mean))
-
-
-# ---------------------------------------------------------------- calibration and strangers
-
-
-def softmax(logits):
-    """Return softmax over the last axis."""
-    from scipy.special import softmax as scipy_softmax
-
-    return scipy_softmax(logits, axis=-1)
-
-
-def log_loss(probabilities, targets, smoothing=0.0):
-    """Return the mean cross-entropy of (n, classes) with target classes (n,).
-
-    smoothing: the share of a target that is spread over all classes.
-    """
-    logs = np.log(np.maximum(probabilities, 1e-30))
-    own = logs[np.arange(len(targets)), targets]
-    return float(-((1 - smoothing) * own + smoothing * logs.mean(axis=1)).mean())
-
-
-def fit_temperature(logits, targets):
-    """Return the temperature with the least log loss (Guo et al. 2017).
-
-    Targets count n + 1 of n + 2 times, as in Platt 1999: a finite set proves no certainty.
-    """
-    from scipy.optimize import minimize_scalar
-
-    classes = logits.shape[1]
-    smoothing = classes / (classes - 1) / (len(targets) + 2)
-    scale = max(1e-12, np.abs(logits).max())
-
-    def loss(log_temperature):
-        return log_loss(softmax(logits / np.exp(log_temperature)), targets, smoothing)
-
-    bounds = np.log(scale) + np.array([-8, 5])
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
-
-
-def simulate_strangers(run, fit, temperature):
-    """Leave each class out in turn. Returns Strangers, or None with two classes.
-
-    The pictures of the class left out are the strangers, leave-one-out answers of the others the
-    friends. A class `unknown` is no friend: its pictures are strangers in the full model. Only
-    frozen levels can tell: what was trained has seen the class.
-    """
-    data = run.data
-    count, labels = len(data.labels), data.labels
-    if count < 3:
-        return None
-    nobody = labels.index("unknown") if "unknown" in labels else -1
-    plain = len(fit.answers)
-    targets, row_targets = data.targets[fit.rows[:plain]], data.targets[fit.rows]
-    y = centred(row_targets, count)
-    answers, is_friend = softmax(fit.answers / temperature), targets != nobody
-    scores = [(answers[~is_friend], np.full((~is_friend).sum(), nobody))]
-    classes = [c for c in range(count) if c != nobody]
-    for left in np.random.default_rng(run.args.seed).permutation(classes)[:MAX_LEFT_OUT]:
-        some = np.flatnonzero(row_targets == left)
-        without = leave_out(fit.block, fit.residuals, fit.roots, y, [some])[some[some < plain]]
-        without[:, left] = -np.inf
-        scores.append((softmax(without / temperature), np.full(len(without), left)))
-    strangers = np.concatenate([answer for answer, _ in scores])
-    known = strangers.argmax(1) != nobody
-    names = zip(np.concatenate([left for _, left in scores]), strangers.argmax(1))
-    taken_for = Counter(labels[said] for (_, said), some in zip(names, known) if some)
-    reached = np.where(known, strangers.max(1), 0)
-    friends, right = answers[is_friend], answers[is_friend].argmax(1) == targets[is_friend]
-    return weigh_thresholds(friends.max(1), right, reached, taken_for)
-
-
-def weigh_thresholds(friends, right, strangers, taken_for):
-    """Return Strangers for every threshold that makes a difference, with the chosen one.
-
-    friends: probabilities of friends' answers, and whether these are correct. strangers: those with
-    which strangers are taken for somebody. Chosen is the middle, in log odds, between the lowest
-    threshold that calls STRANGERS_UNKNOWN of the strangers unknown and the one where both shares
-    have the largest sum; never one that refuses over FRIENDS_REFUSED of the correct answers.
-    """
-    thresholds = np.unique(np.concatenate([[0.0], friends, strangers]))
-    correct = np.sort(friends[right])
-    passed = len(correct) - np.searchsorted(correct, thresholds)
-    friends_share = passed / max(1, len(friends))
-    unknown = np.searchsorted(np.sort(strangers), thresholds) / max(1, len(strangers))
-    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))[-1]
-    enough = np.flatnonzero(unknown >= STRANGERS_UNKNOWN)
-    low = min(enough[0] if len(enough) else allowed, allowed)
-    high = max(low, min(np.argmax(friends_share + unknown), allowed))
-    middle = special_middle(thresholds[low], thresholds[high])
-    return Strangers(thresholds, friends_share, unknown, float(middle), taken_for)
-
-
-def special_middle(low, high):
-    """Return the middle of two probabilities in log odds."""
-    from scipy.special import expit, logit
-
-    middle = expit(logit(np.clip([low, high], 1e-9, 1 - 1e-9)).mean())
-    return np.clip(middle, low, high)  # rounded up, it would refuse one more
-
-
-def shares_at(strangers, threshold):
-    """Return (share of friends correct, share of strangers unknown) at a threshold."""
-    place = min(np.searchsorted(strangers.thresholds, threshold), len(strangers.thresholds) - 1)
-    return float(strangers.friends[place]), float(strangers.unknown[place])
-
-
-def interval(right, total):
-    """Return the exact (Clopper-Pearson) 95 % interval of a share as [low, high]."""
-    from scipy.stats import binomtest
-
-    return list(binomtest(right, total).proportion_ci(0.95, method="exact"))
-
-
-# ---------------------------------------------------------------- rounds
-
-
-# network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
-Candidate = namedtuple(
-    "Candidate", "network kernel bias probabilities fit temperature trained_share"
-)
-
-
-def readout_candidate(run, fit):
-    """Return the Candidate of a readout alone, with its temperature folded in."""
-    data, width = run.data, model.HIDDEN
-    targets = data.targets[fit.rows[: len(fit.answers)]]
-    temperature = fit_temperature(fit.answers, targets)
-    kernel, bias = fit.kernel / temperature, fit.bias / temperature
-    probabilities = softmax(read_validation(run) @ kernel + bias)
-    kernel = np.concatenate([kernel, np.zeros((width, kernel.shape[1]))])
-    return Candidate(run.networks.base, kernel, bias, probabilities, fit, temperature, 0.0)
+    pictures = np.concatenate(parts)
+    levels = [level.units for level in levels or run.networks.settings.levels]
+    rows = readout.Rows(read, levels, data.targets[pictures], data.groups[pictures], len(indices),
+                        len(data.labels))  # fmt: skip
+    fit = readout.fit_readout(rows, strength, run.args.seed)
+    return Readout(fit, rows, pictures, views)
+
+
+def measure_strangers(run, made):
+    """Return the Strangers of a Readout. Only frozen levels can tell: training has seen all."""
+    labels = run.data.labels
+    nobody = labels.index("unknown") if "unknown" in labels else None
+    return readout.simulate_strangers(made.fit, made.rows, nobody, run.args.seed)
+
+
+def readout_candidate(run, made):
+    """Return the Candidate of a Readout alone, with its temperature folded in."""
+    fit, data = made.fit, run.data
+    kernel, bias = fit.kernel / fit.temperature, fit.bias / fit.temperature
+    probabilities = readout.softmax(read_validation(run) @ kernel + bias)
+    kernel = np.concatenate([kernel, np.zeros((model.HIDDEN, len(data.labels)))])
+    return Candidate(run.networks.base, kernel, bias, probabilities, 0.0)
 
 
 def read_validation(run):
@@ -1582,7 +1261,7 @@ def read_validation(run):
     return view.rows["levels"][view.row_of[run.data.validation]]
 
 
-def trained_candidates(run, readout):
+def trained_candidates(run, made):
     """Yield Candidates that mix the trained layer's logits with a readout of what stayed frozen.
 
     From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
@@ -1592,47 +1271,31 @@ def trained_candidates(run, readout):
     actual = data.targets[data.validation]
     logits, _ = predict_trained(run, get_view(run, UNAUGMENTED), data.validation)
     kernel, bias = networks.top.get_layer("trained").get_weights()
-    cut, blocks = networks.settings.cut, model.BASE.blocks
-    frozen = [level for level in networks.settings.levels
-              if cut and blocks.index(level.block) <= blocks.index(cut)]  # fmt: skip
-    width = networks.settings.levels[-1].stop
-    frozen_kernel, frozen_bias = np.zeros((width, len(data.labels))), 0.0
-    if frozen:
-        views = views_of(run, readout.fit)
-        fit = fit_readout(run, data.train, views, frozen, like=readout.fit)
-        frozen_kernel[: len(fit.kernel)] = fit.kernel / readout.temperature
-        frozen_bias = fit.bias / readout.temperature
+    frozen_kernel, frozen_bias = read_frozen(run, made)
     frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
-    for share in TRAINED_SHARES if frozen else (1.0,):
+    for share in TRAINED_SHARES if networks.settings.cut else (1.0,):
         mixed = share * logits + (1 - share) * frozen_logits
-        heat = fit_temperature(mixed, actual)
+        heat = readout.fit_temperature(mixed, actual)
         mixed_kernel = np.concatenate([(1 - share) * frozen_kernel, share * kernel]) / heat
         mixed_bias = ((1 - share) * frozen_bias + share * bias) / heat
-        yield Candidate(networks.trained, mixed_kernel, mixed_bias, softmax(mixed / heat),
-                        readout.fit, readout.temperature, share)  # fmt: skip
+        probabilities = readout.softmax(mixed / heat)
+        yield Candidate(networks.trained, mixed_kernel, mixed_bias, probabilities, share)
 
 
-def views_read(run):
-    """Return the views that the readout reads: mirror images only while the fit is in the dual."""
-    is_small = 2 * len(run.data.train) <= MAX_DUAL
-    return [view for view in (UNAUGMENTED, MIRRORED) if view == UNAUGMENTED or is_small]
+def read_frozen(run, made):
+    """Return kernel and bias of a readout of the levels that training leaves as they are."""
+    settings, blocks = run.networks.settings, model.BASE.blocks
+    kernel = np.zeros((settings.levels[-1].units.stop, len(run.data.labels)))
+    if settings.cut is None:
+        return kernel, 0.0
+    last = blocks.index(settings.cut)
+    frozen = [level for level in settings.levels if blocks.index(level.block) <= last]
+    fit = make_readout(run, made.views, frozen, strength=made.fit.strength).fit
+    kernel[: len(fit.kernel)] = fit.kernel / made.fit.temperature
+    return kernel, fit.bias / made.fit.temperature
 
 
-def views_of(run, fit):
-    """Return the views whose levels a Fit has read."""
-    return views_read(run) if len(fit.rows) > len(fit.answers) else [UNAUGMENTED]
-
-
-def best_readout(run, round_number, before):
-    """Return a round's Fit: that of round 0, or with mirror images if leave-one-out says so."""
-    levels, train = run.networks.settings.levels, run.data.train
-    if before is None:
-        before = fit_readout(run, train, [UNAUGMENTED], levels)
-    if round_number == 1 and len(views_read(run)) > 1:
-        mirrored = fit_readout(run, train, views_read(run), levels)
-        # weights sum to one over twice the rows, so the error of the same answers is half
-        return mirrored if 2 * mirrored.error < before.error else before
-    return before
+# ---------------------------------------------------------------- rounds
 
 
 def run_rounds(run, state):
@@ -1640,32 +1303,21 @@ def run_rounds(run, state):
 
     state: of the last whole round of an interrupted run, or None.
     """
-    args, recipe, networks = run.args, run.recipe, run.networks
+    args, recipe = run.args, run.recipe
     if recipe["rounds"]:
         views_that_fit(run)  # or it is told before the work
-        compile_for_training(run, networks.top)
-    fit = None
+        compile_for_training(run, run.networks.top)
     if state:
         restore_state(run, state)
-        fit = refit(run, state["round"])
-        best = state["best"]
-        if best is None and args.process == 0:
-            best = finish_round(run, state["round"], [], fit, None)
-        state["best"] = all_gather(args, best)[0]
+        if state["best"] is None:
+            state["best"] = finish_round(run, state["round"], [], None)
     else:
         remove_state(args.model)
         state = {"round": -1, "stale": 0, "best": None, "history": []}
     while not is_finished(run, state):
         number = state["round"] + 1
-        get_view(run, UNAUGMENTED)
-        rows = train_top(run, number) if number else []
-        fit = exchange_fit(run, number, fit)
-        if number == 0:
-            rows = train_head(run)
-        best = None
-        if args.process == 0:
-            best = finish_round(run, number, rows, fit, state["best"])
-        best = all_gather(args, best)[0]
+        rows = train_top(run, number) if number else train_head(run)
+        best = finish_round(run, number, rows, state["best"])
         stale = 0 if best != state["best"] else state["stale"] + 1
         history = state["history"] + rows
         state = {"round": number, "stale": stale, "best": best, "history": history}
@@ -1675,63 +1327,56 @@ def run_rounds(run, state):
     return state
 
 
-def exchange_fit(run, number, fit):
-    """Return the readout of a round to the first process; the others only give their levels."""
-    if run.args.process == 0:
-        return best_readout(run, number, fit)
-    for view in [UNAUGMENTED] if number == 0 else views_read(run)[1:] if number == 1 else []:
-        gather_levels(run, view)
-    return None
-
-
-def refit(run, last_round):
-    """Return the readout as it was after a round, from the same features."""
-    fit = None
-    for number in range(min(last_round, 1) + 1):
-        fit = exchange_fit(run, number, fit)
-    return fit
-
-
 def is_finished(run, state):
     """Say whether no further round is due: all made, none that improves, or nothing to gain."""
-    recipe = run.recipe
+    recipe, best = run.recipe, state["best"]
     if state["round"] >= recipe["rounds"]:
         return True
-    if state["best"] is None or "rounds" in run.args:  # rounds that were asked for are made
+    if best is None or "rounds" in run.args:  # rounds that were asked for are made
         return False
-    best, is_scratch = state["best"], run.networks.settings.cut is None
+    is_scratch = run.networks.settings.cut is None
     if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
         return True
     return bool(recipe["patience"] and state["stale"] >= recipe["patience"])
 
 
-def finish_round(run, number, rows, fit, best):
+def finish_round(run, number, rows, best):
     """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
 
-    best: {"round", "right", "loss", "loo"} of the best so far, or None.
+    best: {"round", "right", "loss", "loo"} of the best so far, or None. In all processes.
     """
+    made = round_readout(run, number)
+    if run.args.process == 0:
+        best = score_round(run, number, rows, made, best)
+    return all_gather(run.args, best)[0]
+
+
+def score_round(run, number, rows, made, best):
+    """Do what `finish_round` says, in the first process."""
     data = run.data
     actual = data.targets[data.validation]
-    readout = readout_candidate(run, fit)
-    candidates = [readout, *(trained_candidates(run, readout) if number else [])]
+    candidates = [readout_candidate(run, made)]
+    candidates += trained_candidates(run, made) if number else []
     chosen = min(candidates, key=lambda c: score(c.probabilities, actual))
-    right = int((chosen.probabilities.argmax(1) == actual).sum())
+    wrong, loss = score(chosen.probabilities, actual)
+    right = len(actual) - wrong
     if rows:
         rows[-1]["plain_accuracy"] = right / len(actual)
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(line)
-    loss = log_loss(chosen.probabilities, actual)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
-        loo = fit.answers.argmax(1) == data.targets[fit.rows[: len(fit.answers)]]
-        best = {"round": number, "right": right, "loss": loss, "loo": float(loo.mean())}
-        save_candidate(run, number, right, chosen)
+        known = made.rows.targets[made.fit.judged[: len(made.fit.answers)]]
+        loo = float((made.fit.answers.argmax(1) == known).mean())
+        best = {"round": number, "right": right, "loss": loss, "loo": loo}
+        save_candidate(run, number, right, made, chosen)
     draw_round(run, number, line, chosen.probabilities)
     return best
 
 
 def score(probabilities, actual):
     """Return what is least for the best answers: (mistakes, log loss)."""
-    return int((probabilities.argmax(1) != actual).sum()), log_loss(probabilities, actual)
+    wrong = int((probabilities.argmax(1) != actual).sum())
+    return wrong, readout.log_loss(probabilities, actual)
 
 
 def draw_round(run, number, title, probabilities):
@@ -1767,14 +1412,14 @@ def drawing(path):
         utils.warn(f"{utils.escape(path)}: could not be drawn ({utils.first_line(error)})")
 
 
-def save_candidate(run, number, right, chosen):
+def save_candidate(run, number, right, made, chosen):
     """Save a network with its new last layer, and what must travel with it."""
     args, data, networks = run.args, run.data, run.networks
     settings, count = networks.settings, len(data.validation)
-    strangers = simulate_strangers(run, chosen.fit, chosen.temperature)
+    strangers = measure_strangers(run, made)
     promise, threshold = None, 0.5
     if strangers:
-        threshold, promise = strangers.chosen, shares_at(strangers, strangers.chosen)
+        threshold, promise = strangers.chosen, readout.shares_at(strangers, strangers.chosen)
     if strangers and chosen.trained_share:
         # only frozen levels can be simulated: as many answers are refused as there
         refused = 1 - promise[0] / max(1e-9, strangers.friends[0])
@@ -1782,7 +1427,7 @@ def save_candidate(run, number, right, chosen):
     info = {
         "labels": data.labels,
         "base": model.BASE.builder,
-        "has_grids": any(level.is_grid for level in settings.levels),
+        "has_grids": settings.has_grids,
         "image_size": data.pixels.rows.shape[1],
         "face_crops": share_of_face_crops(data),
         "round": number,
@@ -1791,7 +1436,7 @@ def save_candidate(run, number, right, chosen):
         "strangers": promise and {"friends": promise[0], "unknown": promise[1]},
         "weights": settings.source,
         "accuracy": right / count,
-        "interval": interval(right, count),
+        "interval": readout.interval(right, count),
         "number_format": settings.number_format,
         "seed": args.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -1926,7 +1571,7 @@ def score_saved(args, network, data, indices, what):
     parts = [model.predict(network, data.pixels.rows[chunk], size) for chunk in shown]
     probabilities = np.concatenate(parts)
     right = int((probabilities.argmax(1) == actual).sum())
-    low, high = interval(right, len(actual))
+    low, high = readout.interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(f"{line}, 95% interval {low:.4f} to {high:.4f}")
     rows = []
@@ -1950,9 +1595,8 @@ def finish_run(run, state):
     network, info = model.load_model(args.model)
     what = f"best: round {info['round']}, validation accuracy"
     found = score_saved(args, network, data, data.validation, what)
-    fit = refit(run, info["round"])
-    temperature = fit_temperature(fit.answers, data.targets[fit.rows[: len(fit.answers)]])
-    strangers = simulate_strangers(run, fit, temperature)
+    made = round_readout(run, info["round"])
+    strangers = measure_strangers(run, made)
     if info["strangers"]:
         friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
         utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
@@ -1961,31 +1605,30 @@ def finish_run(run, state):
     utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong[::-1])
     write_history(args, state["history"])  # again: a kill may have come between state and rows
     with drawing(f"{args.model}-report.png"):
-        panel = strangers and (strangers.thresholds, strangers.friends, strangers.unknown,
-                               info["threshold"])  # fmt: skip
+        panel = strangers and (*strangers[:3], info["threshold"])
         report.draw_report(
             f"{args.model}-report.png", found.title, data.labels, data.targets[data.validation],
             found.probabilities, state["history"], panel,
         )  # fmt: skip
-    pictures, levels = np.arange(len(data.pictures)), run.networks.settings.levels
-    everything = fit_readout(run, pictures, views_of(run, fit), levels, like=fit)
-    review = review_labels(args, data, everything, temperature)
+    everything = make_readout(run, made.views, None, np.arange(len(data.pictures)),
+                              made.fit.strength)  # fmt: skip
+    review = review_labels(data, everything, made.fit.temperature)
     write_review(args, data, review)
     if args.fit_all:
-        fit_all(run, network, info, everything, temperature)
+        fit_all(run, network, info, everything.fit, made.fit.temperature)
     print_next_steps(args, info, found.rows, strangers, len(review))
     return found.accuracy
 
 
-def fit_all(run, network, info, everything, temperature):
+def fit_all(run, network, info, fit, temperature):
     """Save the model once more with a readout of all pictures; its figures stay as they are."""
     args = run.args
     if info["trained_share"]:
         utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
         return
-    width = (model.HIDDEN, len(run.data.labels))
-    kernel = np.concatenate([everything.kernel / temperature, np.zeros(width)])
-    save_network(args, network, kernel, everything.bias / temperature, info | {"fit_all": True})
+    kernel = np.concatenate([fit.kernel, np.zeros((model.HIDDEN, len(run.data.labels)))])
+    info["fit_all"] = True
+    save_network(args, network, kernel / temperature, fit.bias / temperature, info)
     utils.print_line(
         "fit-all: the saved model's readout knows all pictures now; every figure printed and "
         "stored is that of the model before"
@@ -1995,16 +1638,17 @@ def fit_all(run, network, info, everything, temperature):
 # ---------------------------------------------------------------- labels worth a look
 
 
-def review_labels(args, data, fit, temperature):
+def review_labels(data, everything, temperature):
     """Return rows (index, suggested label, probability, why) for labels that deserve a look.
 
     `label`: a readout that has not seen the picture gives its label less than another; `copy`:
     equal or near copies under two classes. The least probable labels come first, as in confident
     learning (Northcutt et al. 2021).
     """
-    answers = softmax(fit.answers / temperature)
+    answers = readout.softmax(everything.fit.answers / temperature)
+    judged = everything.pictures[everything.fit.judged[: len(answers)]]
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
-    for i, p in zip(fit.rows[: len(answers)].tolist(), answers):
+    for i, p in zip(judged.tolist(), answers):
         if p.argmax() != data.targets[i]:
             own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
             doubts[i] = (own, suggestion, float(p.max()), "label")
@@ -2035,7 +1679,7 @@ def print_next_steps(args, info, rows, strangers, doubtful):
     name = utils.escape(args.model)
     confused = Counter((row[1], row[2]) for row in rows if row[1] != row[2])
     right = len(rows) - confused.total()
-    low, high = interval(right, len(rows))
+    low, high = readout.interval(right, len(rows))
     lines = [
         f"{name}.h5 classifies {right} of {len(rows)} pictures correctly that it was not trained "
         f"on; on more pictures like these, expect {low:.0%} to {high:.0%}."
@@ -2048,7 +1692,8 @@ def print_next_steps(args, info, rows, strangers, doubtful):
         lines.append(f"{labels} a look: {name}-review.png and {name}-review.csv.")
     lines.append(f"Below a probability of {info['threshold']:.3f} the tagger says unknown.")
     if strangers and strangers.taken_for:
-        most = ", ".join(label for label, _ in strangers.taken_for.most_common(3))
+        labels = info["labels"]
+        most = ", ".join(labels[number] for number, _ in strangers.taken_for.most_common(3))
         lines.append(f"Strangers are taken most often for: {most}.")
     if "unknown" not in info["labels"]:
         lines.append("A class `unknown`, with pictures of many others, teaches it who is strange.")
@@ -2326,7 +1971,7 @@ def train(args):
     if state:
         check_state(args, state, recipe, data)
     number_format = state and state["number_format"]
-    run = Run(args, recipe, data, build_networks(args, path, data, recipe, number_format), {})
+    run = Run(args, recipe, data, build_networks(args, path, data, recipe, number_format), {}, {})
     state = run_rounds(run, state)
     accuracy = None
     if args.process == 0:

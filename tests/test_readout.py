@@ -5,145 +5,129 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import model
+import readout
 import train
 import utils
 
-LEVELS = [
-    model.Level("low", False, 0, 12),
-    model.Level("top", False, 12, 32),
-    model.Level("low", True, 32, 60),
-]
+WIDE = [slice(0, 12), slice(12, 100)]  # more units than rows: the dual
+NARROW = [slice(0, 12), slice(12, 32)]  # fewer: sums over rows
+FORMS = pytest.mark.parametrize(("views", "levels"), [(1, WIDE), (2, WIDE), (1, NARROW)])
 SIZES = (14, 11, 9, 6)  # pictures a class
 
 
-def make_run(labels=("a", "b", "c", "d"), spread=1.5, noise=()):
-    """Return what the readout needs of a run: levels of two views of pictures, in groups of 1 to 3.
+def make_rows(views=1, levels=WIDE, noise=(), class_count=4):
+    """Return Rows of pictures in groups of 1 to 3, each seen in one or two views.
 
     noise: classes whose pictures look like any other.
     """
     rng = np.random.default_rng(0)
     targets = np.repeat(np.arange(len(SIZES)), SIZES)
-    count, width = len(targets), LEVELS[-1].stop
+    width = levels[-1].stop
     centers = rng.normal(0, 1, (len(SIZES), width))
     centers[list(noise)] = 0
-    views = {}
-    for view in (train.UNAUGMENTED, train.MIRRORED):
-        rows = np.zeros(count, [("levels", "float32", (width,))])
-        rows["levels"] = centers[targets] + rng.normal(3, spread, (count, width))
-        views[view] = train.View(rows, np.arange(count))
-    data = SimpleNamespace(
-        labels=list(labels), targets=targets, pictures=range(count), train=np.arange(count),
-        groups=np.array([50 * t + n // 3 if t < 3 else 900 + n for n, t in enumerate(targets)]),
-    )  # fmt: skip
-    args = SimpleNamespace(processes=1, process=0, seed=1)
-    return SimpleNamespace(args=args, data=data, views=views)
+    x = np.tile(centers[targets], (views, 1)) + rng.normal(3, 1.5, (views * len(targets), width))
+    x = x.astype("float32")
+    groups = np.array([50 * t + n // 3 if t < 3 else 900 + n for n, t in enumerate(targets)])
+    return x, readout.Rows(
+        read=lambda level, places: x[places, level],
+        levels=levels,
+        targets=np.tile(targets, views),
+        groups=np.tile(groups, views),
+        plain=len(targets),
+        class_count=class_count,
+    )
 
 
-def features(run, views, grid_share):
+def features(x, levels):
     """Return the rows that the kernel is the product of: standardised levels and 1 for the bias."""
     parts = []
-    rows = np.concatenate([run.views[view].rows["levels"] for view in views]).astype("float64")
-    for level in LEVELS:
-        x = rows[:, level.start : level.stop]
-        x = x - x.mean(0)
-        share = grid_share if level.is_grid else (1 - grid_share) / 2
-        parts.append(x * np.sqrt(share / np.square(x).sum(1).mean()))
-    return np.column_stack([*parts, np.ones(len(rows))])
+    for level in levels:
+        part = x[:, level].astype("float64")
+        part -= part.mean(0)
+        parts.append(part / np.sqrt(2 * np.square(part).sum(1).mean()))
+    return np.column_stack([*parts, np.ones(len(x))])
 
 
-def refit_without(fit, x, y, left_out):
-    """Return what a fit to all other rows answers for some rows: plain weighted ridge regression."""
+def answer(rows, strength, x, asked, left_out=()):
+    """Return what plain weighted ridge regression, fitted to the other rows, says of some rows."""
     kept = np.setdiff1d(np.arange(len(x)), left_out)
-    weighted, wanted = fit.roots[kept] * x[kept], fit.roots[kept] * y[kept]
-    ridge = fit.strength * np.eye(x.shape[1])
-    return x[left_out] @ np.linalg.solve(weighted.T @ weighted + ridge, weighted.T @ wanted)
+    roots = readout.class_roots(rows.targets, 4)[kept]
+    weighted, wanted = roots * x[kept], roots * (np.eye(4)[rows.targets[kept]] - 0.25)
+    ridge = strength * np.eye(x.shape[1])
+    return x[asked] @ np.linalg.solve(weighted.T @ weighted + ridge, weighted.T @ wanted)
 
 
-@pytest.mark.parametrize("views", [[0], [0, 1]])
-@pytest.mark.parametrize("grid_share", train.GRID_SHARES)
-def test_leave_one_out_is_fitting_again_without_each_group(views, grid_share):
-    run = make_run()
-    like = SimpleNamespace(grid_share=grid_share, strength=0.01)
-    fit = train.fit_readout(run, run.data.train, views, LEVELS, like)
-    x, y = features(run, views, grid_share), train.centred(run.data.targets[fit.rows], 4)
-    groups = run.data.groups[fit.rows]
-    for n in range(len(fit.answers)):
-        together = np.flatnonzero(groups == groups[n])
-        expected = refit_without(fit, x, y, together)[list(together).index(n)]
-        assert fit.answers[n] == pytest.approx(expected, abs=1e-4)
+@FORMS
+def test_leave_one_out_is_fitting_again_without_each_group(views, levels):
+    x, rows = make_rows(views, levels)
+    fit, x = readout.fit_readout(rows, 0.01), features(x, levels)
+    for place in range(rows.plain):
+        together = np.flatnonzero(rows.groups == rows.groups[place])
+        expected = answer(rows, 0.01, x, [place], together)[0]
+        assert fit.answers[place] == pytest.approx(expected, abs=1e-4)
     for target in range(4):  # a whole class, as the strangers are measured
-        some = np.flatnonzero(run.data.targets[fit.rows] == target)
-        answers = train.leave_out(fit.block, fit.residuals, fit.roots, y, [some])
-        expected = refit_without(fit, x, y, some)
-        assert answers[some] == pytest.approx(expected, abs=1e-4)
+        some = np.flatnonzero(rows.targets == target)
+        expected = answer(rows, 0.01, x, some, some)
+        assert readout.leave_out(fit, some) == pytest.approx(expected, abs=1e-4)
+
+
+@FORMS
+def test_kernel_and_bias_give_what_was_fitted(views, levels):
+    x, rows = make_rows(views, levels)
+    fit = readout.fit_readout(rows)
+    expected = answer(rows, fit.strength, features(x, levels), np.arange(len(x)))
+    assert x @ fit.kernel + fit.bias == pytest.approx(expected + 0.25, abs=1e-4)
+
+
+@FORMS
+def test_the_strength_has_the_least_error(views, levels):
+    _, rows = make_rows(views, levels)
+    best = readout.fit_readout(rows)
+    place = int(np.argmin(np.abs(readout.STRENGTHS - best.strength)))
+    for strength in readout.STRENGTHS[max(0, place - 1) : place + 2]:
+        assert best.error <= readout.fit_readout(rows, strength).error
+
+
+def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
+    monkeypatch.setattr(readout, "MAX_JUDGED", 30)
+    x, rows = make_rows(1, NARROW)
+    fit, x = readout.fit_readout(rows, 0.01), features(x, NARROW)
+    whole = np.bincount(rows.groups) == np.bincount(rows.groups[fit.judged], minlength=940)
+    same = whole[rows.groups[fit.judged]]
+    assert len(fit.judged) == 30 and same.sum() >= 28
+    for row in np.flatnonzero(same):
+        together = np.flatnonzero(rows.groups == rows.groups[fit.judged[row]])
+        expected = answer(rows, 0.01, x, [fit.judged[row]], together)[0]
+        assert fit.answers[row] == pytest.approx(expected, abs=1e-4)
 
 
 def test_classes_count_alike():
-    run = make_run()
-    roots = train.class_roots(run.data.targets, 4)
-    sums = np.bincount(run.data.targets, np.square(roots).ravel())
+    _, rows = make_rows()
+    sums = np.bincount(rows.targets, np.square(readout.class_roots(rows.targets, 4)).ravel())
     assert sums == pytest.approx([0.25] * 4)
 
 
 def test_a_class_of_one_group_is_judged_picture_by_picture():
-    run = make_run()
-    run.data.groups[run.data.targets == 1] = 7
-    groups = train.loo_groups(run.data, np.arange(40))
-    sizes = [len(group) for group in groups if run.data.targets[group[0]] == 1]
+    _, rows = make_rows()
+    rows.groups[rows.targets == 1] = 7
+    groups = readout.left_out_together(rows.groups, rows.targets)
+    sizes = [len(group) for group in groups if rows.targets[group[0]] == 1]
     assert sizes == [1] * SIZES[1]
 
 
-def test_strength_and_grids_have_the_least_error():
-    run = make_run()
-    best = train.fit_readout(run, run.data.train, [0], LEVELS)
-    place = int(np.argmin(np.abs(train.STRENGTHS - best.strength)))
-    for share in train.GRID_SHARES:
-        for strength in train.STRENGTHS[max(0, place - 1) : place + 2]:
-            like = SimpleNamespace(grid_share=share, strength=strength)
-            other = train.fit_readout(run, run.data.train, [0], LEVELS, like)
-            assert best.error <= other.error + 1e-12 or share != best.grid_share
-
-
-@pytest.mark.parametrize("views", [[0], [0, 1]])
-def test_kernel_and_bias_give_what_the_fit_says(views):
-    run = make_run()
-    fit = train.fit_readout(run, run.data.train, views, LEVELS)
-    x, y = features(run, views, fit.grid_share), train.centred(run.data.targets[fit.rows], 4)
-    fitted = run.views[0].rows["levels"] @ fit.kernel + fit.bias
-    everything = refit_without(fit, np.r_[x, x], np.r_[y, y], np.arange(len(x), 2 * len(x)))
-    assert fitted == pytest.approx(everything[: len(fitted)] + 0.25, abs=1e-4)
-
-
-def test_the_sums_over_many_pictures_give_the_same_as_the_kernel(monkeypatch):
-    run, means = make_run(), LEVELS[:2]
-    dual = train.fit_readout(run, run.data.train, [0], means)
-    monkeypatch.setattr(train, "MAX_DUAL", 30)
-    primal = train.fit_readout(run, run.data.train, [0], LEVELS, like=dual)
-    assert primal.kernel[:32] == pytest.approx(dual.kernel, abs=1e-4)
-    assert primal.bias == pytest.approx(dual.bias, abs=1e-4)
-    assert primal.kernel.shape == (60, 4) and not primal.kernel[32:].any()
-    groups = run.data.groups
-    whole = np.bincount(groups) == np.bincount(groups[primal.rows], minlength=groups.max() + 1)
-    same = whole[groups[primal.rows]]
-    assert len(primal.rows) == 30 and same.sum() >= 28  # groups are drawn whole
-    assert primal.answers[same] == pytest.approx(dual.answers[primal.rows[same]], abs=1e-4)
-    assert primal.strength == train.fit_readout(run, run.data.train, [0], means).strength
-
-
 def test_numbers_that_are_not_finite_are_one_line():
-    run = make_run()
-    run.views[0].rows["levels"][3] = np.nan
+    x, rows = make_rows()
+    x[3] = np.nan
     with pytest.raises(utils.UserError, match="features are not finite"):
-        train.fit_readout(run, run.data.train, [0], LEVELS)
+        readout.fit_readout(rows)
 
 
 # ---------------------------------------------------------------- strangers
 
 
 def shares(friends, right, strangers):
-    found = train.weigh_thresholds(*map(np.array, (friends, right, strangers)), {})
-    return train.shares_at(found, found.chosen), found.chosen
+    found = readout.weigh_thresholds(*map(np.array, (friends, right, strangers)), {})
+    return readout.shares_at(found, found.chosen), found.chosen
 
 
 def test_the_threshold_lies_between_friends_and_strangers():
@@ -168,32 +152,27 @@ def test_most_strangers_are_unknown_where_friends_allow_it():
     assert unknown >= 0.8
 
 
-def measured(run):
-    fit = train.fit_readout(run, run.data.train, [0], LEVELS)
-    return fit, train.simulate_strangers(run, fit, 0.1)
-
-
 def test_each_class_plays_the_stranger():
-    run = make_run()
-    fit, found = measured(run)
-    friends = (fit.answers.argmax(1) == run.data.targets).mean()
+    _, rows = make_rows()
+    fit = readout.fit_readout(rows)
+    found = readout.simulate_strangers(fit, rows)
+    friends = (fit.answers.argmax(1) == rows.targets).mean()
     assert found.friends[0] == pytest.approx(friends) and found.friends[-1] < friends
-    assert found.taken_for.total() == 40 and set(found.taken_for) <= set("abcd")
+    assert found.taken_for.total() == 40 and set(found.taken_for) <= {0, 1, 2, 3}
     assert len(found.thresholds) <= 81 and (np.diff(found.unknown) >= 0).all()
 
 
 def test_the_class_unknown_is_a_stranger():
-    run = make_run(("a", "b", "c", "unknown"), noise=[3])
-    fit, found = measured(run)
-    friend = run.data.targets < 3
-    right = fit.answers.argmax(1) == run.data.targets
+    _, rows = make_rows(noise=[3])
+    fit = readout.fit_readout(rows)
+    found = readout.simulate_strangers(fit, rows, nobody=3)
+    friend, right = rows.targets < 3, fit.answers.argmax(1) == rows.targets
     assert found.friends[0] == pytest.approx(right[friend].mean()) != right.mean()
-    assert "unknown" not in found.taken_for
+    assert 3 not in found.taken_for
 
 
 def test_two_classes_cannot_tell_about_strangers():
-    run = make_run(("a", "b"))
-    assert train.simulate_strangers(run, None, 1.0) is None
+    assert readout.simulate_strangers(None, make_rows(class_count=2)[1]) is None
 
 
 # ---------------------------------------------------------------- calibration
@@ -202,8 +181,8 @@ def test_two_classes_cannot_tell_about_strangers():
 def test_the_temperature_of_a_perfect_set_stays_bounded():
     targets = np.arange(40) % 4
     logits = 10 * np.eye(4)[targets]
-    temperature = train.fit_temperature(logits, targets)
-    answers = train.softmax(logits / temperature)
+    temperature = readout.fit_temperature(logits, targets)
+    answers = readout.softmax(logits / temperature)
     assert 0.9 < answers.max() < 1 - 1e-4
 
 
@@ -212,8 +191,8 @@ def test_the_temperature_mends_what_is_too_sure():
     actual = rng.integers(0, 5, 400)
     guess = np.where(rng.random(400) < 0.7, actual, rng.integers(0, 5, 400))
     logits = 9 * np.eye(5)[guess]
-    temperature = train.fit_temperature(logits, actual)
-    answers = train.softmax(logits / temperature)
+    temperature = readout.fit_temperature(logits, actual)
+    answers = readout.softmax(logits / temperature)
     assert temperature > 2 and answers.max() == pytest.approx((guess == actual).mean(), abs=0.01)
 
 
@@ -222,20 +201,21 @@ def test_the_temperature_mends_what_is_too_sure():
     [(88, 89, 0.9390, 0.9997), (0, 10, 0, 0.3085), (10, 10, 0.6915, 1)],
 )
 def test_the_interval_is_exact(right, total, low, high):
-    assert train.interval(right, total) == pytest.approx([low, high], abs=1e-4)
+    assert readout.interval(right, total) == pytest.approx([low, high], abs=1e-4)
 
 
 # ---------------------------------------------------------------- labels
 
 
 def test_labels_worth_a_look_are_wrong_ones_and_copies():
-    run = make_run()
-    run.data.targets[[0, 20]] = 1, 2  # look like classes a and b
-    run.data.groups = np.arange(40)
-    run.data.pictures = [SimpleNamespace(label=run.data.labels[t]) for t in run.data.targets]
-    run.data.copies = [(2, 30)]
-    fit = train.fit_readout(run, run.data.train, [0], LEVELS)
-    review = train.review_labels(run.args, run.data, fit, 0.05)
+    _, rows = make_rows()
+    targets, labels = rows.targets.copy(), list("abcd")
+    targets[[0, 20]] = 1, 2  # look like classes a and b
+    rows = rows._replace(targets=targets, groups=np.arange(40))
+    everything = train.Readout(readout.fit_readout(rows), rows, np.arange(40), [0])
+    pictures = [SimpleNamespace(label=labels[target]) for target in targets]
+    data = SimpleNamespace(targets=targets, labels=labels, pictures=pictures, copies=[(2, 30)])
+    review = train.review_labels(data, everything, 0.05)
     assert [row[0] for row in review[:2]] == [2, 30]  # the copies, sure to be two classes
     found = {i: (suggested, why) for i, suggested, _, why in review}
     assert found[0] == ("a", "label") and found[20] == ("b", "label")

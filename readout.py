@@ -1,0 +1,324 @@
+"""The readout: ridge regression from several levels of a frozen network to the classes.
+
+Closed form, arrays in and arrays out: no files, no Keras. Classes count alike, or a stranger would
+be taken for whoever has most pictures; each level weighs alike. What it answers about pictures that
+it has not seen (leave-one-out) gives its strength, its temperature and the threshold for strangers.
+"""
+
+from collections import Counter, namedtuple
+
+import numpy as np
+
+import utils
+
+STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squares of a picture
+FIRST_STRENGTH = 5  # where the search among them begins
+CHUNK = 1024  # rows that are summed at once
+MAX_JUDGED = 6_000  # rows of a large set that are left out in turn, drawn by lot
+STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
+FRIENDS_REFUSED = 0.2  # largest share of correct answers that it may cost
+MAX_LEFT_OUT = 40  # classes that play the stranger
+
+# What is read. read: (slice of units, places of rows) → float32 (n, units); levels: such slices;
+# targets, groups: class and group of each row; plain: so many rows, the first, are unaugmented
+Rows = namedtuple("Rows", "read levels targets groups plain class_count")
+# kernel (units, classes) and bias (classes,) give logits before temperature. answers: of
+# leave-one-out, about the places `judged[:len(answers)]`; error: their weighted squares. For all
+# places that were left out in turn, `judged`: complement is I - hat matrix, residuals what is
+# missing to `wanted`, the centred classes, both times `roots`, the roots of the weights
+Fit = namedtuple(
+    "Fit", "strength answers error judged complement residuals wanted roots kernel bias temperature"
+)
+# shares of friends correct and strangers unknown at each threshold, the chosen one, and for whom
+# strangers are taken: a Counter of classes
+Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for")
+
+
+# ---------------------------------------------------------------- ridge regression
+
+
+def fit_readout(rows, strength=None, seed=0):
+    """Return the Fit to Rows with the least leave-one-out error, or of a strength that is given.
+
+    In the dual while there are fewer rows than units, else by sums over all rows; of so many, those
+    of MAX_JUDGED rows are left out in turn. seed: draws these.
+    """
+    scales = [level_scale(rows, level) for level in rows.levels]
+    roots = class_roots(rows.targets, rows.class_count)
+    wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
+    if len(rows.targets) <= rows.levels[-1].stop:
+        judged = np.arange(len(rows.targets))
+        solve, coefficients = dual_form(rows, scales, roots, wanted)
+    else:
+        judged = draw_groups(rows.groups[: rows.plain], seed)
+        solve, coefficients = primal_form(rows, scales, roots, wanted, judged)
+    together = left_out_together(rows.groups[judged], rows.targets[judged])
+    plain = int((judged < rows.plain).sum())
+
+    def judge(strength):
+        """Return the Fit of a strength, as far as leave-one-out needs it."""
+        fit = Fit(strength, None, None, judged, *solve(strength), wanted[judged], roots[judged],
+                  None, None, None)  # fmt: skip
+        answers = np.empty_like(fit.wanted)
+        for places in together:
+            answers[places] = leave_out(fit, places)
+        error = float(np.square(fit.roots * (answers - fit.wanted))[:plain].sum())
+        return fit._replace(answers=answers[:plain], error=error)
+
+    best = judge(strength) if strength else search_strength(judge)
+    kernel, bias = fold_scales(rows, scales, coefficients(best))
+    temperature = fit_temperature(best.answers, rows.targets[judged[:plain]])
+    return best._replace(kernel=kernel, bias=bias, temperature=temperature)
+
+
+def level_scale(rows, level):
+    """Return (mean, factor) that give a level mean 0 and mean square length 1, by sums."""
+    total, squares, count = 0.0, 0.0, len(rows.targets)
+    for places in in_chunks(count):
+        x = rows.read(level, places).astype("float64")
+        total, squares = total + x.sum(axis=0), squares + np.square(x).sum()
+    mean = total / count
+    return mean, 1 / np.sqrt(max(1e-24, squares / count - mean @ mean))
+
+
+def in_chunks(count):
+    """Return the numbers below a count in pieces, so that few rows are in memory at once."""
+    return np.split(np.arange(count), range(CHUNK, count, CHUNK))
+
+
+def class_roots(targets, class_count):
+    """Return the roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
+    weights = 1 / np.maximum(1, np.bincount(targets, minlength=class_count))[targets]
+    return np.sqrt(weights / weights.sum())[:, None]
+
+
+def standardise(rows, level, scale, places):
+    """Return a level of some rows with mean 0 and mean square length 1, float32 (n, units)."""
+    mean, factor = scale
+    x = rows.read(level, places) - mean.astype("float32")
+    return x * np.float32(factor)
+
+
+def all_units(rows, scales, places):
+    """Return what is fitted: all levels of some rows, alike, and 1 for the bias, (n, units + 1)."""
+    share = np.float32(1 / np.sqrt(len(scales)))
+    pairs = zip(rows.levels, scales)
+    parts = [share * standardise(rows, level, scale, places) for level, scale in pairs]
+    return np.column_stack([*parts, np.ones(len(places), "float32")])
+
+
+def dual_form(rows, scales, roots, wanted):
+    """Return functions: strength → (I - hat matrix, residuals); Fit → coefficients.
+
+    With K the mean kernel of the levels plus 1 for the bias, its rows weighted, I - hat matrix is
+    strength * inv(K + strength).
+    """
+    count, kernel = len(rows.targets), 1.0
+    for level, scale in zip(rows.levels, scales):
+        x = standardise(rows, level, scale, np.arange(count))
+        kernel = kernel + (x @ x.T).astype("float64") / len(scales)
+    kernel *= roots * roots.T
+
+    def solve(strength):
+        complement = strength * invert(kernel + strength * np.eye(count))
+        return complement, complement @ (roots * wanted)
+
+    def coefficients(fit):
+        dual = roots * fit.residuals / fit.strength
+        return sum(all_units(rows, scales, places).T @ dual[places] for places in in_chunks(count))
+
+    return solve, coefficients
+
+
+def primal_form(rows, scales, roots, wanted, judged):
+    """Return the same two functions as `dual_form`, from sums over all rows."""
+    width = sum(level.stop - level.start for level in rows.levels) + 1
+    gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
+    for places in in_chunks(len(rows.targets)):
+        x = roots[places] * all_units(rows, scales, places)
+        gram += x.T @ x
+        products += x.T @ (roots * wanted)[places]
+    x = roots[judged] * all_units(rows, scales, judged)
+
+    def solve(strength):
+        inverse = invert(gram + strength * np.eye(width))
+        residuals = (roots * wanted)[judged] - x @ (inverse @ products)
+        return np.eye(len(judged)) - x @ inverse @ x.T, residuals
+
+    def coefficients(fit):
+        return invert(gram + fit.strength * np.eye(width)) @ products
+
+    return solve, coefficients
+
+
+def invert(matrix):
+    """Return the inverse of a symmetric positive definite matrix, by Cholesky decomposition."""
+    from scipy.linalg import lapack
+
+    factor, problem = lapack.dpotrf(matrix, lower=1)
+    inverse, problem_2 = lapack.dpotri(factor, lower=1)
+    if problem or problem_2 or not np.isfinite(inverse).all():
+        raise utils.UserError("--weights: the network's features are not finite: use others")
+    lower = np.tril(inverse)
+    return lower + np.tril(lower, -1).T
+
+
+def draw_groups(groups, seed):
+    """Return the places of MAX_JUDGED rows, drawn by lot, groups together."""
+    lot = np.random.default_rng(seed).permutation(groups.max() + 1)
+    return np.sort(np.argsort(lot[groups], kind="stable")[:MAX_JUDGED])
+
+
+def left_out_together(groups, targets):
+    """Return [array of places] of rows that are left out together: those of a group.
+
+    A class of one group would have nothing to learn from: its rows are left out one by one.
+    """
+    alone = np.isin(targets, [t for t in np.unique(targets) if len(set(groups[targets == t])) == 1])
+    keys = np.where(alone, groups.max() + 1 + np.arange(len(groups)), groups)
+    order = np.argsort(keys, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
+
+
+def leave_out(fit, places):
+    """Return what a fit without these rows answers about them: (n, classes), centred classes.
+
+    The residuals r of rows left out are inv(B) r, where B is their block of I - hat matrix (Cook
+    and Weisberg 1982).
+    """
+    block = fit.complement[np.ix_(places, places)]
+    residuals = np.linalg.solve(block, fit.residuals[places])
+    return fit.wanted[places] - residuals / fit.roots[places]
+
+
+def search_strength(judge):
+    """Return judge(strength) with the least error, walking downhill among STRENGTHS."""
+    place = FIRST_STRENGTH
+    best = judge(STRENGTHS[place])
+    for step in (-1, 1):
+        while 0 <= place + step < len(STRENGTHS):
+            other = judge(STRENGTHS[place + step])
+            if other.error >= best.error:
+                break
+            best, place = other, place + step
+    return best
+
+
+def fold_scales(rows, scales, coefficients):
+    """Return (kernel, bias) that read the levels as they are, and give one-hot classes."""
+    kernel = np.zeros((rows.levels[-1].stop, rows.class_count))
+    bias = coefficients[-1] + 1 / rows.class_count
+    start = 0
+    for level, (mean, factor) in zip(rows.levels, scales):
+        stop = start + level.stop - level.start
+        kernel[level] = coefficients[start:stop] * (factor / np.sqrt(len(scales)))
+        bias = bias - mean @ kernel[level]
+        start = stop
+    return kernel, bias
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def softmax(logits):
+    """Return softmax over the last axis."""
+    from scipy.special import softmax as scipy_softmax
+
+    return scipy_softmax(logits, axis=-1)
+
+
+def log_loss(probabilities, targets, smoothing=0.0):
+    """Return the mean cross-entropy of (n, classes) with target classes (n,).
+
+    smoothing: the share of a target that is spread over all classes.
+    """
+    logs = np.log(np.maximum(probabilities, 1e-30))
+    own = logs[np.arange(len(targets)), targets]
+    return float(-((1 - smoothing) * own + smoothing * logs.mean(axis=1)).mean())
+
+
+def fit_temperature(logits, targets):
+    """Return the temperature with the least log loss (Guo et al. 2017).
+
+    Targets count n + 1 of n + 2 times, as in Platt 1999: a finite set proves no certainty.
+    """
+    from scipy.optimize import minimize_scalar
+
+    classes = logits.shape[1]
+    smoothing = classes / (classes - 1) / (len(targets) + 2)
+    scale = max(1e-12, np.abs(logits).max())
+
+    def loss(log_temperature):
+        return log_loss(softmax(logits / np.exp(log_temperature)), targets, smoothing)
+
+    bounds = np.log(scale) + np.array([-8, 5])
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x))
+
+
+def interval(right, total):
+    """Return the exact (Clopper-Pearson) 95 % interval of a share as [low, high]."""
+    from scipy.stats import binomtest
+
+    return list(binomtest(right, total).proportion_ci(0.95, method="exact"))
+
+
+# ---------------------------------------------------------------- strangers
+
+
+def simulate_strangers(fit, rows, nobody=None, seed=0):
+    """Leave each class out in turn. Returns Strangers, or None with two classes.
+
+    The rows of the class left out are the strangers, leave-one-out answers of the others the
+    friends. nobody: number of a class `unknown`, which is no friend: its rows are strangers to the
+    whole fit. seed: draws MAX_LEFT_OUT classes where there are more.
+    """
+    if rows.class_count < 3:
+        return None
+    targets, plain = rows.targets[fit.judged], len(fit.answers)
+    answers, actual = softmax(fit.answers / fit.temperature), targets[:plain]
+    is_friend = actual != nobody
+    strangers = [answers[~is_friend]]
+    classes = [c for c in range(rows.class_count) if c != nobody]
+    for left in np.random.default_rng(seed).permutation(classes)[:MAX_LEFT_OUT]:
+        places = np.flatnonzero(targets == left)
+        without = leave_out(fit, places)[places < plain]
+        without[:, left] = -np.inf
+        strangers.append(softmax(without / fit.temperature))
+    strangers, friends = np.concatenate(strangers), answers[is_friend]
+    taken = strangers.argmax(axis=1)
+    reached = np.where(taken == nobody, 0, strangers.max(axis=1))
+    right = friends.argmax(axis=1) == actual[is_friend]
+    taken_for = Counter(taken[taken != nobody].tolist())
+    return weigh_thresholds(friends.max(axis=1), right, reached, taken_for)
+
+
+def weigh_thresholds(friends, right, strangers, taken_for):
+    """Return Strangers for every threshold that makes a difference, with the chosen one.
+
+    friends: probabilities of friends' answers; right: whether these are correct. strangers:
+    probabilities with which strangers are taken for somebody. Chosen is the middle, in log odds,
+    between the lowest threshold that calls STRANGERS_UNKNOWN of the strangers unknown and the one
+    where both shares have the largest sum; never one that refuses over FRIENDS_REFUSED of the
+    correct answers.
+    """
+    from scipy.special import expit, logit
+
+    thresholds = np.unique(np.concatenate([[0.0], friends, strangers]))
+    correct = np.sort(friends[right])
+    passed = len(correct) - np.searchsorted(correct, thresholds)
+    friends_share = passed / max(1, len(friends))
+    unknown = np.searchsorted(np.sort(strangers), thresholds) / max(1, len(strangers))
+    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))[-1]
+    enough = np.flatnonzero(unknown >= STRANGERS_UNKNOWN)
+    low = min(enough[0] if len(enough) else allowed, allowed)
+    high = max(low, min(np.argmax(friends_share + unknown), allowed))
+    ends = thresholds[[low, high]]
+    middle = expit(logit(np.clip(ends, 1e-9, 1 - 1e-9)).mean())
+    middle = np.clip(middle, *ends)  # rounded up, it would refuse one more
+    return Strangers(thresholds, friends_share, unknown, float(middle), taken_for)
+
+
+def shares_at(strangers, threshold):
+    """Return (share of friends correct, share of strangers unknown) at a threshold."""
+    place = min(np.searchsorted(strangers.thresholds, threshold), len(strangers.thresholds) - 1)
+    return float(strangers.friends[place]), float(strangers.unknown[place])
