@@ -201,28 +201,32 @@ def frozen_part(network, cut):
     return fold_normalisation(keras.Model(network.input, row))
 
 
-def trainable_part(network, cut, momentum=None):
-    """Return what is trained above a layer, as three Keras models that share layers with `network`.
+def build_head(units, class_count):
+    """Return the new dense layers alone: top level (batch, units) → probabilities."""
+    keras = import_keras()
+    level = keras.Input((units,))
+    hidden = keras.layers.Dense(HIDDEN, activation="relu", name="hidden")(level)
+    softmax = keras.layers.Dense(class_count, "softmax", name="trained")
+    return keras.Model(level, softmax(hidden))
 
-    cut: name of the last frozen layer, None for none. Gives (pooled top → probabilities: the new
-    dense layers alone; output of the cut → probabilities; the same → hidden units). Their
-    softmax layer, `trained`, sees the hidden units only. momentum: of batch normalisation where
-    that is trained; None freezes it.
+
+def trainable_part(network, cut, momentum=None):
+    """Return what is trained above a layer, as Keras models that share layers with `network`.
+
+    cut: name of the last frozen layer, None for none. Gives (output of the cut → probabilities, by
+    a softmax layer `trained` that sees the hidden units only; output of the cut → hidden units).
+    momentum: of batch normalisation where that is trained; None freezes it.
     """
     keras = import_keras()
-    pooled = network.get_layer(name_of(BASE.levels[-1])).output
-    softmax = keras.layers.Dense(
-        network.output.shape[-1], "softmax", dtype="float32", name="trained"
-    )
+    softmax = keras.layers.Dense(network.output.shape[-1], "softmax", name="trained")
     hidden = network.get_layer("hidden").output
-    output = softmax(hidden)
     start = network.get_layer(cut).output if cut else network.input
-    top = keras.Model(start, output)
+    top = keras.Model(start, softmax(hidden))
     for layer in top.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.trainable = momentum is not None  # frozen ones also keep their moving averages
             layer.momentum = momentum or layer.momentum
-    return keras.Model(pooled, output), top, compiled(keras.Model(start, hidden))
+    return top, compiled(keras.Model(start, hidden))
 
 
 def fold_normalisation(network):
@@ -364,15 +368,17 @@ def may_replace_model(prefix):
         return False
 
 
-def load_model(prefix):
+def load_model(prefix, network=None):
     """Load a model of ours: returns (compiled Keras model, info), info as given to `save_model`.
 
+    network: one that was built for this model, which is filled; building takes seconds.
     The network is built here: no class that a file names is ever looked up, and of the `.h5` only
     the arrays that the network wants are read. Raises UserError for anything that is not whole.
     """
     info = check_model(prefix)
-    has_grids = info.get("has_grids", True)
-    network = build_network(len(info["labels"]), info["image_size"], has_grids)
+    if network is None:
+        has_grids = info.get("has_grids", True)
+        network = build_network(len(info["labels"]), info["image_size"], has_grids)
     load_arrays(network, model_paths(prefix)[0])
     return compiled(network), info
 

@@ -115,9 +115,10 @@ Data = namedtuple(
     "pictures pixels train local largest_shard validation labels targets weights groups copies",
 )
 View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
-# base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part;
-# trained: a twin whose top is trained; head, top, hidden: what is trained of it
-Networks = namedtuple("Networks", "base exact fast trained head top hidden settings")
+# base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part
+Networks = namedtuple("Networks", "base exact fast settings")
+# network: a twin of the base, which is saved; top, hidden: what is trained of it
+Trained = namedtuple("Trained", "network top hidden")
 # cut: last frozen layer, None from scratch; levels: of the base; augment: None on the cores
 Settings = namedtuple("Settings", "cut levels has_grids map_shape augment batch number_format "
                       "source devices distribution_scope")  # fmt: skip
@@ -923,13 +924,12 @@ def fastest_format(args):
     keras = model.import_keras()
     if args.float32:
         return "float32"
-    batch, trials = np.zeros((8, 28, 28, 192), "float32"), []
+    batch = np.zeros((8, 28, 28, 192), "float32")
+    layers = [keras.layers.Conv2D(192, 3, dtype=name) for name in ("float32", "mixed_bfloat16")]
+    trials = [lambda layer=layer: keras.ops.convert_to_numpy(layer(batch)) for layer in layers]
     try:
-        for name in ("float32", "mixed_bfloat16"):
-            layers = [keras.layers.Conv2D(192, 3, padding="same", dtype=name) for _ in range(2)]
-            trial = model.compiled(keras.Sequential([keras.Input(batch.shape[1:]), *layers]))
-            trials.append(functools.partial(trial.predict_on_batch, batch))
-            trials[-1]()
+        for trial in trials:
+            trial()  # the first call builds
         times = [[timeit.timeit(trial, number=1) for trial in trials] for _ in range(5)]
     except Exception:  # what a library raises for want of an instruction is its own affair
         return "float32"
@@ -1006,11 +1006,10 @@ def choose_devices(args, number_format):
 
 
 def build_networks(args, path, data, recipe, number_format):
-    """Build the network as it is, its frozen part, and a twin to be trained. Returns Networks.
+    """Build the network as it is, and its frozen part. Returns Networks.
 
     path: notop weights, or None for from scratch. number_format: a Keras dtype policy, or None to
-    find out. Where several devices or processes train as one, only they together can compute with
-    the twin; what is frozen runs on the first device of each process.
+    find out. What is frozen runs on the first device of each process.
     """
     keras = model.import_keras()
     number_format, devices = choose_devices(args, number_format)
@@ -1025,11 +1024,6 @@ def build_networks(args, path, data, recipe, number_format):
     scope = contextlib.nullcontext
     if len(devices) > 1:
         scope = keras.distribution.DataParallel(auto_shard_dataset=False).scope
-    with scope():
-        trained = model.build_network(class_count, side, has_grids)
-        trained.set_weights(base.get_weights())
-        momentum = SCRATCH_MOMENTUM if path is None else None
-        head, top, hidden = model.trainable_part(trained, cut, momentum)
     has_map = cut is not None and bool(recipe["rounds"])
     exact = model.frozen_part(base, cut if has_map else None)
     fast, rounded = exact, base
@@ -1041,7 +1035,7 @@ def build_networks(args, path, data, recipe, number_format):
         cut=cut,
         levels=model.list_levels(base),
         has_grids=has_grids,
-        map_shape=tuple(top.input_shape[1:]),
+        map_shape=(base.get_layer(cut).output if cut else base.input).shape[1:],
         augment=build_augmentation(side) if on_device() else None,
         batch=inference_batch(side),
         number_format=number_format,
@@ -1049,7 +1043,31 @@ def build_networks(args, path, data, recipe, number_format):
         devices=devices,
         distribution_scope=scope,
     )
-    return Networks(base, exact, fast, trained, head, top, hidden, settings)
+    return Networks(base, exact, fast, settings)
+
+
+def build_trained(run, head=None):
+    """Build the twin that rounds train. Returns Trained.
+
+    head: weights of its new dense layers, random if not given. Where several devices or processes
+    train as one, only they together can compute with the twin.
+    """
+    data, networks, cut = run.data, run.networks, run.networks.settings.cut
+    with networks.settings.distribution_scope():
+        side, has_grids = data.pixels.rows.shape[1], networks.settings.has_grids
+        network = model.build_network(len(data.labels), side, has_grids)
+        network.set_weights(networks.base.get_weights())
+        top, hidden = model.trainable_part(network, cut, None if cut else SCRATCH_MOMENTUM)
+        if head is not None:
+            top.get_layer("hidden").set_weights(head[:2])
+            top.get_layer("trained").set_weights(head[2:])
+    compile_for_training(run, top)
+    return Trained(network, top, hidden)
+
+
+def variables_of(trained):
+    """Return what a round of training changes: weights, and the optimizer's variables."""
+    return [*trained.top.weights, *trained.top.optimizer.variables]
 
 
 # ---------------------------------------------------------------- training
@@ -1067,10 +1085,10 @@ def compile_for_training(run, network):
         optimizer.build(network.trainable_variables)  # now, so that --resume finds its variables
 
 
-def training_schedule(run, network):
+def training_schedule(run, is_head):
     """Return the learning rate of every step: rising to its peak, then a cosine to 0. (steps,)."""
     recipe, (steps, _) = run.recipe, epoch_size(run)
-    if network is run.networks.head:
+    if is_head:
         warm_up, total, peak = steps, recipe["head_epochs"] * steps, HEAD_RATE
     else:
         total = recipe["rounds"] * recipe["round_epochs"] * steps
@@ -1091,19 +1109,19 @@ def epoch_size(run):
     return -(-run.data.largest_shard // batch), batch
 
 
-def train_epoch(run, network, read, label, *chances):
+def train_epoch(run, network, read, round_number, epoch):
     """Train one epoch with bare `train_on_batch`. Returns {"loss", "accuracy"}, means of its steps.
 
     Every local picture comes once, and some twice to fill the last batch. read: picture indices
-    (n,) and a random generator → features (n, …). chances: round and epoch, for the generator.
+    (n,) and a random generator → features (n, …).
     """
     data, (steps, size) = run.data, epoch_size(run)
-    rng = np.random.default_rng([run.args.seed, *chances])
+    rng = np.random.default_rng([run.args.seed, round_number, epoch])
     order = np.resize(rng.permutation(data.local), (steps, size))
     targets = np.eye(len(data.labels), dtype="float32")
     ahead = utils.ordered_parallel_map(lambda batch: read(batch, rng), order, workers=1)
-    rates = training_schedule(run, network)[int(network.optimizer.iterations) :]
-    logs = []
+    rates = training_schedule(run, not round_number)[int(network.optimizer.iterations) :]
+    logs, label = [], f"round {round_number} epoch {epoch}"
     with run.networks.settings.distribution_scope():
         for batch, features, rate in zip(utils.progress(order, steps, label), ahead, rates):
             network.optimizer.learning_rate = rate
@@ -1123,8 +1141,7 @@ def train_epochs(run, network, read, round_number, predict_validation):
     count = run.recipe["round_epochs" if round_number else "head_epochs"]
     for epoch in range(1, count + 1):
         start = time.monotonic()
-        name = f"round {round_number} epoch {epoch}"
-        logs = train_epoch(run, network, read, name, round_number, epoch)
+        logs = train_epoch(run, network, read, round_number, epoch)
         if run.args.process:
             continue  # the first one scores
         probabilities = predict_validation()
@@ -1132,7 +1149,7 @@ def train_epochs(run, network, read, round_number, predict_validation):
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
         seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
-        utils.print_line(f"{name}: {shown}, {seconds:.0f} s")
+        utils.print_line(f"round {round_number} epoch {epoch}: {shown}, {seconds:.0f} s")
         rate = float(network.optimizer.learning_rate)
         more = {"plain_accuracy": "", "learning_rate": rate, "seconds": seconds}
         history.append({"round": round_number, "epoch": epoch} | logs | more)
@@ -1140,53 +1157,56 @@ def train_epochs(run, network, read, round_number, predict_validation):
 
 
 def train_head(run):
-    """Round 0: the new dense layers, on the top level of the unaugmented pictures."""
-    networks, data = run.networks, run.data
-    view, top_level = get_view(run, UNAUGMENTED), networks.settings.levels[-1]
+    """Round 0: train new dense layers on the top level. Returns (weights, rows of history)."""
+    data, settings = run.data, run.networks.settings
+    view, top_level = get_view(run, UNAUGMENTED), settings.levels[-1].units
+    with settings.distribution_scope():
+        head = model.build_head(top_level.stop - top_level.start, len(data.labels))
+    compile_for_training(run, head)
 
     def read(indices, _=None):
-        return view.rows["levels"][view.row_of[indices], top_level.units]
+        """Return the top level of pictures."""
+        return view.rows["levels"][view.row_of[indices], top_level]
 
     def predict_validation():
-        layers = [networks.trained.get_layer("hidden"), networks.head.get_layer("trained")]
-        (kernel, bias), (kernel2, bias2) = (layer.get_weights() for layer in layers)
+        """Return probabilities; by hand, since one process alone cannot use a shared model."""
+        kernel, bias, kernel_2, bias_2 = head.get_weights()
         hidden = np.maximum(read(data.validation) @ kernel + bias, 0)
-        return readout.softmax(hidden @ kernel2 + bias2)
+        return readout.softmax(hidden @ kernel_2 + bias_2)
 
-    compile_for_training(run, networks.head)
-    return train_epochs(run, networks.head, read, 0, predict_validation)
+    rows = train_epochs(run, head, read, 0, predict_validation)
+    return head.get_weights(), rows
 
 
-def train_top(run, round_number):
+def train_top(run, trained, round_number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
     wanted = list_views(run, round_number)
     for view in set(run.views) - {*wanted, UNAUGMENTED, MIRRORED, VALIDATION_VIEW}:
         if isinstance(view, int):  # its file goes with it
             del run.views[view]
     views = [get_view(run, view) for view in wanted]
-    is_scorer = run.args.process == 0
-    held = get_view(run, VALIDATION_VIEW) if is_scorer else None
+    held = None if run.args.process else get_view(run, VALIDATION_VIEW)
 
     def read(indices, rng):
+        """Return the feature maps of pictures, each in a view drawn by lot."""
         chosen = rng.integers(0, len(views), len(indices))
         pairs = ((views[number], index) for number, index in zip(chosen, indices))
         return np.stack([view.rows["map"][view.row_of[index]] for view, index in pairs])
 
     def predict_validation():
-        return predict_trained(run, held, run.data.validation)[1]
+        """Return probabilities of the augmented validation pictures."""
+        return readout.softmax(predict_trained(run, trained, held, run.data.validation))
 
-    return train_epochs(run, run.networks.top, read, round_number, predict_validation)
+    return train_epochs(run, trained.top, read, round_number, predict_validation)
 
 
-def predict_trained(run, view, indices):
-    """Return what the trained part makes of a view: (logits, probabilities), (n, classes) each."""
-    networks, size = run.networks, run.networks.settings.batch
-    parts = []
+def predict_trained(run, trained, view, indices):
+    """Return the logits that the trained part gives for a view of pictures, (n, classes)."""
+    size, parts = run.networks.settings.batch, []
     for some in in_batches(view.row_of[indices], size):
-        parts.append(model.predict(networks.hidden, view.rows["map"][some], size))
-    kernel, bias = networks.top.get_layer("trained").get_weights()
-    logits = np.concatenate(parts) @ kernel + bias
-    return logits, readout.softmax(logits)
+        parts.append(model.predict(trained.hidden, view.rows["map"][some], size))
+    kernel, bias = trained.top.get_layer("trained").get_weights()
+    return np.concatenate(parts) @ kernel + bias
 
 
 # ---------------------------------------------------------------- cached features → readout
@@ -1261,7 +1281,7 @@ def read_validation(run):
     return view.rows["levels"][view.row_of[run.data.validation]]
 
 
-def trained_candidates(run, made):
+def trained_candidates(run, trained, made):
     """Yield Candidates that mix the trained layer's logits with a readout of what stayed frozen.
 
     From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
@@ -1269,8 +1289,8 @@ def trained_candidates(run, made):
     """
     data, networks = run.data, run.networks
     actual = data.targets[data.validation]
-    logits, _ = predict_trained(run, get_view(run, UNAUGMENTED), data.validation)
-    kernel, bias = networks.top.get_layer("trained").get_weights()
+    logits = predict_trained(run, trained, get_view(run, UNAUGMENTED), data.validation)
+    kernel, bias = trained.top.get_layer("trained").get_weights()
     frozen_kernel, frozen_bias = read_frozen(run, made)
     frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
     for share in TRAINED_SHARES if networks.settings.cut else (1.0,):
@@ -1279,7 +1299,7 @@ def trained_candidates(run, made):
         mixed_kernel = np.concatenate([(1 - share) * frozen_kernel, share * kernel]) / heat
         mixed_bias = ((1 - share) * frozen_bias + share * bias) / heat
         probabilities = readout.softmax(mixed / heat)
-        yield Candidate(networks.trained, mixed_kernel, mixed_bias, probabilities, share)
+        yield Candidate(trained.network, mixed_kernel, mixed_bias, probabilities, share)
 
 
 def read_frozen(run, made):
@@ -1303,27 +1323,38 @@ def run_rounds(run, state):
 
     state: of the last whole round of an interrupted run, or None.
     """
-    args, recipe = run.args, run.recipe
-    if recipe["rounds"]:
+    if run.recipe["rounds"]:
         views_that_fit(run)  # or it is told before the work
-        compile_for_training(run, run.networks.top)
-    if state:
-        restore_state(run, state)
-        if state["best"] is None:
-            state["best"] = finish_round(run, state["round"], [], None)
-    else:
-        remove_state(args.model)
-        state = {"round": -1, "stale": 0, "best": None, "history": []}
+    trained = None
+    if state is None:
+        remove_state(run.args.model)
+        head, rows = train_head(run)
+        start = {"round": -1, "stale": 0, "best": None, "history": []}
+        state = end_round(run, None, start, rows, head)
+    elif run.recipe["rounds"]:
+        head, trained = None, restore_trained(run, state)
+    if state["best"] is None:  # its files have gone
+        state["best"] = finish_round(run, trained, state["round"], [], None)
     while not is_finished(run, state):
-        number = state["round"] + 1
-        rows = train_top(run, number) if number else train_head(run)
-        best = finish_round(run, number, rows, state["best"])
-        stale = 0 if best != state["best"] else state["stale"] + 1
-        history = state["history"] + rows
-        state = {"round": number, "stale": stale, "best": best, "history": history}
-        if args.process == 0:
-            save_state(run, state)
-            write_history(args, history)  # after it: on Windows a CSV that is open is an error
+        trained = trained or build_trained(run, head)
+        rows = train_top(run, trained, state["round"] + 1)
+        state = end_round(run, trained, state, rows, variables_of(trained))
+    return state
+
+
+def end_round(run, trained, state, rows, variables):
+    """Score a round, save what --resume needs. Returns the state after it.
+
+    rows: of the history; variables: arrays or Keras variables that a later round begins with.
+    """
+    number = state["round"] + 1
+    best = finish_round(run, trained, number, rows, state["best"])
+    stale = 0 if best != state["best"] else state["stale"] + 1
+    history = state["history"] + rows
+    state = {"round": number, "stale": stale, "best": best, "history": history}
+    if run.args.process == 0:
+        save_state(run, state, variables)
+        write_history(run.args, history)  # after it: on Windows a CSV that is open is an error
     return state
 
 
@@ -1340,23 +1371,23 @@ def is_finished(run, state):
     return bool(recipe["patience"] and state["stale"] >= recipe["patience"])
 
 
-def finish_round(run, number, rows, best):
+def finish_round(run, trained, number, rows, best):
     """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
 
     best: {"round", "right", "loss", "loo"} of the best so far, or None. In all processes.
     """
     made = round_readout(run, number)
     if run.args.process == 0:
-        best = score_round(run, number, rows, made, best)
+        candidates = [readout_candidate(run, made)]
+        candidates += trained_candidates(run, trained, made) if number else []
+        best = score_round(run, number, rows, made, candidates, best)
     return all_gather(run.args, best)[0]
 
 
-def score_round(run, number, rows, made, best):
+def score_round(run, number, rows, made, candidates, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
     actual = data.targets[data.validation]
-    candidates = [readout_candidate(run, made)]
-    candidates += trained_candidates(run, made) if number else []
     chosen = min(candidates, key=lambda c: score(c.probabilities, actual))
     wrong, loss = score(chosen.probabilities, actual)
     right = len(actual) - wrong
@@ -1592,7 +1623,7 @@ def file_name(args, data, index):
 def finish_run(run, state):
     """Score the saved files, write what is to be looked at, say what is next. Returns accuracy."""
     args, data = run.args, run.data
-    network, info = model.load_model(args.model)
+    network, info = model.load_model(args.model, run.networks.base)
     what = f"best: round {info['round']}, validation accuracy"
     found = score_saved(args, network, data, data.validation, what)
     made = round_readout(run, info["round"])
@@ -1732,21 +1763,15 @@ def file_list(args, data):
     return [f"{utils.escape(file_name(args, data, i))} {d}" for i, d in enumerate(digests)]
 
 
-def training_variables(run):
-    """Return the weights of the trained part and its optimizer's variables, in order."""
-    top = run.networks.top
-    return [*top.weights, *top.optimizer.variables] if run.recipe["rounds"] else []
-
-
-def save_state(run, state):
-    """Save the state after a whole round."""
+def save_state(run, state, variables):
+    """Save the state after a whole round, with the variables that the next one begins with."""
     facts = state | {
         "settings": resume_settings(run.args, run.recipe, run.data),
         "files": file_list(run.args, run.data),
         "number_format": run.networks.settings.number_format,
         "weights": run.networks.settings.source,
     }
-    arrays = {f"v{n}": np.asarray(v) for n, v in enumerate(training_variables(run))}
+    arrays = {f"v{number}": np.asarray(variable) for number, variable in enumerate(variables)}
     with utils.atomic_write(state_path(run.args.model)) as part:
         np.savez(part, facts=np.frombuffer(json.dumps(facts).encode(), "uint8"), **arrays)
 
@@ -1794,18 +1819,19 @@ def check_state(args, state, recipe, data):
             )
 
 
-def restore_state(run, state):
-    """Give the trained part and its optimizer the numbers of the last whole round."""
-    path, variables = state_path(run.args.model), training_variables(run)
+def restore_trained(run, state):
+    """Return Trained as it was after the last whole round. Raises UserError."""
+    path, after_head = state_path(run.args.model), state["round"] == 0
     try:
         with np.load(path, allow_pickle=False) as file:
-            for number, variable in enumerate(variables):
-                array = file[f"v{number}"]
-                if array.shape != tuple(variable.shape):
-                    raise ValueError
-                variable.assign(array)
-    except Exception:
+            arrays = [file[f"v{number}"] for number in range(len(file.files) - 1)]
+        trained = build_trained(run, arrays if after_head else None)
+        variables = [] if after_head else variables_of(trained)
+        for variable, array in zip(variables, arrays, strict=not after_head):
+            variable.assign(array)
+    except Exception:  # NumPy's and zip's parsers raise much
         raise damaged_state(path) from None
+    return trained
 
 
 def remove_state(prefix):

@@ -49,7 +49,7 @@ def main():
         sure.append(p.max(1))
         right.append(p.argmax(1) == actual)
         gains.append((chosen, right[-1].mean(), chosen - right[-1].mean()))
-        losses.append(common.train.log_loss(p, actual))
+        losses.append(common.train.readout.log_loss(p, actual))
     chosen, held, gain = np.mean(gains, axis=0)
     error = np.std(gains, axis=0, ddof=1)[2] / np.sqrt(len(gains)) if len(gains) > 1 else 0
     facts = f"{args.fit} pictures a class, options: {' '.join(options)}"

@@ -25,9 +25,8 @@ def build_run(name, weights, side, folder):
     options = "--weights", weights, "--image-size", side, "--rounds", 0
     args, data = common.read_split(name, folder, *options)
     recipe = train.make_recipe(args, False, len(data.train), len(data.labels))
-    return train.Run(
-        args, recipe, data, train.build_networks(args, weights, data, recipe, None), {}
-    )
+    networks = train.build_networks(args, weights, data, recipe, None)
+    return train.Run(args, recipe, data, networks, {}, {})
 
 
 def plant(args, data, share, rng):
@@ -50,19 +49,17 @@ def plant(args, data, share, rng):
 
 def review(run):
     """Return the indices of the pictures in the review list, as train.py makes it after round 0."""
-    data, levels = run.data, run.networks.settings.levels
-    fit = train.refit(run, 0)
-    plain = fit.rows[: len(fit.answers)]
-    temperature = train.fit_temperature(fit.answers, data.targets[plain])
-    everything = np.arange(len(data.pictures))
-    whole = train.fit_readout(run, everything, train.views_of(run, fit), levels, like=fit)
-    return [row[0] for row in train.review_labels(run.args, data, whole, temperature)]
+    made = train.round_readout(run, 0)
+    everything = np.arange(len(run.data.pictures))
+    whole = train.make_readout(run, made.views, None, everything, made.fit.strength)
+    review = train.review_labels(run.data, whole, made.fit.temperature)
+    return [index for index, *_ in review]
 
 
 def one_draw(run, share, rng):
     """Return (share of the planted labels found, precision among the first) of one draw."""
     data, wrong = plant(run.args, run.data, share, rng)
-    listed = review(run._replace(data=data))
+    listed = review(run._replace(data=data, readouts={}))
     first = listed[: len(wrong)]
     return np.isin(wrong, listed).mean(), np.isin(first, wrong).sum() / max(1, len(first))
 

@@ -236,7 +236,7 @@ def test_only_our_own_unfinished_files_are_removed(tmp_path):
 
 
 def small_run(folder):
-    """Save a state of a model of three numbers. Returns its Run."""
+    """Save a state of a model of three numbers. Returns (its Run, what is trained)."""
     keras = model.import_keras()
     top = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     top.compile(optimizer=keras.optimizers.AdamW(), loss="mse")
@@ -246,21 +246,24 @@ def small_run(folder):
     data = SimpleNamespace(pictures=[], pixels=pixels, labels=["a", "b"], validation=np.arange(3))
     args = train.parse_arguments(["data", str(folder / "m")])
     recipe = train.FINE_TUNING
-    run = train.Run(args, recipe, data, SimpleNamespace(top=top, settings=settings), {})
-    best = {"round": 1, "right": 3, "loss": 0.5}
-    train.save_state(run, {"round": 1, "stale": 0, "best": best, "history": [{"round": 1}]})
+    run = train.Run(args, recipe, data, SimpleNamespace(settings=settings), {}, {})
+    trained = train.Trained(None, top, None)
+    state = {"round": 1, "stale": 0, "best": {"round": 1, "right": 3, "loss": 0.5}}
+    train.save_state(run, state | {"history": [{"round": 1}]}, train.variables_of(trained))
     for path in model.model_paths(args.model):
         path.touch()
-    return run
+    return run, trained
 
 
-def test_a_state_comes_back(tmp_path):
-    run = small_run(tmp_path)
-    state, before = train.read_state(run.args), [v.numpy() for v in train.training_variables(run)]
-    for variable in train.training_variables(run):
+def test_a_state_comes_back(tmp_path, monkeypatch):
+    run, trained = small_run(tmp_path)
+    monkeypatch.setattr(train, "build_trained", lambda run, head: trained)
+    variables = train.variables_of(trained)
+    state, before = train.read_state(run.args), [v.numpy() for v in variables]
+    for variable in variables:
         variable.assign(variable + 1)
-    train.restore_state(run, state)
-    for variable, number in zip(train.training_variables(run), before, strict=True):
+    assert train.restore_trained(run, state) is trained
+    for variable, number in zip(variables, before, strict=True):
         assert np.array_equal(variable, number)
     train.check_state(run.args, state, run.recipe, run.data)
     assert state["best"] == {"round": 1, "right": 3, "loss": 0.5}
@@ -268,7 +271,7 @@ def test_a_state_comes_back(tmp_path):
 
 def test_other_views_are_not_gone_on_with(monkeypatch, tmp_path):
     """They would differ if a constant in the script has changed meanwhile."""
-    run = small_run(tmp_path)
+    run, _ = small_run(tmp_path)
     state = train.read_state(run.args)
     monkeypatch.setattr(train, "HEAVY", train.HEAVY._replace(shift=0.3))
     with pytest.raises(utils.UserError, match="--resume: the interrupted run had other views"):
@@ -294,11 +297,12 @@ def spoil_state(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["cut", "text", "bit", "pickle", "shape", "missing"])
-def test_a_damaged_state_is_one_line(tmp_path, kind):
-    run = small_run(tmp_path)
+def test_a_damaged_state_is_one_line(tmp_path, kind, monkeypatch):
+    run, trained = small_run(tmp_path)
+    monkeypatch.setattr(train, "build_trained", lambda run, head: trained)
     spoil_state(tmp_path / "m-resume.npz", kind)
     with pytest.raises(utils.UserError, match=r"m-resume\.npz: damaged.*train without --resume"):
-        train.restore_state(run, train.read_state(run.args))
+        train.restore_trained(run, train.read_state(run.args))
 
 
 def old_model(folder, labels=("x", "y", "z")):

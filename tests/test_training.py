@@ -144,10 +144,14 @@ def test_a_strangers_picture_of_the_name_is_not_overwritten(run_script, make_cla
 def run_here(folder, *words):
     """Run train.py's main in this process, which has Keras loaded already. Returns what it noted.
 
-    That is the Run, every Candidate, what was saved as (kernel, info), and how many pictures went
+    That is the Run, what was trained and the weights before, every Candidate, what was saved as (kernel, info), and how many pictures went
     through the frozen part.
     """
-    seen = SimpleNamespace(run=None, candidates=[], saved=[], computed=0)
+    seen = SimpleNamespace(run=None, frozen=[], trained=None, candidates=[], saved=[], computed=0)
+
+    def keep_trained(arguments, trained):
+        base = arguments[0].networks.base
+        seen.trained, seen.frozen = trained, [layer.get_weights() for layer in base.layers]
 
     def noting(name, note):
         original = getattr(train, name)
@@ -166,6 +170,7 @@ def run_here(folder, *words):
         patch.chdir(folder)
         patch.setattr("sys.argv", ["train.py", *map(str, words)])
         noting("run_rounds", lambda args, _: setattr(seen, "run", args[0]))
+        noting("build_trained", keep_trained)
         noting("trained_candidates", keep)
         noting("save_network", lambda args, _: seen.saved.append((args[2].copy(), args[4])))
         noting(
@@ -193,10 +198,9 @@ def tuned(tmp_path_factory, weights_file):
 @pytest.mark.slow
 def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(tuned):
     _, _, seen = tuned
-    networks, below = seen.run.networks, True
-    changed = {True: 0, False: 0}
-    for old, new in zip(networks.base.layers, networks.trained.layers):
-        same = all(np.array_equal(x, y) for x, y in zip(old.get_weights(), new.get_weights()))
+    below, changed = True, {True: 0, False: 0}
+    for old, new in zip(seen.frozen, seen.trained.network.layers, strict=True):
+        same = all(np.array_equal(x, y) for x, y in zip(old, new.get_weights()))
         changed[below] += not same and new.name != "probabilities"
         if "moving" in str([w.path for w in new.weights]):
             assert same, "batch normalisation is frozen whole"
