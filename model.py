@@ -383,6 +383,14 @@ def load_model(prefix, network=None):
     return compiled(network), info
 
 
+def read_info(prefix):
+    """Return what travels with a model, or None if there is none that is whole."""
+    try:
+        return check_model(prefix)
+    except utils.UserError:
+        return None
+
+
 def check_model(prefix):
     """Check all of a model's three files but the arrays, without TensorFlow. Returns its info.
 

@@ -30,7 +30,6 @@ import threading
 import time
 import timeit
 import unicodedata
-import urllib.request
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
@@ -88,6 +87,7 @@ CACHE_GB = 20.0
 MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
 MAX_DIFFERING_BITS, MIN_CORRELATION = 4, 0.95  # of near copies
 THUMBNAIL = 16  # pixels
+FLAT = 8  # of 255: a picture with fewer shades of grey shows nothing
 FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
 MAX_LINES = 20  # of one kind of warning
@@ -112,8 +112,9 @@ DiskArray = namedtuple("DiskArray", "file rows")
 # copies: pairs of indices of equal or near copies under two classes
 Data = namedtuple(
     "Data",
-    "pictures pixels train local largest_shard validation labels targets weights groups copies",
+    "pictures pixels labels targets train local largest_shard validation weights groups copies",
 )
+Scored = namedtuple("Scored", "pictures pixels labels targets")  # all that scoring needs of Data
 View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
 # base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part
 Networks = namedtuple("Networks", "base exact fast settings")
@@ -272,25 +273,28 @@ def read_pictures(args, files, side):
     )
     results = itertools.chain.from_iterable(read)
     found = []
-    for row, (square, *facts) in zip(local, utils.progress(results, len(local), "reading")):
+    for row, (square, facts) in zip(local, utils.progress(results, len(local), "reading")):
         if square is not None and pixels is not None:
             write_rows(pixels, [row], square[None])
-        found.append((row, *facts))
-    pictures, skipped = [], defaultdict(list)
-    for row, digest, dhash, thumbnail in sorted(itertools.chain(*all_gather(args, found))):
+        found.append((row, facts))
+    pictures, skipped, flaws = [], defaultdict(list), defaultdict(list)
+    for row, facts in sorted(itertools.chain(*all_gather(args, found)), key=lambda pair: pair[0]):
         path, label = files[row]
-        if digest is None:
-            skipped[dhash].append(path)
-        else:
-            thumbnail = np.frombuffer(bytes.fromhex(thumbnail), "uint8")
-            pictures.append(
-                Picture(path, label, bytes.fromhex(digest), int(dhash, 16), thumbnail, row)
-            )
-    total = sum(map(len, skipped.values()))
+        if "reason" in facts:
+            skipped[facts["reason"]].append(path)
+            continue
+        thumbnail = np.frombuffer(bytes.fromhex(facts["thumbnail"]), "uint8")
+        digest, dhash = bytes.fromhex(facts["digest"]), int(facts["dhash"], 16)
+        pictures.append(Picture(path, label, digest, dhash, thumbnail, row))
+        if facts["flaw"]:
+            flaws[facts["flaw"]].append(path)
     warn_about_skipped(skipped)
+    for flaw, paths in flaws.items():
+        few = utils.count(len(paths), "picture is", "pictures are")
+        utils.warn(f"{utils.escape(paths[0])}…: {few} {flaw}, but used")
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
-    return pictures, total, pixels
+    return pictures, len(files) - len(pictures), pixels
 
 
 def warn_about_skipped(skipped):
@@ -315,29 +319,39 @@ PICTURE_ENDINGS = frozenset(
 
 
 def read_picture(path, side):
-    """Read one file: (uint8 (side, side, 3), SHA-256, difference hash, thumbnail: hexadecimal).
+    """Read one file. Returns (uint8 (side, side, 3) or None if there is no picture, facts as dict).
 
-    Of what gives no picture: (None, None, reason, None).
+    facts: {"reason"} why there is no picture; or SHA-256, difference hash and thumbnail in
+    hexadecimal, and a "flaw" that deserves a warning, or None.
     """
     import cv2
 
     try:
         data, image = imaging.read_picture(path)
-        if max(image.size) > MAX_RATIO * min(image.size):
-            return None, None, "the longer side is more than twice the shorter one", None
+        shorter = min(image.size)
+        if max(image.size) > MAX_RATIO * shorter:
+            return None, {"reason": "the longer side is more than twice the shorter one"}
         pixels = imaging.to_model_input(image, side)
     except imaging.PictureError as error:
         reason = str(error)
         if reason == NO_PICTURE and path.suffix.lower() in PICTURE_ENDINGS:
-            reason = (
-                "damaged, or no picture in spite of its name" if path.stat().st_size else "empty"
-            )
-        return None, None, reason, None
+            damaged = "damaged, or no picture in spite of its name"
+            reason = damaged if path.stat().st_size else "empty"
+        return None, {"reason": reason}
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
-    dhash = np.packbits(small[:, 1:] > small[:, :-1]).tobytes().hex()
     thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
-    return pixels, hashlib.sha256(data).hexdigest(), dhash, thumbnail.tobytes().hex()
+    flaw = None
+    if int(grey.max()) - int(grey.min()) < FLAT:
+        flaw = "of one colour"
+    elif shorter < side / 2:
+        flaw = f"less than half as large as the {side} pixels that are looked at"
+    return pixels, {
+        "digest": hashlib.sha256(data).hexdigest(),
+        "dhash": np.packbits(small[:, 1:] > small[:, :-1]).tobytes().hex(),
+        "thumbnail": thumbnail.tobytes().hex(),
+        "flaw": flaw,
+    }
 
 
 # ---------------------------------------------------------------- file list → split
@@ -565,10 +579,10 @@ def make_data(args, pictures, pixels, train, validation, labels, groups, copies)
         raise utils.UserError(f"{args.processes} processes are too many for {n} pictures")
     if args.process == 0:  # it scores, so it needs what others have read
         for i in validation[owner[validation] != 0]:
-            square, _, reason, _ = read_picture(pictures[i].path, pixels.rows.shape[1])
+            square, facts = read_picture(pictures[i].path, pixels.rows.shape[1])
             if square is None:
                 path = utils.escape(pictures[i].path)
-                raise utils.UserError(f"{path}: has changed meanwhile: {reason}")
+                raise utils.UserError(f"{path}: has changed meanwhile: {facts['reason']}")
             write_rows(pixels, [pictures[i].row], square[None])
     targets = np.array([labels.index(picture.label) for picture in pictures])
     weights = np.ones(len(pictures), "float32")
@@ -576,7 +590,7 @@ def make_data(args, pictures, pixels, train, validation, labels, groups, copies)
         frequency = np.bincount(targets[train], minlength=len(labels))
         weights = (len(train) / len(labels) / np.maximum(1, frequency))[targets].astype("float32")
     local = train[owner[train] == args.process]
-    return Data(pictures, pixels, train, local, int(shards.max()), validation, labels, targets,
+    return Data(pictures, pixels, labels, targets, train, local, int(shards.max()), validation,
                 weights, groups, copies)  # fmt: skip
 
 
@@ -972,12 +986,8 @@ def download(keras, name):
     """Return the path of Keras's own ImageNet weights. Raises whatever goes wrong."""
     if not sys.stderr.isatty():
         keras.config.disable_interactive_logging()  # no bar in colours in a log
-    # the second where there is no home
-    homes = os.environ.get("KERAS_HOME", Path.home() / ".keras"), "/tmp/.keras"
     socket.setdefaulttimeout(DOWNLOAD_SECONDS)
     try:
-        if not any(Path(home, "models", name).exists() for home in homes):
-            urllib.request.urlopen(model.BASE.address, timeout=DOWNLOAD_SECONDS).close()
         with contextlib.redirect_stdout(sys.stderr):  # Keras's own progress bar
             settings = {"cache_subdir": "models", "file_hash": model.BASE.md5}
             return Path(keras.utils.get_file(name, model.BASE.address, **settings))
@@ -1467,6 +1477,7 @@ def save_candidate(run, number, right, made, chosen):
         "strangers": promise and {"friends": promise[0], "unknown": promise[1]},
         "weights": settings.source,
         "accuracy": right / count,
+        "validation": validation_fingerprint(data),
         "interval": readout.interval(right, count),
         "number_format": settings.number_format,
         "seed": args.seed,
@@ -1474,6 +1485,13 @@ def save_candidate(run, number, right, made, chosen):
         "versions": versions(),
     }
     save_network(args, chosen.network, chosen.kernel, chosen.bias, info)
+
+
+def validation_fingerprint(data):
+    """Return what tells one set of validation pictures from another."""
+    digests = sorted(data.pictures[i].digest + data.labels[data.targets[i]].encode()
+                     for i in data.validation)  # fmt: skip
+    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def save_network(args, network, kernel, bias, info):
@@ -1620,8 +1638,11 @@ def file_name(args, data, index):
     return data.pictures[index].path.relative_to(args.data_dir).as_posix()
 
 
-def finish_run(run, state):
-    """Score the saved files, write what is to be looked at, say what is next. Returns accuracy."""
+def finish_run(run, state, before):
+    """Score the saved files, write what is to be looked at, say what is next. Returns accuracy.
+
+    before: what travelled with the earlier model that is replaced, or None.
+    """
     args, data = run.args, run.data
     network, info = model.load_model(args.model, run.networks.base)
     what = f"best: round {info['round']}, validation accuracy"
@@ -1647,7 +1668,7 @@ def finish_run(run, state):
     write_review(args, data, review)
     if args.fit_all:
         fit_all(run, network, info, everything.fit, made.fit.temperature)
-    print_next_steps(args, info, found.rows, strangers, len(review))
+    print_next_steps(args, info, found.rows, strangers, len(review), before)
     return found.accuracy
 
 
@@ -1705,7 +1726,7 @@ def write_review(args, data, review):
         report.draw_review_sheet(path, squares, [row[1] for row in rows], [row[1] for row in first])
 
 
-def print_next_steps(args, info, rows, strangers, doubtful):
+def print_next_steps(args, info, rows, strangers, doubtful, before):
     """Say on stderr how good the model is, what it confuses, what to look at and to run next."""
     name = utils.escape(args.model)
     confused = Counter((row[1], row[2]) for row in rows if row[1] != row[2])
@@ -1715,6 +1736,13 @@ def print_next_steps(args, info, rows, strangers, doubtful):
         f"{name}.h5 classifies {right} of {len(rows)} pictures correctly that it was not trained "
         f"on; on more pictures like these, expect {low:.0%} to {high:.0%}."
     ]
+    if before and before.get("accuracy"):
+        is_same = before.get("validation") == info["validation"]
+        whose = "the same" if is_same else "its own"
+        lines.append(
+            f"It replaces a model that classified {before['accuracy']:.4f} of {whose} validation "
+            "pictures correctly."
+        )
     if confused:
         pairs = ", ".join(f"{a} for {p} ({n})" for (a, p), n in confused.most_common(3))
         lines.append(f"Confused most often: {pairs}.")
@@ -1925,7 +1953,7 @@ def evaluate(args):
     )
     targets = np.array([labels.index(picture.label) for picture in pictures])
     everything = np.arange(len(pictures))
-    data = Data(pictures, pixels, None, None, None, everything, labels, targets, None, None, ())
+    data = Scored(pictures, pixels, labels, targets)
     found = score_saved(args, network, data, everything, "evaluate: accuracy")
     utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, found.rows)
     with drawing("evaluate.png"):
@@ -1998,10 +2026,11 @@ def train(args):
         check_state(args, state, recipe, data)
     number_format = state and state["number_format"]
     run = Run(args, recipe, data, build_networks(args, path, data, recipe, number_format), {}, {})
+    before = model.read_info(args.model)
     state = run_rounds(run, state)
     accuracy = None
     if args.process == 0:
-        accuracy = finish_run(run, state)
+        accuracy = finish_run(run, state, None if args.resume else before)
         remove_state(args.model)
     for line in warnings:
         utils.warn(line)

@@ -517,3 +517,24 @@ def test_one_name_in_two_spellings_is_one_class(run_script, make_classes):
     assert len(set(names)) == 2
     data = make_classes(**dict.fromkeys([*names, "red"], 3))
     assert "2 classes" in dry_run(run_script, data).stdout
+
+
+def test_pictures_that_show_nothing_or_little_are_counted(make_classes, capsys):
+    data = make_classes(a=5, b=5)
+    Image.new("RGB", (90, 90), "navy").save(data / "a" / "flat.png")
+    for n in range(3):
+        Image.radial_gradient("L").crop((n, 0, n + 33, 33)).save(data / "b" / f"small{n}.png")
+    read(data)
+    told = capsys.readouterr().err
+    assert f"{data}/a/flat.png…: 1 picture is of one colour, but used" in told
+    assert f"{data}/b/small0.png…: 3 pictures are less than half as large as the 75 pix" in told
+
+
+@pytest.mark.parametrize(("same", "whose"), [(True, "the same"), (False, "its own")])
+def test_a_model_that_is_replaced_is_named(capsys, same, whose):
+    args = train.parse_arguments(["data", "m"])
+    info = {"labels": ["a", "b"], "threshold": 0.5, "round": 0, "face_crops": 0, "validation": "x"}
+    before = {"accuracy": 0.875, "validation": "x" if same else "y"}
+    train.print_next_steps(args, info, [["1.png", "a", "a", "0.9"]], None, 0, before)
+    told = capsys.readouterr().err
+    assert f"replaces a model that classified 0.8750 of {whose} validation pictures" in told
