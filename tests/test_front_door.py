@@ -23,6 +23,7 @@ import sample_faces
 from conftest import FAST, ROOT, draw_classes, rows, run_process
 from photos_library import make_library
 from PIL import Image
+from test_readme import assert_shown
 from test_whole_way import draw_album
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -542,7 +543,7 @@ def test_no_block_with_a_command_is_left_out():
     others = [
         text
         for language, text in fenced_blocks()
-        if language != "python" and text not in COMMANDS + SHELL
+        if language not in ("python", "text") and text not in COMMANDS + SHELL
     ]
     words = r"^\s*(\$|\.venv|python|pip|export|set|apt|apt-get|brew|source|cd|mkdir|mv|cp|rm|rmdir|\.)\s"
     assert [line for text in others for line in text.splitlines() if re.match(words, line)] == []
@@ -562,6 +563,8 @@ def test_the_lines_that_set_up_the_environment(tmp_path):
             )
         elif words[:2] == ["-m", "pytest"]:
             command, cwd = [sys.executable, *words, "--collect-only"], ROOT
+        elif program == "uv":  # the same programs, see test_readme.py
+            continue
         else:  # run by test_the_first_command_on_a_drawn_set
             assert (ROOT / words[0]).is_file() and program == ".venv/bin/python", line
             continue
@@ -625,25 +628,40 @@ def clone(tmp_path, weights_file):
 
 def bring_what_is_needed(block, folder, request):
     """Draw what the commands of a block take for granted; a model comes from the fixture that trains one."""
+    train = re.search(r"train\.py (\w+) \w+(.*)", block)
     if "Photos Library.photoslibrary" in block:
-        make_library(folder / "Pictures" / "Photos Library.photoslibrary", 10, draw_album(2, 21))
-    elif train := re.search(r"train\.py (\w+) \w+(.*)", block):
-        classes = {"red": 4, "grün": 4} if "--evaluate" in train[2] else {"a": 12, "b": 12}
-        draw_classes(folder / train[1], classes)
+        unnamed = [(image, [(None, box)]) for image, [(_, box)] in draw_album(3, 8)[2::3]]
+        album = draw_album(2, 21) + unnamed
+        make_library(folder / "Pictures" / "Photos Library.photoslibrary", 10, album)
+    elif train and "export " not in block and train[1] == "people":
+        if "people/" not in block:  # else the block makes them
+            sample_faces.draw_set(folder / "people", 3, 12)
+    elif train:
+        classes = {"pets": {"cat": 30, "dog": 30}, "held_out": {"red": 4, "grün": 4}}
+        draw_classes(folder / train[1], classes.get(train[1], {"a": 12, "b": 12}))
     for name in re.findall(r"--source (\w+\.mp4)", block):
-        shutil.copy(folder / "played.mp4", folder / name)
-    for name in re.findall(r"--source (photos\w*)", block):
-        sample_faces.draw_set(folder / name, 2, 2)
-    if re.search(r"webcam\.py model|--evaluate", block) and not re.search(
-        r"train\.py \w+ model$", block, re.M
-    ):
+        people = {"ann": (0,), "ben": (1,)}.get(name.partition("_")[0], (0, 1))
+        sample_faces.draw_clip(folder / name, people, 2, seed=len(name))
+    if "photos_to_name" in block:  # a cat and a dog, as draw_classes draws them
+        (folder / "photos_to_name").mkdir()
+        for n, colour in enumerate([(230, 60, 40), (40, 200, 80)], 1):
+            pixels = np.random.default_rng(n).normal(colour, 30, (240, 320, 3)).clip(0, 255)
+            photo = Image.fromarray(pixels.astype("uint8"))
+            photo.save(folder / "photos_to_name" / f"IMG_000{n}.jpg", quality=95)
+    elif photos := re.search(r"--source (photos\w*)", block):
+        sample_faces.draw_set(folder / photos[1], 2, 2)
+    uses, makes = re.search(r"webcam\.py model|--evaluate", block), re.search(TRAINS, block, re.M)
+    if uses and not (makes and makes.start() < uses.start()):
         for path in request.getfixturevalue("scratch_run")[0].glob("model*"):
             shutil.copy(path, folder)
 
 
+TRAINS = r"train\.py \w+ \w+(?: --group-by-folder)?$"
+
+
 def named(block):
     """Return a block as a parameter, named by its first line; those that train, or load a model often, are long."""
-    slow = re.search(r"train\.py \w+ \w+$|(py model[^`]*){2}", block, re.M)
+    slow = re.search(TRAINS + r"|(py model[^`]*){2}", block, re.M)
     return pytest.param(
         block, id=block.split("\n")[0][:60], marks=[pytest.mark.long] if slow else []
     )
@@ -665,30 +683,34 @@ def test_the_commands_of_a_block(clone, request, block):
     assert process.returncode == 0, errors
     assert "from scratch" not in errors and "Traceback" not in errors
     headers = re.findall(r"^(?:frame\ttime\ttrack|file\tface|file\tframe)\t", output, re.M)
-    assert len(headers) == len(re.findall(r"webcam\.py(?!.*>)", block))
-    assert output.count("best: ") == len(re.findall(r"train\.py \w+ \w+$", block, re.M))
+    assert len(headers) == len(re.findall(r"webcam\.py(?!.*(?:>|--events|--by-name))", block))
+    assert output.count("best: ") == len(re.findall(TRAINS, block, re.M))
     assert output.count("evaluate: ") == block.count("--evaluate")
     assert len(re.findall(r"^\d+ faces: ", output, re.M)) == block.count("collect_apple_photos.py")
     for name in re.findall(r"--output (\S+)|--save-faces (\S+)", block):
         path = clone.folder / "".join(name)
         assert list(path.rglob("*.jpg")) if path.is_dir() else path.stat().st_size > 1000, path
+    files = re.findall(r"> (\S+)", block)
+    written = [(clone.folder / name).read_text(encoding="utf-8") for name in files]
+    assert_shown(block, "\n".join([output, errors, *written]))
 
 
 @on_unix
 @needs_jax
 @pytest.mark.long
 def test_the_commands_for_several_machines(clone, request):
-    (block,) = [block for block in COMMANDS if "export " in block]
-    bring_what_is_needed(block, clone.folder, request)
+    (commands,) = [block for block in COMMANDS if "export " in block]
+    bring_what_is_needed(commands, clone.folder, request)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    block, count = re.subn(r"(ADDRESSES=).*", rf"\g<1>{address}", block)
+    block, count = re.subn(r"(ADDRESSES=).*", rf"\g<1>{address}", commands)
     assert count == 1
     processes = [clone(re.sub(r"(PROCESS_ID=)0", rf"\g<1>{n}", block)) for n in range(2)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert ["best: round" in output for output, _ in outputs] == [True, False]
+    assert_shown(commands, outputs[0][0])
 
 
 @pytest.mark.slow
