@@ -103,7 +103,7 @@ CACHE_GB = 20.0
 MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too little
 MAX_DIFFERING_BITS, MIN_CORRELATION = 4, 0.95  # of near copies
 THUMBNAIL = 16  # pixels
-FLAT = 8  # of 255: a picture with fewer shades of grey shows nothing
+FLAT = 20  # of 255: a picture with fewer shades of grey shows nothing
 FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
 MAX_LINES = 20  # of one kind of warning
@@ -113,7 +113,8 @@ DOWNLOAD_SECONDS = 15
 FACE_SIDES = (0.35, 0.75)  # of a picture: a face box in a crop of the tagger's framing
 FACE_SAMPLE = 100  # pictures in which faces are looked for
 MATRICES = "[0-9][0-9][0-9].png"
-DIVIDED = {"train"}, {"val", "valid", "validation"}, {"test"}  # folders of sets that are divided
+# Names of the folders of sets that are divided already, in any case.
+DIVIDED = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
 LOST = "another process of this run has ended or cannot be reached: start all again with --resume"
 DISTRIBUTION = "KERAS_DISTRIBUTION_"  # begins the variables of a run on several machines
 PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
@@ -220,24 +221,45 @@ def parse_arguments(argv=None):
 
 
 def find_division(data_dir):
-    """Return ({part: folder}, name of a test folder or None) of a set that is divided already.
+    """Return ({part: folder}, test folder or None) of a divided set, else None twice.
 
-    Such a set has folders called train and val (or validation) with the same class folders inside.
+    Such a set has a folder called train and one called val or test, which share class folders.
+    Without a val folder, train is what is to be divided.
     """
-    folders = {path.name: path for path in list_folders(data_dir)}
-    parts = [sorted(names & folders.keys()) for names in DIVIDED]
-    if len(folders) != sum(map(len, parts)) or not (len(parts[0]) == len(parts[1]) == 1):
+    folders = {path.name.casefold(): path for path in list_folders(data_dir)}
+    parts = [next((folders[name] for name in sorted(names & folders.keys())), None)
+             for names in DIVIDED]  # fmt: skip
+    classes = [{label_of(p.name) for p in list_folders(part)} if part else set() for part in parts]
+    if not classes[0] & (classes[1] | classes[2]):
         return None, None
-    train, validation = folders[parts[0][0]], folders[parts[1][0]]
-    classes = [{path.name for path in list_folders(part)} for part in (train, validation)]
-    if not classes[0] or classes[0] != classes[1]:
-        return None, None
-    return {"train": train, "validation": validation}, next(iter(parts[2]), None)
+    found = {"train": parts[0]} | ({"validation": parts[1]} if classes[1] else {})
+    return found, parts[2]
+
+
+def find_parts(data_dir):
+    """Return ([(path, label, part)], parts, test folder) of all files; parts: see find_division.
+
+    A class that only validation has is left out. Warns of what is left out, or is not tested.
+    """
+    parts, test = find_division(data_dir)
+    roots = parts or {"all": data_dir}
+    files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
+    if parts:
+        for path in sorted(set(list_folders(data_dir)) - {*parts.values(), test}):
+            utils.warn(f"{utils.escape(path)}: left out, since {parts['train'].name} has classes")
+    if not parts or "validation" not in parts:
+        return files, parts, test
+    trained, tested = ({label for _, label, part in files if part == name} for name in parts)
+    for label in sorted(trained - tested):
+        utils.warn(f"{label}: not tested, since {utils.escape(parts['validation'])} has none")
+    for label in sorted(tested - trained):
+        utils.warn(f"{label}: left out, since {utils.escape(parts['train'])} has none")
+    return [file for file in files if file[1] in trained], parts, test
 
 
 def list_folders(folder):
     """Return the folders in a folder that people mean."""
-    return [p for p in folder.iterdir() if p.is_dir() and not utils.is_ignored(p.name)]
+    return [p for p in folder.iterdir() if os.path.isdir(p) and not utils.is_ignored(p.name)]
 
 
 def find_files(data_dir):
@@ -257,6 +279,10 @@ def find_files(data_dir):
         are = "is" if len(left_out) == 1 else "are"
         example = utils.escape(left_out[0])
         utils.warn(f"{name}: {links} out of it or in a circle and {are} not followed: {example}")
+    clouded = sum(1 for _ in data_dir.rglob(".*.icloud"))
+    if clouded:
+        there = utils.count(clouded, "picture is", "pictures are")
+        utils.warn(f"{name}: {there} in iCloud only: download them first")
     folders = {label_of(path.name) for path in list_folders(data_dir)}
     for label in sorted(folders - {label for _, label in files}):
         utils.warn(f"{name}/{label}: a class without files is left out")
@@ -351,7 +377,7 @@ def read_picture(path, side):
     except imaging.PictureError as error:
         reason = str(error)
         if reason == NO_PICTURE and path.suffix.lower() in PICTURE_ENDINGS:
-            damaged = "damaged, or no picture in spite of its name"
+            damaged = "damaged, or of a kind that cannot be read: save it as JPEG or PNG"
             reason = damaged if path.stat().st_size else "empty"
         return None, {"reason": reason}
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
@@ -523,34 +549,37 @@ def print_table(pictures, labels, groups, validation):
 
 def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
-    parts, test = find_division(args.data_dir)
-    roots = parts or {"all": args.data_dir}
-    files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
+    files, parts, test = find_parts(args.data_dir)
     check_labels(args, sorted({label for _, label, _ in files}))
     pictures, skipped, pixels = read_pictures(args, [file[:2] for file in files], side)
     labels = sorted({picture.label for picture in pictures})
     check_labels(args, labels)
     depth = 2 if parts else 1
     groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder, depth)
-    if parts:
+    group_of = np.zeros(len(pictures), int)
+    for number, group in enumerate(groups):
+        group_of[list(group)] = number
+    is_divided = bool(parts) and "validation" in parts
+    if is_divided:
         is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
         train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
         if not len(train) or not len(validation):
             raise utils.UserError(f"{utils.escape(args.data_dir)}: a part without pictures")
     else:
         train, validation = split(pictures, groups, args.validation_split or 0.2, args.seed)
-    group_of = np.zeros(len(pictures), int)
-    for number, group in enumerate(groups):
-        group_of[list(group)] = number
     utils.print_line(
         f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, "
         f"{skipped} skipped"
     )
     if parts:
         names = " and ".join(sorted(path.name for path in parts.values()))
-        rest = f"; {test} is left alone, for --evaluate" if test else ""
-        utils.print_line(f"divided as the folders {names} are{rest}")
-    if near:
+        rest = f"; {test.name} is left alone, for --evaluate" if test else ""
+        utils.print_line(f"{'divided as' if is_divided else 'read from'} {names}{rest}")
+    leaked = int(np.isin(group_of[validation], group_of[train]).sum())
+    if leaked:
+        there = utils.count(leaked, "validation picture has", "validation pictures have")
+        utils.warn(f"{there} near copies among those that train, which flatters the accuracy")
+    elif near:
         utils.print_line(f"near copies: {near} pictures stay with theirs")
     if args.dry_run or len(labels) <= MAX_TABLE:
         print_table(pictures, labels, group_of, validation)
@@ -562,7 +591,7 @@ def read_data(args, side):
 def check_folders(args):
     """Raise UserError unless there are two class folders at least; cheap, nothing is read."""
     parts, _ = find_division(args.data_dir)
-    if parts and args.validation_split:
+    if parts and "validation" in parts and args.validation_split:
         name = utils.escape(args.data_dir)
         raise utils.UsageError(f"--validation-split: {name} is divided already: leave it out")
     if not parts:

@@ -29,8 +29,11 @@ CASCADE = "haarcascade_frontalface_default.xml"
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
 # What systems leave in folders, lower case.
-SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "@eadir", "#recycle", "$recycle.bin"}
-SKIPPED_NAMES |= {"lost+found"}
+# What systems, NAS and recycle bins leave behind, in small letters.
+SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "recycler"}
+SKIPPED_NAMES |= {"#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp"}
+SKIPPED_NAMES |= {"@eadir", "@synoresource", "system volume information", "network trash folder"}
+SKIPPED_NAMES |= {"temporary items"}
 RESERVED_NAMES = {f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10)}
 RESERVED_NAMES |= {"con", "prn", "aux", "nul"}
 # As TensorFlow and JAX say it; they have no class in common for it.
@@ -301,7 +304,7 @@ def list_files(root, left_out=None):
             warn(advice(error))
             continue
         for path in (folder / name for name in names):
-            if path.is_dir():
+            if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
                 (links if path.is_symlink() else folders).append(path)
             elif not path.is_symlink() or leads_into(path, inside):
                 found.append(path)

@@ -300,7 +300,7 @@ def test_a_divided_set_is_used_as_it_is(tmp_path, capsys):
     assert parts == [{"train"}, {"val"}] and data.labels == ["a", "b"]
     output = capsys.readouterr().out
     assert output.startswith("images: 17 train, 7 validation, 2 classes, 0 skipped\n")
-    assert "divided as the folders train and val are; test is left alone, for --evaluate" in output
+    assert "divided as train and val; test is left alone, for --evaluate" in output
 
 
 def test_a_divided_set_cannot_be_divided_otherwise(run_script, tmp_path):
@@ -314,8 +314,45 @@ def test_a_divided_set_cannot_be_divided_otherwise(run_script, tmp_path):
 def test_folders_called_train_and_val_may_be_classes(tmp_path):
     """With other classes in them, they are classes like any."""
     draw_classes(tmp_path / "set" / "train", {"a": 3, "b": 3})
-    draw_classes(tmp_path / "set" / "val", {"a": 3, "c": 3})
+    draw_classes(tmp_path / "set" / "val", {"c": 3, "d": 3})
     assert read(tmp_path / "set").labels == ["train", "val"]
+
+
+def test_sets_are_divided_in_many_ways(tmp_path, capsys):
+    draw_classes(tmp_path / "set" / "Training", {"Rene\u0301": 6, "b": 6, "more": 6})
+    draw_classes(tmp_path / "set" / "Test", {"Ren\u00e9": 3, "b": 3})
+    draw_classes(tmp_path / "set", {"notes": 3})
+    data = read(tmp_path / "set")  # no val folder: Training is divided, Test left alone
+    assert data.labels == ["Ren\u00e9", "b", "more"] and len(data.pictures) == 18
+    assert len(data.validation) == 3
+    output, told = capsys.readouterr()
+    assert "read from Training; Test is left alone, for --evaluate" in output
+    assert "notes: left out" in told
+    draw_classes(tmp_path / "set" / "VALID", {"b": 3, "more": 3, "strange": 3})
+    data = read(tmp_path / "set")
+    assert data.labels == ["Ren\u00e9", "b", "more"] and len(data.validation) == 6
+    told = capsys.readouterr().err
+    assert "Ren\u00e9: not tested, since" in told and "strange: left out, since" in told
+
+
+def test_pictures_that_are_in_both_parts_are_warned_about(tmp_path, capsys):
+    for part in ("train", "val"):
+        draw_classes(tmp_path / "set" / part, {"a": 5, "b": 5})
+    read(tmp_path / "set")
+    output, told = capsys.readouterr()
+    assert "10 validation pictures have near copies among those that train" in told
+    assert "stay with theirs" not in output
+
+
+def test_what_a_nas_or_icloud_leaves_behind(make_classes, capsys):
+    data = make_classes(a=5, b=5)
+    for name in ("@Recycle", "@Recently-Snapshot", "System Volume Information"):
+        draw_classes(data / name, {"x": 2})
+        draw_classes(data / "a" / name, {"x": 2})
+    (data / "a" / ".IMG_1.HEIC.icloud").touch()
+    found = read(data)
+    assert found.labels == ["a", "b"] and len(found.pictures) == 10
+    assert f"{data}: 1 picture is in iCloud only" in capsys.readouterr().err
 
 
 def test_folders_of_a_divided_set_stay_together_by_their_own_names(tmp_path):
@@ -353,8 +390,11 @@ def test_what_is_no_picture_is_told_shortly(make_classes, capsys):
     errors = told.err.splitlines()
     assert "52 skipped" in told.out
     assert sum("26 files are no pictures: 25 .mov, 1 .aae" in line for line in errors) == 1
-    assert sum(".jpg: skipped: damaged, or no picture" in line for line in errors) == 20
-    assert "warning: 5 more files skipped: damaged, or no picture in spite of its name" in errors
+    assert sum(".jpg: skipped: damaged, or of a kind" in line for line in errors) == 20
+    assert (
+        "warning: 5 more files skipped: damaged, or of a kind that cannot be read: save it as JPEG or PNG"
+        in errors
+    )
     assert any(line.endswith("nothing.heic: skipped: empty") for line in errors)
 
 
