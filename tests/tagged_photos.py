@@ -140,7 +140,7 @@ def encode(stored, ending, orientation, xmp):
     """Return a picture as a file with this EXIF orientation and XMP packet."""
     exif, file = Image.Exif(), io.BytesIO()
     exif[ORIENTATION] = orientation
-    options = {"exif": exif, "quality": 90}
+    options = {"exif": exif.tobytes(), "quality": 90}
     if ending == ".tif":
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         tags[ORIENTATION], tags[XMP] = orientation, xmp
@@ -149,9 +149,16 @@ def encode(stored, ending, orientation, xmp):
     elif ending == ".png":
         texts = PngImagePlugin.PngInfo()
         texts.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"), zip=orientation % 2 == 0)
-        options = {"exif": exif, "pnginfo": texts}
+        options = {"exif": exif, "pnginfo": texts, "compress_level": 1}
     elif xmp:
         options["xmp"] = xmp
-    kinds = {".jpg": "JPEG", ".png": "PNG", ".tif": "TIFF", ".webp": "WEBP", ".heic": "HEIF"}
+    kinds = {
+        ".jpg": "JPEG",
+        ".png": "PNG",
+        ".tif": "TIFF",
+        ".webp": "WEBP",
+        ".heic": "HEIF",
+        ".avif": "AVIF",
+    }
     stored.save(file, kinds[ending], **options)
     return file.getvalue()

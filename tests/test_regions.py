@@ -15,7 +15,7 @@ import regions
 
 SIZE, ANN, BEN = (480, 320), (100, 120, 80), (330, 180, 100)
 FACES = [("Ann", ANN), ("Bén & Co", BEN), ("", (440, 60, 60))]
-ENDINGS = (".jpg", ".png", ".tif", ".webp", ".heic")
+ENDINGS = (".jpg", ".png", ".tif", ".webp", ".avif")
 PROGRAMS = (*tagged_photos.PROGRAMS, "Picasa")
 
 
@@ -53,9 +53,9 @@ def iou(a, box):
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_lie_where_the_program_drew_them(tmp_path, program, orientation):
-    """In all five formats: 200 files."""
+    """208 files. Encoding HEIC takes nearly a second."""
     faces = FACES if program == "Picasa" else escaped(FACES)
-    for ending in ENDINGS:
+    for ending in (*ENDINGS, ".heic") if program == "Apple" else ENDINGS:
         path = tmp_path / f"IMG_1{ending}"
         tag_photo(path, texture(1, SIZE), faces, program, orientation)
         found = found_in(path)
@@ -259,5 +259,5 @@ def test_photos_without_names_are_no_failure(tmp_path):
 )
 def test_wrong_usage(tmp_path, album, words):
     done = run_process(ROOT / "webcam.py", tmp_path, *words)
-    assert done.returncode == 2 and "--by-name" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "people").exists()
