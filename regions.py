@@ -9,6 +9,11 @@ Picasa's .picasa.ini. No face is looked for, and no model is needed.
 
 Boxes are fractions of the picture as it is stored, before EXIF turns it. Metadata that cannot be
 read never costs the picture.
+
+A crop is 2.2 boxes wide, and shows what the tagger's crop of 2.0 Haar boxes shows. Measured on 339
+faces (press photos, webcam films), each with two detectors like those of such programs
+(libfacedetection, MTCNN): the side of the Haar box is 1.07 to 1.11 times the root of width x height
+of their box (medians; 0.95 to 1.19 for eight of ten), and the centres lie 2 % apart.
 """
 
 import collections
@@ -42,7 +47,7 @@ UNTOLD = (math.nan, math.nan)  # a size
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
 SHAPE_TOLERANCE = 0.02  # of width / height
 MIN_SIDE = 48  # pixels of a box, as in the collector
-HAAR_BOX = 1.12  # a Haar box of webcam.py is so many times as wide
+HAAR_BOX = 1.1  # a Haar box of webcam.py is so many times as large as a photo program's
 ORIENTATION = 0x0112  # the EXIF tag
 TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
