@@ -97,15 +97,21 @@ def drop_png_metadata(data):
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
-    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
-    while start < len(data):
-        size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
-        chunk = data[start : start + 12 + size]
+    kept = [PNG_SIGNATURE]
+    for kind, chunk in png_chunks(data):
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
         if kind[:1].isupper() or (kind in PNG_OPTIONAL and is_whole):
             kept.append(chunk)
-        start += len(chunk)
     return b"".join(kept)
+
+
+def png_chunks(data):
+    """Yield pairs (kind, chunk) of a PNG; a chunk with its length, kind and checksum."""
+    start = len(PNG_SIGNATURE)
+    while start < len(data):
+        size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
+        yield kind, data[start : start + 12 + size]
+        start += 12 + size
 
 
 @contextlib.contextmanager

@@ -203,6 +203,8 @@ def parse_arguments(argv=None):
            "somebody appeared or left, not one a frame (default: off)")  # fmt: skip
     option("--save-faces", type=Path, metavar="DIR", help="keep the crops: in DIR/<label>/ with a "
            "model, in DIR/ without (default: none)")  # fmt: skip
+    option("--by-name", action="store_true", help="with --save-faces, without a model: cut out the "
+           "faces that a photo program has named, into DIR/<name>/ (default: off)")  # fmt: skip
     args, others = parser.parse_known_args(argv)
     if others:  # of a shell's star, say
         names = utils.escape(" ".join(others))
@@ -211,6 +213,9 @@ def parse_arguments(argv=None):
         )
     if not (args.model or args.save_faces):
         parser.error("give the prefix of a model, or --save-faces DIR")
+    shown = args.model or args.output or args.events or args.whole_picture is not None
+    if args.by_name and (shown or not args.save_faces):
+        parser.error("--by-name goes with --save-faces DIR and --source FOLDER only")
     return args
 
 
@@ -1501,6 +1506,8 @@ def next_step(tagger):
 
 def check_arguments(args, source):
     """Check all that can be checked before any work, and settle what is left to the model."""
+    if args.by_name and source.kind != "folder":
+        raise utils.UsageError(f"--source {utils.escape(source.name)}: --by-name takes a folder")
     for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
         if path:
             check_output(option, path, source)
@@ -1518,6 +1525,10 @@ def main():
     args = parse_arguments()
     source = find_source(args.source)
     check_arguments(args, source)
+    if args.by_name:
+        import regions
+
+        return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
     if args.model and source.kind != "camera":  # a camera is shown while the model is loaded
         tagger.labeller.load()
