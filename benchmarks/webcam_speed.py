@@ -23,6 +23,7 @@ import numpy as np
 import sample_faces
 from common import model, utils
 
+import films
 import imaging
 import webcam
 
@@ -141,8 +142,8 @@ def main():
             args.films = [Path(folder, "drawn.mp4")]
             sample_faces.draw_clip(args.films[0])
         for path in args.films:
-            film = webcam.Film(str(path), path.name)
-            frames = [frame.image for frame in itertools.islice(film.frames(), FRAMES)]
+            film = films.Film(str(path), path.name)
+            frames = [image for _, image in itertools.islice(film.frames(), FRAMES)]
             compare(path, frames, network, side)
         play_camera(network, side, frames)
 

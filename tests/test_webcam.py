@@ -27,6 +27,7 @@ import sample_faces
 from conftest import ROOT, rows, run_process
 from PIL import Image
 
+import films
 import report
 import webcam
 
@@ -67,8 +68,8 @@ def make_film(path, frames, times=None, codec="libx264", rate=25, sar=None, **op
 
 
 def frames_of(path):
-    """Return the Frames that webcam.py makes of a film."""
-    return list(webcam.Film(str(path), path.name).frames())
+    """Return [(timestamp, image)] that webcam.py makes of a film."""
+    return list(films.Film(str(path), path.name).frames())
 
 
 def difference(one, other):
@@ -143,7 +144,7 @@ def test_interlaced_films(tmp_path, frames, name, codec):
     assert next(av.open(str(path)).decode(video=0)).interlaced_frame
     got = frames_of(path)
     assert len(got) == 12
-    assert max(difference(one.image, frame) for one, frame in zip(got, frames)) < 6
+    assert max(difference(image, frame) for (_, image), frame in zip(got, frames)) < 6
 
 
 @pytest.mark.parametrize("output", ["out.mp4", "out.avi"])
@@ -154,7 +155,7 @@ def test_frames_that_come_at_odd_times_keep_them(tmp_path, tag_here, frames, out
     done = tag_here(*COLLECT, "call.mkv", "--output", output)
     got = sorted({float(row["time"]) for row in rows(done.stdout)})
     assert got == pytest.approx(times, abs=0.002), done.stderr
-    written = [frame.timestamp for frame in frames_of(tmp_path / output)]
+    written = [timestamp for timestamp, _ in frames_of(tmp_path / output)]
     assert written == pytest.approx(times, abs=0.04)
 
 
@@ -200,14 +201,14 @@ def test_all_eight_orientations(tmp_path, frames, matrix):
     data, place = path.read_bytes(), path.read_bytes().index(b"tkhd")
     path.write_bytes(data[:place] + data[place:].replace(header, numbers, 1))
     expected = MATRICES[matrix](frames[0])
-    got = frames_of(path)[0].image
+    got = frames_of(path)[0][1]
     assert got.shape == expected.shape and difference(got, expected) < 6
 
 
 @pytest.mark.parametrize("sar", [Fraction(2), Fraction(64, 45), Fraction(8, 9)])
 def test_pixels_that_are_not_square(tmp_path, frames, sar):
     squeezed = cv2.resize(frames[0], (round(640 / sar) // 2 * 2, 480))
-    image = frames_of(make_film(tmp_path / "dvd.mp4", [squeezed] * 2, sar=sar))[0].image
+    image = frames_of(make_film(tmp_path / "dvd.mp4", [squeezed] * 2, sar=sar))[0][1]
     assert image.shape[0] == 480 and abs(image.shape[1] - 640) <= 2
     assert difference(cv2.resize(image, (640, 480)), frames[0]) < 8
 
@@ -278,13 +279,13 @@ def test_a_pause_stops_the_clock_of_a_film(monkeypatch):
 )
 def test_a_film_of_an_odd_rate_and_one_without_times_can_be_written(tmp_path, frames, name, rate):
     """Phones film with 116.98324 frames a second; raw streams tell no times."""
-    film = webcam.Film(str(make_film(tmp_path / name, frames[:20], rate=rate)), name)
+    film = films.Film(str(make_film(tmp_path / name, frames[:20], rate=rate)), name)
     got = list(film.frames())
-    assert len(got) == 20 and got[0].timestamp == 0
+    assert len(got) == 20 and got[0][0] == 0
     for output in (tmp_path / "out.mp4", tmp_path / "out.avi"):
         with webcam.open_output(output, film.rate) as write:
-            for frame in got:
-                write(Image.fromarray(frame.image), frame.timestamp)
+            for timestamp, image in got:
+                write(Image.fromarray(image), timestamp)
         assert len(read_film(output)) == 20
 
 
@@ -315,14 +316,14 @@ def test_a_film_without_a_window_shows_how_far_it_is(tmp_path, film):
 
 
 def test_ctrl_c_keeps_the_film(tmp_path, monkeypatch):
-    encode = webcam.video_frame
+    encode = films.video_frame
 
     def interrupted(image, stream, tick):
         if tick > 40_000:
             raise KeyboardInterrupt
         return encode(image, stream, tick)
 
-    monkeypatch.setattr(webcam, "video_frame", interrupted)
+    monkeypatch.setattr(films, "video_frame", interrupted)
     with pytest.raises(KeyboardInterrupt), webcam.open_output(tmp_path / "out.mp4", 25) as write:
         for n in range(25):
             write(Image.fromarray(IMAGE), n / 25)
@@ -705,8 +706,8 @@ def test_the_film_of_a_camera_runs_as_fast_as_the_camera_did(tmp_path, moments):
         with webcam.open_output(tmp_path / name, webcam.LIVE_FPS) as write:
             for moment in moments:
                 write(Image.fromarray(IMAGE), moment)
-        last = min(moments[-1], 0.01 + webcam.MAX_FRAME_GAP)
-        assert frames_of(tmp_path / name)[-1].timestamp == pytest.approx(last, abs=0.04)
+        last = min(moments[-1], 0.01 + films.MAX_FRAME_GAP)
+        assert frames_of(tmp_path / name)[-1][0] == pytest.approx(last, abs=0.04)
 
 
 def test_only_the_window_shows_how_fast_it_is(monkeypatch):
