@@ -964,7 +964,7 @@ def mistaken(tmp_path_factory, film):
     ("FACES --source film.mp4 --output out.gif", 1, "error: --output out.gif: cannot hold"),
     ("FACES --source film.mp4 --output no/out.mp4", 1, "error: --output no/out.mp4: is a folder, or lies in none"),
 ])  # fmt: skip
-def test_mistakes_are_told_in_one_line(mistaken, monkeypatch, tag_here, tmp_path, arguments, code, message):  # fmt: skip
+def test_mistakes_are_told_in_one_line(mistaken, tag_here, tmp_path, arguments, code, message):
     for path in mistaken.iterdir():
         os.symlink(path, tmp_path / path.name)
     before = sorted(tmp_path.iterdir())
