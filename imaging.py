@@ -1,11 +1,13 @@
-"""Reading pictures of every kind, safely, and cutting squares out of them."""
+"""Reading pictures of every kind, safely, cutting squares out of them, and the face detector."""
 
 import contextlib
+import functools
 import io
 import os
 import stat
 import warnings
 import zlib
+from pathlib import Path
 
 import utils
 
@@ -252,3 +254,25 @@ def crop_square(picture, center_x, center_y, side):
 def save_jpeg(path, pixels):
     """Save uint8 (height, width, 3) as JPEG: quality 95, no subsampling, no metadata."""
     Image.fromarray(pixels).save(path, "JPEG", quality=95, subsampling=0)
+
+
+@functools.cache
+def load_cascade():
+    """Return OpenCV's face detector, from the current folder, else from beside this script.
+
+    Raises UserError where its file is missing or damaged.
+    """
+    import cv2
+
+    path = Path(utils.CASCADE)
+    if not path.is_file():
+        path = Path(__file__).resolve().with_name(utils.CASCADE)
+    cascade = cv2.CascadeClassifier()
+    with contextlib.suppress(OSError, ValueError, cv2.error, SystemError):
+        # not by its name: OpenCV ends the process on some, and on Windows it opens only ASCII
+        text, mode = path.read_text("utf-8"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY
+        storage = cv2.FileStorage(text, mode)  # its nodes live as long as it does
+        cascade.read(storage.getFirstTopLevelNode())
+    if cascade.empty():
+        raise utils.UserError(f"{utils.escape(path)}: missing or damaged: copy it from the kit")
+    return cascade
