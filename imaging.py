@@ -29,6 +29,9 @@ MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
+# Texts of a PNG that may say how it is turned: as ImageMagick and GraphicsMagick write it, and XMP.
+PNG_TURNS = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
+MAX_TEXT = 2**18  # bytes of such a text; Pillow refuses the picture for one that is very long
 TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
 TIFF_RANGE = 280, 281  # tags of the smallest and the largest value
 STRIPE = 2**20  # pixels that are computed with at once
@@ -94,17 +97,31 @@ def is_animation(image):
 def drop_png_metadata(data):
     """Return a PNG without what Pillow would refuse it for; other data as they are.
 
-    That is all optional chunks but transparency, EXIF and the frames of an animation: texts may be
-    long, misnamed or broken.
+    That is all optional chunks but transparency, EXIF, the frames of an animation and short texts
+    that may hold the orientation: others may be long, misnamed or broken.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
     kept = [PNG_SIGNATURE]
     for kind, chunk in png_chunks(data):
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if kind[:1].isupper() or (kind in PNG_OPTIONAL and is_whole):
+        is_used = kind in PNG_OPTIONAL or may_turn(kind, chunk[8:-4])
+        if kind[:1].isupper() or (is_used and is_whole):
             kept.append(chunk)
     return b"".join(kept)
+
+
+def may_turn(kind, content):
+    """Say whether a text chunk of a PNG may hold its orientation, and is sound and short."""
+    keyword, _, text = content.partition(b"\0")
+    if keyword not in PNG_TURNS or (kind == b"iTXt" and text[:1] != b"\0"):
+        return False
+    if kind == b"zTXt":
+        try:
+            text = zlib.decompressobj().decompress(text[1:], MAX_TEXT)
+        except zlib.error:
+            return False
+    return len(text) < MAX_TEXT
 
 
 def png_chunks(data):
