@@ -12,6 +12,7 @@
 #     "pillow-heif>=1.0",
 #     "tqdm>=4.66",
 #     "filelock>=3.12",
+#     "defusedxml>=0.7",
 # ]
 # ///
 """Make a training set out of the people in an Apple Photos library, Photos 1 (2015) to Photos 11.
@@ -31,6 +32,7 @@ import math
 import os
 import shutil
 import sqlite3
+import sys
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +43,6 @@ import utils  # first: it says which Python and packages are needed
 # isort: split
 from PIL import Image
 
-UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
 # A picture whose width / height differs more from Photos' own is another rendition.
 SHAPE_TOLERANCE = 0.02
@@ -52,9 +53,13 @@ ENDINGS = {end for end, name in Image.registered_extensions().items() if name in
 # Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
 ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")
-# edited pictures at full size; smaller copies, the largest first.
+# edited pictures at full size; smaller copies of the three, and of what others share with you.
 RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")
-DERIVATIVES = ("{}_1_102_o.jpeg", "{}_1_102_a.jpeg", "{}_1_105_c.jpeg", "masters/{}_4_5005_c.jpeg")
+DERIVATIVES = ("resources", "resources/cloudsharing/resources", "scopes/cloudsharing/resources")
+DERIVATIVES += ("scopes/syndication/resources", "scopes/momentshared/resources")
+HIDDEN = -1  # type of a person whom the user has hidden in People
+SPARE = "26 = 2"  # of a picture's bits in a burst: neither picked by the user (8) nor shown (16)
+NOBODY = (None, False)  # neither a name, nor hidden
 
 
 class Face(NamedTuple):
@@ -63,9 +68,10 @@ class Face(NamedTuple):
     person: str | None
     stem: str  # of the file to write
     pictures: tuple  # paths where the full picture may be, the best first
-    derivatives: tuple  # the same for smaller copies of it
+    derivatives: tuple  # paths of smaller copies of it
     thumbnail: Path | int | None  # Photos' own picture of the face: path, or key in ZFACECROP
     is_film: bool
+    hidden: str | None  # why the user does not want to see it
     x: float  # the box's centre as a fraction of the picture's width,
     y: float  # and of its height, from below
     size: float  # the box's side as a fraction of the picture's longer side
@@ -108,9 +114,9 @@ def find_faces(library, folder, include_hidden):
             with contextlib.closing(open_copies(files, names, folder)) as db:
                 if columns(db, table):
                     return list(reader(library, db, include_hidden))
-    if {"photos.sqlite", "photos.db", "person.db"} & files.keys():
-        advice = "copy the library again, whole, with Photos closed"
-        fail(library, f"its database has no table of faces: {advice}")
+    if any(name.startswith(("photos.sqlite", "photos.db", "person.db")) for name in files):
+        advice = "copy the library again, whole, with Photos closed"  # perhaps only a -wal is here
+        fail(library, f"its database is missing or has no table of faces: {advice}")
     if {"apdb", "faces.db", "library.apdb"} & files.keys():
         advice = "open it with Photos, which makes one of its own"
         fail(library, f"this is a library of iPhoto or Aperture: {advice}")
@@ -146,18 +152,31 @@ def optional(db, table, name):
     return name if name.partition(".")[2] in columns(db, table) else "NULL"
 
 
-def person_names(rows):
-    """Return {key: name or None} from rows (key, full name, display name, key merged into)."""
-    persons, names = {row[0]: row[1:] for row in rows}, {}
-    for start in persons:
+def find_persons(rows):
+    """Return {key: (name or None, is hidden)} from rows (key, names, key merged into, type)."""
+    rows, persons = {row[0]: row[1:] for row in rows}, {}
+    for start in rows:
         key, passed = start, set()
-        while key in persons and persons[key][2] and key not in passed:
+        while key in rows and rows[key][2] and key not in passed:
             passed.add(key)
-            key = persons[key][2]
-        full, shown, merged = persons.get(key, (None, None, None))
+            key = rows[key][2]
+        full, shown, merged, kind = rows.get(key, (None, None, None, None))
         name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
-        names[start] = name if name and not merged else None  # merged in a circle: unknown
-    return names
+        # merged in a circle: unknown
+        persons[start] = name if name and not merged else None, kind == HIDDEN
+    return persons
+
+
+def index_by_name(folders, pattern, place):
+    """Return {part of the name: paths} of the pictures below folders whose names match a pattern.
+
+    place: which of the parts between underscores.
+    """
+    found = collections.defaultdict(list)
+    for path in (path for folder in folders for path in sorted(folder.rglob(pattern))):
+        if path.suffix.lower() in ENDINGS:
+            found[path.stem.split("_")[place]].append(path)
+    return found
 
 
 def read_photos_5(library, db, include_hidden):
@@ -167,15 +186,20 @@ def read_photos_5(library, db, include_hidden):
     to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
     has_states = "ZADJUSTMENTSSTATE" in columns(db, photos)
     edited = "ZADJUSTMENTSSTATE" if has_states else "ZHASADJUSTMENTS"
-    query = "SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON FROM ZPERSON"
-    names = person_names(db.execute(query))
+    kind = optional(db, "ZPERSON", "p.ZTYPE")
+    query = f"SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, {kind} FROM ZPERSON p"
+    persons = find_persons(db.execute(query))
     query = "SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP"
     thumbnails = db.execute(query) if columns(db, "ZFACECROP") else ()
-    thumbnails = {(photo, names.get(person)): key for photo, person, key in thumbnails}
+    thumbnails = {(photo, persons.get(person, NOBODY)[0]): key for photo, person, key in thumbnails}
+    copies = index_by_name([library / name / "derivatives" for name in DERIVATIVES], "*_*", 0)
+    pick = optional(db, photos, "p.ZAVALANCHEPICKTYPE")
+    visibility = optional(db, photos, "p.ZVISIBILITYSTATE")
     query = f"""
         SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
                p.{edited} AS edited, p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
                p.ZSAVEDASSETTYPE = 10 AS referenced, p.ZKIND = 1 AS is_film,
+               {pick} & {SPARE} OR IFNULL({visibility}, 0) <> 0 AS is_spare,
                f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
                f.ZSOURCEWIDTH AS width, f.ZSOURCEHEIGHT AS height
         FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.{to_photo}
@@ -183,29 +207,28 @@ def read_photos_5(library, db, include_hidden):
           AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
           AND IFNULL({optional(db, "ZDETECTEDFACE", "f.ZDETECTIONTYPE")}, 1) IN (0, 1)"""
     for row in db.execute(query):
-        person = names.get(row["person"])
-        thumbnail = person and thumbnails.pop((row["photo"], person), None)
-        yield make_face(row, person, *picture_paths(row, library), thumbnail)
+        person = persons.get(row["person"], NOBODY)
+        thumbnail = person[0] and thumbnails.pop((row["photo"], person[0]), None)
+        paths = picture_paths(row, library), copies[str(row["asset"])]
+        yield make_face(row, person, *paths, thumbnail)
 
 
 def picture_paths(row, library):
-    """Return where Photos 5 to 11 may keep a photo: paths of it, and of smaller copies."""
+    """Return the paths where Photos 5 to 11 may keep a photo at full size."""
     uuid, file = str(row["asset"]), f"{row['folder']}/{row['file']}"
     pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
     if row["edited"]:  # never the original: the box belongs to the edited picture
         pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
     elif row["referenced"] and file.startswith("/"):
         pictures = [file]
-    names = [end.format(f"{uuid[:1]}/{uuid}") for end in DERIVATIVES]
-    return pictures, [f"{library}/resources/derivatives/{name}" for name in names]
+    return pictures
 
 
 def read_photos_2(library, db, include_hidden):
     """Return the faces of Photos 2 to 4."""
-    thumbnails, edits, edited_pictures = {}, {}, collections.defaultdict(list)
+    thumbnails, edits = {}, {}
     # by name: some lie in another folder than their number says
-    for path in sorted((library / "resources/media/version").rglob("fullsizeoutput_*")):
-        edited_pictures[path.stem].append(path)
+    edited_pictures = index_by_name([library / "resources/media/version"], "fullsizeoutput_*", 1)
     query = """
         SELECT attachedModelType, resourceType, attachedModelId, resourceTag,
                CAST(modelId AS INTEGER)
@@ -216,7 +239,7 @@ def read_photos_2(library, db, include_hidden):
             place = f"{digits[-4:-2]}/{digits[:-4]:0>2}/facetile_{number:x}.jpeg"
             thumbnails[of] = library / "resources/media/face" / place
         elif (of_type, kind) == (2, 4):
-            edits[of, tag] = edited_pictures[f"fullsizeoutput_{number:x}"]
+            edits[of, tag] = edited_pictures[f"{number:x}"]
     link = "v.modelId = f.imageModelId"
     return faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
 
@@ -262,39 +285,54 @@ def faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
     link: SQL that joins a face to its version v of a photo. thumbnails: {face: path}.
     edits: {(version, tag): paths}.
     """
-    # Photos 1 keeps them in Library.apdb, without which there are only thumbnails
     has_photos = bool(columns(db, "RKVersion"))
-    if not has_photos:
+    if not has_photos:  # Photos 1 without its Library.apdb, which holds them: only thumbnails
         db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
         db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
     shown = optional(db, "RKPerson", "p.displayName")
     merged = optional(db, "RKPerson", "p.mergeTargetPersonId")
-    names = person_names(db.execute(f"SELECT modelId, name, {shown}, {merged} FROM RKPerson p"))
+    kind = optional(db, "RKPerson", "p.personType")
+    query = f"SELECT modelId, name, {shown}, {merged}, {kind} FROM RKPerson p"
+    persons = find_persons(db.execute(query))
+    # without the small ones, _mini_
+    previews = index_by_name([library / "resources/proxies/derivatives"], "*_[lt]*_*", -1)
+    for row in db.execute(faces_query(db, link, has_photos, include_hidden)):
+        pictures, is_edited = [f"{library}/Masters/{row['file']}"], bool(row["edited"])
+        if is_edited:
+            pictures = edits.get((row["version"], row["tag"]), ())
+        elif row["referenced"]:  # kept outside of the library, on this disk or another
+            pictures = [f"{disk}/{row['file']}" for disk in ("", *Path("/Volumes").glob("*"))]
+        copies = previews[row["hex"]]
+        copies = [path for path in copies if path.name.startswith("UNADJUSTED") != is_edited]
+        person = persons.get(row["person"], NOBODY)
+        yield make_face(row, person, pictures, copies, thumbnails.get(row["face"]))
+
+
+def faces_query(db, link, has_photos, include_hidden):
+    """Return the SQL that gives the faces of an RKFace table with their photos."""
     tag = optional(db, "RKVersion", "v.adjustmentUuid")
     edited = optional(db, "RKVersion", "v.hasAdjustments")
     hidden = optional(db, "RKVersion", "v.isHidden")
     kind = optional(db, "RKVersion", "v.type")
+    pick = optional(db, "RKVersion", "v.burstPickType")
+    visible = optional(db, "RKVersion", "v.showInLibrary")
+    jpeg = optional(db, "RKVersion", "v.nonRawMasterUuid")  # of a RAW and a JPEG
     referenced = optional(db, "RKMaster", "m.fileIsReference")
     unedited = "('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')"
-    query = f"""
+    return f"""
         SELECT IFNULL(f.uuid, '') || '-' || f.modelId AS uuid, f.modelId AS face,
                f.personId AS person, IFNULL(v.uuid, f.{link.rpartition(".")[2]}) AS asset,
-               v.modelId AS version, {tag} AS tag,
+               v.modelId AS version, printf('%x', v.modelId) AS hex, {tag} AS tag,
                IFNULL({edited}, IFNULL({tag}, '') NOT IN {unedited}) AS edited,
                m.imagePath AS file, {referenced} AS referenced, {kind} = 8 AS is_film,
+               {pick} & {SPARE} OR (IFNULL({pick}, 0) <> 0 AND {visible} = 0) AS is_spare,
                f.centerX AS x, f.centerY AS y, f.size, f.sourceWidth AS width,
                f.sourceHeight AS height
-        FROM RKFace f LEFT JOIN RKVersion v ON {link} LEFT JOIN RKMaster m ON m.uuid = v.masterUuid
+        FROM RKFace f LEFT JOIN RKVersion v ON {link}
+             LEFT JOIN RKMaster m ON m.uuid = IFNULL(NULLIF({jpeg}, ''), v.masterUuid)
         WHERE f.size > 0 AND IFNULL(f.isInTrash, 0) = 0 AND IFNULL(f.hidden, 0) = 0
           AND IFNULL(v.isInTrash, 0) = 0 AND (IFNULL({hidden}, 0) = 0 OR {include_hidden:d})
           AND (v.modelId IS NOT NULL OR NOT {has_photos:d})"""
-    for row in db.execute(query):
-        pictures = [f"{library}/Masters/{row['file']}"]
-        if row["edited"]:
-            pictures = edits.get((row["version"], row["tag"]), ())
-        elif row["referenced"]:  # kept outside of the library, on this disk or another
-            pictures = [f"{disk}/{row['file']}" for disk in ("", *Path("/Volumes").glob("*"))]
-        yield make_face(row, names.get(row["person"]), pictures, (), thumbnails.get(row["face"]))
 
 
 def make_face(row, person, pictures, derivatives, thumbnail):
@@ -303,8 +341,11 @@ def make_face(row, person, pictures, derivatives, thumbnail):
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in name)[:150]
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
     numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
-    paths = tuple(pictures), tuple(derivatives)
-    return Face(person, stem, *paths, thumbnail, bool(row["is_film"]), *numbers)
+    hidden = "of a person hidden in People" if person[1] else None
+    if row["is_spare"]:
+        hidden = "of a burst, not picked"
+    paths, is_film = (tuple(pictures), tuple(derivatives)), bool(row["is_film"])
+    return Face(person[0], stem, *paths, thumbnail, is_film, hidden, *numbers)
 
 
 def collect(faces, library, folder, args):
@@ -331,11 +372,13 @@ def collect(faces, library, folder, args):
 def group_by_picture(faces, dataset, skipped, args):
     """Return lists of pairs (Face, file to write), one list a picture; count what is left out."""
     persons = {face.person for face in faces if face.person}
-    folders = utils.folder_names(persons, taken=[UNKNOWN]) | {None: UNKNOWN}
+    folders = utils.folder_names(persons, taken=[utils.UNKNOWN]) | {None: utils.UNKNOWN}
     targets, groups = set(), collections.defaultdict(list)
     for face in faces:
         target = dataset / folders[face.person or None] / f"{face.stem}.jpg"
-        if args.no_unknown and not face.person:
+        if face.hidden and not args.include_hidden:
+            skipped[f"{face.hidden} (--include-hidden)"] += 1
+        elif args.no_unknown and not face.person:
             skipped["without a name (--no-unknown)"] += 1
         elif target in targets:
             skipped["twice in the database"] += 1
@@ -373,9 +416,9 @@ def read_photo(face, library):
     if face.is_film:  # its still pictures show another moment than the box
         raise imaging.PictureError("on a film")
     reason = "no picture on this disk (perhaps only in iCloud)"
-    for path in (*face.pictures, *face.derivatives):
+    for path in candidates(face, library):
         try:
-            image = open_upright(Path(path), library)
+            image = imaging.upright(open_photo(Path(path), library))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, MemoryError, imaging.PictureError):
@@ -389,18 +432,30 @@ def read_photo(face, library):
     raise imaging.PictureError(reason)
 
 
-def open_upright(path, library):
-    """Return a picture as an upright PIL image.
+def candidates(face, library):
+    """Yield the paths where the picture of a face may be, the best first."""
+    yield from face.pictures
+    yield from sorted(face.derivatives, key=lambda path: -count_pixels(path, library))
+
+
+def count_pixels(path, library):
+    """Return how many pixels a picture has, 0 if it cannot be read."""
+    with contextlib.suppress(OSError, ValueError, imaging.PictureError):
+        return math.prod(open_photo(path, library).size)
+    return 0
+
+
+def open_photo(path, library):
+    """Return a picture as a PIL image of which only the header has been read.
 
     Raises FileNotFoundError also for one that leaves the library by a link.
     """
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    if path.is_relative_to(library) and not path.resolve().is_relative_to(library):
+    is_outside = not path.is_relative_to(library)
+    if not path.is_file() or not (is_outside or utils.leads_into(path, library)):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
         raise imaging.PictureError("not a kind of picture that can be opened")
-    return imaging.upright(imaging.read_picture(path)[1])
+    return imaging.read_picture(path)[1]
 
 
 def save_thumbnail(face, reason, library, folder, target, args):
@@ -409,7 +464,7 @@ def save_thumbnail(face, reason, library, folder, target, args):
         return reason
     try:
         if isinstance(face.thumbnail, Path):
-            image = open_upright(face.thumbnail, library)
+            image = imaging.upright(open_photo(face.thumbnail, library))
         else:
             image = read_face_crop(folder / "databases" / "photos.sqlite", face.thumbnail)
     except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, imaging.PictureError):
@@ -446,24 +501,28 @@ def save_crop(face, image, context, target, args):
 
 def merge_rare(counts, skipped, dataset, args):
     """Move persons with too few pictures into unknown, or leave them out, on disk and in counts."""
-    for name in [name for name in counts if name != UNKNOWN and counts[name] < args.min_images]:
+    for name in [
+        name for name in counts if name != utils.UNKNOWN and counts[name] < args.min_images
+    ]:
         count = counts.pop(name)
         if args.no_unknown:
             skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += count
         else:
-            counts[UNKNOWN] += count
+            counts[utils.UNKNOWN] += count
             for path in list((dataset / name).glob("*.jpg")):
-                (dataset / UNKNOWN).mkdir(exist_ok=True)
-                path.rename(dataset / UNKNOWN / path.name)
+                (dataset / utils.UNKNOWN).mkdir(exist_ok=True)
+                path.rename(dataset / utils.UNKNOWN / path.name)
         shutil.rmtree(dataset / name, ignore_errors=True)
 
 
-def check_folders(library, out):
+def check_folders(library, out, dry_run):
     """Raise UserError unless `library` is a folder, and `out` absent or empty and outside of it."""
     if not library.is_dir():
         fail(library, "no such folder: give the one that ends in .photoslibrary")
     if utils.is_inside(out, library):
         fail(out, "lies in the library, which stays as it is: choose another out_dir")
+    if dry_run:
+        return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         fail(out, "is there already: choose another out_dir or move this one away")
     if os.path.ismount(out):  # it could not be replaced at the end
@@ -495,17 +554,16 @@ def working_folder(out):
             folder.rmdir()
 
 
-def report(counts, skipped):
-    """Print the table of persons, the reasons for which faces were skipped, and the sum."""
-    utils.print_line("images  person")
-    for name in sorted(counts, key=lambda name: (name == UNKNOWN, name.casefold())):
-        utils.print_line(f"{counts[name]:6}  {utils.escape(name)}")
-    for reason, count in sorted(skipped.items()):
-        utils.print_line(f"{count} skipped: {reason}")
-    persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
-    named = f"{counts.total() - unknown} named ({persons} persons)"
-    total = counts.total() + left_out
-    utils.print_line(f"{total} faces: {named}, {unknown} unknown, {left_out} skipped")
+def warn_rare(counts, args):
+    """Warn if --min-images leaves nobody; say which values would keep how many persons."""
+    sizes = [counts[name] for name in counts if name != utils.UNKNOWN]
+    if not sizes or max(sizes) >= args.min_images:
+        return
+    kept = []
+    for size, persons in sorted(collections.Counter(sizes).items(), reverse=True)[:5]:
+        people = f"{utils.count(persons, 'person')} with {utils.count(size, 'picture')}"
+        kept.append(f"{people} ({size} would keep {sum(other >= size for other in sizes)})")
+    utils.warn(f"--min-images {args.min_images} leaves nobody with a name: {', '.join(kept)}")
 
 
 def parse_arguments():
@@ -526,7 +584,8 @@ def parse_arguments():
     text = "persons with fewer pictures go into unknown, or with --no-unknown are left out"
     option("min-images", text, type=utils.number(int, 1, 10**9), default=1, metavar="N")
     option("no-unknown", "leave out faces without a name", "off", action="store_true")
-    option("include-hidden", "also photos that the user hid", "off", action="store_true")
+    text = "also what the user hid: photos, persons, and pictures of a burst that nobody picked"
+    option("include-hidden", text, "off", action="store_true")
     text = "print the table as it would be, write nothing"
     option("dry-run", text, "off", action="store_true")
     return parser.parse_args()
@@ -536,10 +595,11 @@ def main():
     """Collect the faces of a library into a new folder."""
     args = parse_arguments()
     library, out = (Path(os.path.realpath(path)) for path in (args.library, args.out_dir))
-    check_folders(library, out)
+    check_folders(library, out, args.dry_run)
     with working_folder(out) as folder:
         faces = read_library(library, folder / "databases", args.include_hidden)
         counts, skipped = collect(faces, library, folder, args)
+        warn_rare(counts, args)
         merge_rare(counts, skipped, folder / "dataset", args)
         if counts and not args.dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -548,7 +608,9 @@ def main():
             (folder / "dataset").rename(out)
     if not faces:
         utils.print_line("no faces: Photos has found none in this library, so nothing was written")
-    report(counts, skipped)
+    utils.print_people(counts, skipped)
+    before = "the same without --dry-run, then " if args.dry_run else ""
+    print(utils.next_training_step(counts, args.out_dir, before), file=sys.stderr)
 
 
 if __name__ == "__main__":

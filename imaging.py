@@ -1,11 +1,13 @@
-"""Reading pictures of every kind, safely, and cutting squares out of them."""
+"""Reading pictures of every kind, safely, cutting squares out of them, and the face detector."""
 
 import contextlib
+import functools
 import io
 import os
 import stat
 import warnings
 import zlib
+from pathlib import Path
 
 import utils
 
@@ -27,6 +29,9 @@ MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
+# Texts of a PNG that may say how it is turned: as ImageMagick and GraphicsMagick write it, and XMP.
+PNG_TURNS = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
+MAX_TEXT = 2**18  # bytes of such a text; Pillow refuses the picture for one that is very long
 TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
 TIFF_RANGE = 280, 281  # tags of the smallest and the largest value
 STRIPE = 2**20  # pixels that are computed with at once
@@ -92,20 +97,40 @@ def is_animation(image):
 def drop_png_metadata(data):
     """Return a PNG without what Pillow would refuse it for; other data as they are.
 
-    That is all optional chunks but transparency, EXIF and the frames of an animation: texts may be
-    long, misnamed or broken.
+    That is all optional chunks but transparency, EXIF, the frames of an animation and short texts
+    that may hold the orientation: others may be long, misnamed or broken.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
-    kept, start = [PNG_SIGNATURE], len(PNG_SIGNATURE)
+    kept = [PNG_SIGNATURE]
+    for kind, chunk in png_chunks(data):
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
+        is_used = kind in PNG_OPTIONAL or may_turn(kind, chunk[8:-4])
+        if kind[:1].isupper() or (is_used and is_whole):
+            kept.append(chunk)
+    return b"".join(kept)
+
+
+def may_turn(kind, content):
+    """Say whether a text chunk of a PNG may hold its orientation, and is sound and short."""
+    keyword, _, text = content.partition(b"\0")
+    if keyword not in PNG_TURNS or (kind == b"iTXt" and text[:1] != b"\0"):
+        return False
+    if kind == b"zTXt":
+        try:
+            text = zlib.decompressobj().decompress(text[1:], MAX_TEXT)
+        except zlib.error:
+            return False
+    return len(text) < MAX_TEXT
+
+
+def png_chunks(data):
+    """Yield pairs (kind, chunk) of a PNG; a chunk with its length, kind and checksum."""
+    start = len(PNG_SIGNATURE)
     while start < len(data):
         size, kind = int.from_bytes(data[start : start + 4]), data[start + 4 : start + 8]
-        chunk = data[start : start + 12 + size]
-        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        if kind[:1].isupper() or (kind in PNG_OPTIONAL and is_whole):
-            kept.append(chunk)
-        start += len(chunk)
-    return b"".join(kept)
+        yield kind, data[start : start + 12 + size]
+        start += 12 + size
 
 
 @contextlib.contextmanager
@@ -246,3 +271,25 @@ def crop_square(picture, center_x, center_y, side):
 def save_jpeg(path, pixels):
     """Save uint8 (height, width, 3) as JPEG: quality 95, no subsampling, no metadata."""
     Image.fromarray(pixels).save(path, "JPEG", quality=95, subsampling=0)
+
+
+@functools.cache
+def load_cascade():
+    """Return OpenCV's face detector, from the current folder, else from beside this script.
+
+    Raises UserError where its file is missing or damaged.
+    """
+    import cv2
+
+    path = Path(utils.CASCADE)
+    if not path.is_file():
+        path = Path(__file__).resolve().with_name(utils.CASCADE)
+    cascade = cv2.CascadeClassifier()
+    with contextlib.suppress(OSError, ValueError, cv2.error, SystemError):
+        # not by its name: OpenCV ends the process on some, and on Windows it opens only ASCII
+        text, mode = path.read_text("utf-8"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY
+        storage = cv2.FileStorage(text, mode)  # its nodes live as long as it does
+        cascade.read(storage.getFirstTopLevelNode())
+    if cascade.empty():
+        raise utils.UserError(f"{utils.escape(path)}: missing or damaged: copy it from the kit")
+    return cascade

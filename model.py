@@ -400,8 +400,9 @@ def check_model(prefix):
     missing = [path.name for path in paths if not os.path.lexists(path)]
     if 0 < len(missing) < len(paths):
         names = utils.escape(" and ".join(missing))
+        there = next(path for path in paths if os.path.lexists(path))
         raise utils.UserError(
-            f"{utils.escape(weights)}: {names} missing beside it: copy all three files of a model"
+            f"{utils.escape(there)}: {names} missing beside it: copy all three files of a model"
         )
     texts = read_capped(architecture), read_capped(labels_path)
     labels = check_labels(parse_json(labels_path, texts[1]), labels_path)

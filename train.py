@@ -12,6 +12,7 @@
 #     "pillow-heif>=1.0",
 #     "tqdm>=4.66",
 #     "filelock>=3.12",
+#     "defusedxml>=0.7",
 # ]
 # ///
 """Teach a ready-made network (InceptionV3) your own classes from folders of pictures.
@@ -1547,14 +1548,6 @@ def save_network(args, network, kernel, bias, info):
     model.save_model(network, info, args.model)
 
 
-@functools.cache
-def load_cascade():
-    """Return OpenCV's face detector from beside this script."""
-    import cv2
-
-    return cv2.CascadeClassifier(str(Path(__file__).with_name(utils.CASCADE)))
-
-
 def share_of_face_crops(data):
     """Return in what share of the training pictures there is one face of a crop's size.
 
@@ -1567,7 +1560,7 @@ def share_of_face_crops(data):
     low, high = (max(24, round(share * side)) for share in FACE_SIDES)
     for index in data.local[::step]:
         grey = cv2.cvtColor(square_of(data, index), cv2.COLOR_RGB2GRAY)
-        faces = load_cascade().detectMultiScale(
+        faces = imaging.load_cascade().detectMultiScale(
             grey, 1.1, 3, minSize=(low, low), maxSize=(high, high)
         )
         found.append(len(faces) == 1)

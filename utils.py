@@ -7,6 +7,7 @@ import csv
 import errno
 import os
 import re
+import shlex
 import sys
 import threading
 import time
@@ -26,6 +27,8 @@ except ImportError as absent:
     sys.exit(f"error: {absent}: {INSTALL}")
 
 CASCADE = "haarcascade_frontalface_default.xml"
+UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
+ENOUGH = 20  # pictures of a class; with fewer a model is often wrong
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
 # What systems leave in folders, lower case.
@@ -238,6 +241,36 @@ def ordered_parallel_map(function, items, workers=None):
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def print_people(counts, skipped):
+    """Print a table of persons, the reasons for which faces were skipped, and the sum.
+
+    counts: Counter {person: faces}; skipped: Counter {reason: faces}.
+    """
+    print_line("images  person")
+    for name in sorted(counts, key=lambda name: (name == UNKNOWN, name.casefold())):
+        print_line(f"{counts[name]:6}  {escape(name)}")
+    for reason, number in sorted(skipped.items()):
+        print_line(f"{number} skipped: {reason}")
+    persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
+    named = f"{counts.total() - unknown} named ({persons} persons)"
+    total = counts.total() + left_out
+    print_line(f"{total} faces: {named}, {unknown} unknown, {left_out} skipped")
+
+
+def next_training_step(counts, folder, before=""):
+    """Return whether so many faces are enough to train on, and with which command.
+
+    counts: {person: faces}; before: what is to be done first.
+    """
+    few = sum(number < ENOUGH for number in counts.values())
+    if len(counts) < 2 or max(counts.values()) < 2:
+        advice = "name more faces, or collect others with webcam.py --save-faces"
+        return f"not enough to train on, which takes two persons with several faces each: {advice}"
+    less = f", but {few} of {len(counts)} have fewer than {ENOUGH} pictures: more would help"
+    command = f"python train.py {shlex.quote(escape(folder))} model"
+    return f"enough to train on{less if few else ''}\nnext: {before}{command}"
 
 
 # ---------------------------------------------------------------- names and files

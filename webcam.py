@@ -12,6 +12,7 @@
 #     "pillow-heif>=1.0",
 #     "tqdm>=4.66",
 #     "filelock>=3.12",
+#     "defusedxml>=0.7",
 # ]
 # ///
 """Tag faces in front of a camera, or in films, streams and pictures; or collect them.
@@ -29,6 +30,7 @@ pauses. Frames go to a Tracker, to a Labeller, and to what prints, saves, shows 
 import utils  # before all else: it says in one line which Python and packages are needed
 
 # isort: split
+import films
 import imaging
 import model
 import report
@@ -38,10 +40,10 @@ import argparse
 import collections
 import contextlib
 import datetime
-import fractions
 import functools
 import hashlib
 import io
+import itertools
 import json
 import os
 import re
@@ -57,7 +59,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 # OpenCV reads these when it is imported: no chatter, and cameras on Windows that open at once.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
@@ -91,7 +93,6 @@ MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the n
 AGREEING = 3  # classifications with one label before --events reports somebody
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
-FILMS = {".mp4": ("libx264", "yuv420p"), ".avi": ("mjpeg", "yuvj420p")}  # --output: codec, pixels
 FILM_ENDINGS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .m2v .vob .ts .mts .m2ts".split())
 FILM_ENDINGS |= set(".wmv .asf .flv .f4v .3gp .3g2 .ogv .dv .mxf .mjpeg .mjpg .y4m".split())
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -99,14 +100,11 @@ LIVE = ("camera", "stream")
 RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried again
 READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
-STREAM_TIMEOUTS = (10.0, 5.0)  # seconds to open a stream and to read from it
 LIVE_FPS = 30  # of the .avi that --output makes of a camera or stream
 WINDOW_POLL_AFTER = 0.5  # seconds without a frame after which the window is served all the same
-MAX_FRAME_GAP = 60.0  # seconds that a frame of a film is shown; what is longer is a broken clock
-NO_PICTURE = {
-    "camera": "no picture comes from it: is it connected, used by another program, or forbidden "
-    "to this one by the system's privacy settings? Else give another --source",
-    "stream": "no picture comes from there: check address, user and password",
+NO_PICTURE = {  # what to do
+    "camera": "is it connected, used by another program, or forbidden by the privacy settings?",
+    "stream": "check address, user and password",
 }
 TITLE = "webcam"
 WINDOW = (1280, 800)  # largest size in which the window opens
@@ -117,7 +115,6 @@ SHARP_SIDE = 64  # pixels to which a face is brought before its sharpness is mea
 MIN_SHARPNESS = 50.0  # variance of the Laplacian: sharp faces have 90 or more, blurred ones 25
 THUMBNAIL = 32  # pixels at which crops are compared
 MIN_DIFFERENCE = 2.5  # mean difference of grey levels between two crops kept
-FLASH = 0.2  # seconds that a box lights up when its face was kept
 
 
 @dataclass
@@ -128,40 +125,35 @@ class Frame:
     timestamp: float  # seconds from the start
     image: np.ndarray  # uint8 BGR (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
-    data: bytes = b""  # and what is in it
-    crops: dict = field(default_factory=dict)  # {box: RGB pixels}
     files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
 
     def crop_face(self, box, context):
-        """Return the square of `context` boxes around a face, RGB; None: the whole frame."""
-        if box not in self.crops:
-            crop = self.image
-            if context:
-                x, y, w, h = box
-                side = min(context * w, imaging.MAX_PIXELS**0.5 - 1)  # so that it can be read again
-                crop = imaging.crop_square(crop, x + w / 2, y + h / 2, side)
-            self.crops[box] = cv2.cvtColor(crop, cv2.COLOR_BGR2RGB)
-        return self.crops[box]
+        """Return the square of `context` boxes around a face, BGR; None: the whole frame."""
+        if not context:
+            return self.image
+        x, y, w, h = box
+        side = min(context * w, imaging.MAX_PIXELS**0.5 - 1)  # so that it can be read again
+        return imaging.crop_square(self.image, x + w / 2, y + h / 2, side)
 
     def encode_crop(self, box, context):
         """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
-        if self.data and not context:
-            return self.data
+        if self.path and not context:
+            return self.path.read_bytes()
         if box not in self.files:
             file = io.BytesIO()
-            imaging.save_jpeg(file, self.crop_face(box, context))
+            imaging.save_jpeg(file, cv2.cvtColor(self.crop_face(box, context), cv2.COLOR_BGR2RGB))
             self.files[box] = file.getvalue()
         return self.files[box]
 
 
-@dataclass
+@dataclass(eq=False)
 class Track:
     """One face followed from frame to frame."""
 
     id: int
     box: tuple  # x, y, width, height in pixels of the source
     seen: float  # timestamp of the frame in which it was found last
-    since: float  # and first
+    since: float  # timestamp of the first one, or when somebody lost for a moment appeared
     mean: np.ndarray | None = None  # running mean of its probabilities, (classes,)
     classifications: int = 0
     agreeing: int = 0  # the last so many gave the same label
@@ -171,19 +163,8 @@ class Track:
     best: str = ""  # the most probable class
     probability: float = float("nan")  # of that class
     kept_at: float = -(10.0**9)  # timestamp of the crop kept last
-
-
-@dataclass
-class Statistics:
-    """What the summary tells."""
-
-    counts: collections.Counter = field(default_factory=collections.Counter)
-    labels: collections.Counter = field(default_factory=collections.Counter)  # of photos
-    times: dict = field(
-        default_factory=lambda: collections.defaultdict(lambda: collections.deque(maxlen=10**5))
-    )
-    # (grey frame, its scale, smallest face looked for) of a few frames: were there smaller faces?
-    samples: collections.deque = field(default_factory=lambda: collections.deque(maxlen=4))
+    kept: tuple = ()  # and its thumbnail and box
+    reported: tuple = ()  # label and probability that --events told
 
 
 # ---------------------------------------------------------------- arguments
@@ -219,6 +200,8 @@ def parse_arguments(argv=None):
            "somebody appeared or left, not one a frame (default: off)")  # fmt: skip
     option("--save-faces", type=Path, metavar="DIR", help="keep the crops: in DIR/<label>/ with a "
            "model, in DIR/ without (default: none)")  # fmt: skip
+    option("--by-name", action="store_true", help="with --save-faces, without a model: cut out the "
+           "faces that a photo program has named, into DIR/<name>/ (default: off)")  # fmt: skip
     args, others = parser.parse_known_args(argv)
     if others:  # of a shell's star, say
         names = utils.escape(" ".join(others))
@@ -227,6 +210,9 @@ def parse_arguments(argv=None):
         )
     if not (args.model or args.save_faces):
         parser.error("give the prefix of a model, or --save-faces DIR")
+    shown = args.model or args.output or args.events or args.whole_picture is not None
+    if args.by_name and (shown or not args.save_faces):
+        parser.error("--by-name goes with --save-faces DIR and --source FOLDER only")
     return args
 
 
@@ -239,15 +225,8 @@ class Source:
     files: list = field(default_factory=list)  # paths
     films: set = field(default_factory=set)  # those of them that are films
 
-    def columns(self):
-        """Return the names of the columns printed."""
-        face = "x y w h label probability best".split()
-        if self.films or self.kind in LIVE:
-            return ["file"] * (self.kind == "folder") + ["frame", "time", "track", *face]
-        return ["file", "face", *face]
-
     def shown(self, path):
-        """Return what the column `file` says."""
+        """Return the name that lines and events give to one of the files."""
         folder = self.kind == "folder"
         return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
 
@@ -259,11 +238,11 @@ def find_source(text):
     if text.startswith("file:///"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
     if "://" in text:
-        check_address(text)
+        host_of(text)
         return Source("stream", text)
-    device = re.fullmatch(r"/dev/video(\d{1,5})", os.path.realpath(text))
-    if device or re.fullmatch(r"[0-9]{1,5}", text):
-        return Source("camera", device[1] if device else text)
+    for name in (text, os.path.realpath(text)):  # /dev/v4l/by-id/… leads to /dev/video0
+        if number := re.fullmatch(r"(?:/dev/video)?([0-9]{1,5})", name):
+            return Source("camera", number[1])
     path = Path(text)
     if path.is_dir():
         files = utils.list_files(path)
@@ -272,33 +251,36 @@ def find_source(text):
     return Source("film" if film else "picture", text, [path], {path} if film else set())
 
 
-def check_address(text):
-    """Raise UserError for an address without a host. It may hold a password: it is not shown."""
-    scheme = text.partition("://")[0]
+def host_of(address):
+    """Return the host of a stream, `here` where it is sent to this machine.
+
+    Raises UserError where there is none. The address may hold a password: it is never shown.
+    """
     with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(text)
-        listens = scheme in ("udp", "rtp", "srt", "tcp") and parts.port
-        if utils.is_utf8(text) and (parts.hostname or listens):
-            return
+        parts = urllib.parse.urlsplit(address)
+        if parts.hostname or parts.port:
+            return utils.escape(parts.hostname or "here")
+    scheme = utils.escape(address.partition("://")[0])
     example = "give one like rtsp://192.168.1.20/live"
-    raise utils.UserError(f"--source {utils.escape(scheme)}://…: no address: {example}")
+    raise utils.UserError(f"--source {scheme}://…: no address: {example}")
 
 
 def is_film(path):
     """Say whether a file is a film or else a picture. Raises UserError if it can be neither."""
-    name = f"--source {utils.escape(path)}"
-    if not path.is_file() or path.stat().st_size == 0:
-        what = "is empty" if path.is_file() else "no such file"
-        raise utils.UserError(f"{name}: {what}: give a camera number, file or address")
+    reason = "no such file"
     try:
-        data, image = imaging.read_picture(path)
-    except imaging.RefusedError as reason:  # FFmpeg would read some of these
-        raise utils.UserError(f"{name}: {reason}: give another one") from None
+        if path.is_file():
+            data, image = imaging.read_picture(path)
+            if image.format == "JPEG":  # several in a row are a film, raw MJPEG
+                return data.count(b"\xff\xd9\xff\xd8\xff") > 1
+            return image.format in ("GIF", "PNG") and is_animated(image)
+    except imaging.RefusedError as error:  # FFmpeg would read some of these
+        reason = error
     except imaging.PictureError:
         return True
-    if image.format == "JPEG":  # several in a row are a film, raw MJPEG
-        return data.count(b"\xff\xd9\xff\xd8\xff") > 1
-    return image.format in ("GIF", "PNG") and is_animated(image)
+    raise utils.UserError(
+        f"--source {utils.escape(path)}: {reason}: give a camera number, file, folder or address"
+    )
 
 
 def is_animated(image):
@@ -308,286 +290,126 @@ def is_animated(image):
         return moving and getattr(image, "is_animated", False)
 
 
+def check_arguments(args, source):
+    """Check all that can be checked before any work, and settle what is left to the model."""
+    if args.by_name and source.kind != "folder":
+        raise utils.UsageError(f"--source {utils.escape(source.name)}: --by-name takes a folder")
+    for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
+        if path:
+            check_output(option, path, source)
+    if args.events and not source.films and source.kind not in LIVE:
+        raise utils.UserError("--events: there is no film in the source: leave it out")
+    if args.model:
+        args.model = without_ending(args.model)
+        info = model.check_model(args.model)
+        if args.whole_picture is None:  # as the model was trained
+            args.whole_picture = info.get("face_crops", 1.0) < 0.5
+    if args.whole_picture:
+        args.context = None
+    else:
+        imaging.load_cascade()  # is it there?
+
+
 def check_output(option, path, source):
     """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
-    kind = source.kind
-    inside = kind not in LIVE and utils.is_inside(path, Path(source.name))
-    endings = PICTURES if kind == "picture" else tuple(FILMS)
-    folder = option == "--save-faces" or kind == "folder"
-    if folder:
-        problems = {
-            "is a file: give a folder": path.exists() and not path.is_dir(),
-            "lies in the source: choose a folder outside it": inside and kind == "folder",
-        }
-    else:
-        wrong = f"cannot hold what a {kind} gives: choose a name with {' or '.join(endings)}"
-        problems = {
-            wrong: path.suffix.lower() not in endings,
-            "is a folder: give a file": path.is_dir(),
-            "no such folder: make it first": not path.parent.is_dir(),
-            "is the source itself: choose another name": inside,
-        }
-    for problem in (text for text, found in problems.items() if found):
-        raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
+    kind, name = source.kind, f"{option} {utils.escape(path)}"
+    endings = PICTURES if kind == "picture" else tuple(films.CODECS)
+    is_folder = kind == "folder" or option == "--save-faces"
+    if kind not in LIVE and utils.is_inside(path, Path(source.name)):
+        raise utils.UserError(f"{name}: is or lies in the source: choose another place")
+    if is_folder and path.is_file():
+        raise utils.UserError(f"{name}: is a file: give a folder")
+    if not is_folder and path.suffix.lower() not in endings:
+        wanted = " or ".join(endings)
+        raise utils.UserError(f"{name}: cannot hold what a {kind} gives: give a name with {wanted}")
+    if not is_folder and (path.is_dir() or not path.parent.is_dir()):
+        raise utils.UserError(f"{name}: is a folder, or lies in none: choose another place")
     if option == "--output" and path.exists():
-        what = "files of the same names in it are" if folder else "is"
+        what = "files of the same names in it are" if is_folder else "is"
         utils.warn(f"{utils.escape(path)}: {what} replaced")
 
 
-def model_prefix(name):
+def without_ending(name):
     """Return the prefix of a model of which the prefix or one file is named."""
     for ending in (".h5", "-labels.json", ".json"):
         if name.endswith(ending) and Path(name).is_file():
-            name = name.removesuffix(ending)
-            break
-    paths = [Path(f"{name}{ending}") for ending in (".h5", ".json", "-labels.json")]
-    absent = [path.name for path in paths if not path.exists()]
-    if 0 < len(absent) < len(paths):
-        there = next(path for path in paths if path.exists())
-        lack = utils.escape(" and ".join(absent))
-        raise utils.UserError(f"{utils.escape(there)}: {lack} missing: copy the three together")
+            return name.removesuffix(ending)
     return name
 
 
-# ---------------------------------------------------------------- films → frames
-
-
-class FilmError(utils.UserError):
-    """A file or stream that gives no film; the text is the reason, without its name."""
-
-
-class Film:
-    """An open film or stream. Raises FilmError."""
-
-    def __init__(self, address, name, live=False):
-        import av
-
-        options = {"rtsp_transport": "tcp"} if live else {}
-        timeouts = STREAM_TIMEOUTS if live else None
-        self.name = name  # as messages have it
-        try:
-            self.container = av.open(
-                address,
-                format=None if live else film_format(address),
-                options=options,
-                timeout=timeouts,
-                metadata_errors="ignore",
-            )
-        except av.error.FFmpegError:
-            raise FilmError("no frame can be read") from None
-        cover = av.stream.Disposition.attached_pic  # of a music file
-        streams = [s for s in self.container.streams.video if not s.disposition & cover]
-        if not streams:
-            raise FilmError("there is no film in it")
-        self.stream = max(streams, key=lambda s: s.width * s.height)
-        self.stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
-        rate = float(self.stream.average_rate or 0)
-        self.rate = rate if 0.05 <= rate <= 500 else 25.0
-        self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
-        if self.container.format.name == "avi":  # FFmpeg shortens what was cut
-            self.duration = max(self.duration, self.stream.frames / self.rate)
-        playlist = self.container.format.name in ("hls", "dash")  # its size says nothing
-        self.finite = self.duration > 0 or (self.container.size > 0 and not playlist)
-        self.total = round(min(self.duration * self.rate, 10**7))  # frames, about
-        self.has_sound = bool(self.container.streams.audio)
-
-    def frames(self):
-        """Yield its Frames as a player shows them: deinterlaced, upright, of square pixels."""
-        timestamp, origin = -1 / self.rate, None
-        for index, frame in enumerate(deinterlace(self.decode(), self.stream.time_base)):
-            if origin is None:
-                origin = frame.time or 0.0
-            told = -1e9 if frame.time is None else frame.time - origin  # None in raw streams
-            timestamp = told if told > timestamp else timestamp + 1 / self.rate
-            yield Frame(index, timestamp, self.to_image(frame))
-        if origin is None:
-            raise FilmError("no frame can be read")
-
-    def decode(self):
-        """Yield the decoded frames as they are; warn if bytes are missing at the end."""
-        import av
-
-        start, end = (self.container.start_time or 0) / av.time_base, 0.0
-        streams = self.container.streams
-        try:
-            for packet in self.container.demux(*streams.video, *streams.audio):
-                if packet.pts is not None:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == self.stream.index:
-                    with contextlib.suppress(av.error.InvalidDataError):
-                        yield from packet.decode()
-        except av.error.FFmpegError:  # a cut file, or a stream that is lost
-            pass
-        counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
-        if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
-            seconds = f"{end - start:.1f} of {self.duration:.1f} s"
-            utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
-
-    def to_image(self, frame):
-        """Return a decoded frame as uint8 BGR (height, width, 3)."""
-        image = frame.to_ndarray(format="bgr24")
-        ratio = float(self.stream.sample_aspect_ratio or 1)
-        if ratio != 1 and 0.1 < ratio < 10:  # the width of its pixels, in heights
-            height, width = image.shape[:2]
-            image = cv2.resize(image, (round(width * ratio), height), interpolation=cv2.INTER_AREA)
-        matrix = frame.side_data.get("DISPLAYMATRIX")
-        return apply_orientation(image, np.frombuffer(matrix, "int32")) if matrix else image
-
-    def close(self):
-        """Let the file go."""
-        self.container.close()
-
-
-def film_format(path):
-    """Return FFmpeg's name for raw MJPEG, of which it would take one named .jpg for a picture."""
-    with open(path, "rb") as file:
-        return "mjpeg" if file.read(2) == b"\xff\xd8" else None
-
-
-def apply_orientation(image, matrix):
-    """Turn and mirror an image as a film's display matrix says, nine numbers in three rows."""
-    across, up = matrix[0], matrix[4]
-    if abs(matrix[1]) + abs(matrix[3]) > abs(across) + abs(up):
-        image = image.transpose(1, 0, 2)
-        across, up = matrix[3], matrix[1]
-    return np.ascontiguousarray(image[:: -1 if up < 0 else 1, :: -1 if across < 0 else 1])
-
-
-def deinterlace(frames, time_base):
-    """Yield decoded frames, from the first interlaced one on through FFmpeg's deinterlacer."""
-    graph = shape = None
-    for frame in frames:
-        here = frame.width, frame.height, frame.format.name
-        if graph and shape != here:
-            yield from filter_frame(graph, None)
-            graph = None
-        if not graph and frame.interlaced_frame:
-            graph, shape = make_deinterlacer(frame, time_base), here
-        yield from filter_frame(graph, frame) if graph else (frame,)
-    if graph:
-        yield from filter_frame(graph, None)
-
-
-def make_deinterlacer(frame, time_base):
-    """Return a PyAV filter graph for frames such as this one."""
-    import av.filter
-
-    graph = av.filter.Graph()
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=time_base
-    )
-    bwdif, sink = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
-    source.link_to(bwdif)
-    bwdif.link_to(sink)
-    graph.configure()
-    return graph
-
-
-def filter_frame(graph, frame):
-    """Push a frame into a filter graph, None at the end; yield those that come out."""
-    graph.push(frame)
-    with contextlib.suppress(BlockingIOError, EOFError):
-        while True:
-            yield graph.pull()
+# ---------------------------------------------------------------- films and pictures → frames
 
 
 def load_picture(path):
-    """Read a picture in full, upright. Returns (its Frame, ""), or (None, the reason)."""
+    """Read a picture in full, upright. Returns its Frame; None, with a warning, if it is broken."""
+    name = utils.escape(path)
     try:
-        data, image = imaging.read_picture(path)
-        note = "only the first of its frames is used" if is_animated(image) else ""
+        _, image = imaging.read_picture(path)
+        if is_animated(image):
+            utils.warn(f"{name}: only the first of its frames is used")
         pixels = cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
-        return Frame(0, 0.0, pixels, path, data), note
+        return Frame(0, 0.0, pixels, path)
     except imaging.PictureError as reason:
-        return None, f"skipped: {reason}"
+        utils.warn(f"{name}: skipped: {reason}")
+        return None
 
 
 # ---------------------------------------------------------------- cameras and streams → frames
 
 
-class Live:
-    """The newest frame of a camera or stream, which a thread of its own reads."""
+def live_frames(source, stop, opened=None):
+    """Yield the Frames of a camera or stream as they come; a served film ends.
 
-    def __init__(self, source, stop):
-        self.kind, self.source = source.kind, source.name
-        self.stop = stop  # an event: everything is to end
-        host = urllib.parse.urlsplit(source.name).hostname  # never the user, password or query
-        self.name = f"{self.kind} {self.source if self.kind == 'camera' else utils.escape(host)}"
-        self.finite = False  # it is a film that somebody serves
-        self.newest = None
-        self.ended = False  # nothing newer will come
-        self.start = 0.0  # time of the first frame
-
-    def open(self):
-        """Open the source. Returns a generator of its images, empty if it does not open."""
-        if self.kind == "camera":
-            capture = cv2.VideoCapture(int(self.source))
-            self.finite = capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0  # a virtual camera's film
-            return camera_images(capture, self.stop)
-        try:
-            film = Film(self.source, self.name, live=True)
-        except FilmError:
-            return iter(())
-        self.finite = film.finite
-        return self.stream_images(film)
-
-    def stream_images(self, film):
-        """Yield the images of a stream; a film comes faster than it plays and has to wait."""
-        begin = time.monotonic()
-        with contextlib.closing(film), contextlib.suppress(FilmError):
-            for frame in film.frames():
-                yield frame.image
-                if film.finite:
-                    ahead = frame.timestamp + begin - time.monotonic()
-                    self.stop.wait(min(1.0, max(0.0, ahead)))
-
-    def read(self, images=None):
-        """Thread: keep the newest frame until the source is to stop or a served film ends.
-
-        A lost source is tried again after each of RECONNECT_DELAYS. Raises UserError where none
-        comes (back).
-        """
-        images, tries = images or self.open(), 0
-        try:
-            while True:
-                for image in images:
-                    now, tries = time.monotonic(), 0
-                    self.start = self.start or now
-                    index = self.newest.index + 1 if self.newest else 0
-                    self.newest = Frame(index, now - self.start, image)
-                    if self.stop.is_set():
-                        return
-                if self.stop.is_set() or (self.finite and self.newest):
-                    return
-                self.check_hope(tries)
-                utils.warn(f"{self.name}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
-                self.stop.wait(RECONNECT_DELAYS[tries])
-                images, tries = self.open(), tries + 1
-        finally:
-            self.ended = True
-
-    def check_hope(self, tries):
-        """Raise UserError if the source gave nothing at all, or was lost for good."""
-        if not self.newest:
-            others = other_cameras(self.source) if self.kind == "camera" else ""
-            raise utils.UserError(f"{self.name}: {NO_PICTURE[self.kind]}{others}")
-        if tries == len(RECONNECT_DELAYS):
-            lost = f"lost, and {tries} tries did not bring it back"
-            raise utils.UserError(f"{self.name}: {lost}: check it and try again")
-
-    def frames(self, meanwhile=lambda: None):
-        """Yield the newest Frame until the source ends. meanwhile: called while there is none."""
-        done = None
-        while not self.stop.is_set():
-            ended, newest = self.ended, self.newest  # in this order: one may come before the end
-            if newest is not done:
-                done = newest
-                yield newest
-            elif ended:
+    stop: an event, everything is to end. opened: what `open_live` gave. A lost source is tried
+    again after each of RECONNECT_DELAYS. Raises UserError where none comes (back).
+    """
+    name = f"{source.kind} {source.name if source.kind == 'camera' else host_of(source.name)}"
+    index, start, tries = 0, None, 0
+    while True:
+        images, ends = opened or open_live(source, stop)
+        opened = None
+        for image in images:
+            now, tries = time.monotonic(), 0
+            start = start or now
+            yield Frame(index, now - start, image)
+            index += 1
+            if stop.is_set():
                 return
-            else:
-                time.sleep(0.005)
-                meanwhile()
+        if stop.is_set() or (ends and index):
+            return
+        if not index:
+            others = other_cameras(source.name) if source.kind == "camera" else ""
+            problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
+            raise utils.UserError(f"{name}: {problem}")
+        if tries == len(RECONNECT_DELAYS):
+            raise utils.UserError(
+                f"{name}: lost, and {tries} tries did not bring it back: check it"
+            )
+        utils.warn(f"{name}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+        stop.wait(RECONNECT_DELAYS[tries])
+        tries += 1
+
+
+def open_live(source, stop):
+    """Return a generator of a camera's or stream's images, and whether it is a film, which ends."""
+    if source.kind == "camera":
+        capture = cv2.VideoCapture(int(source.name))
+        return camera_images(capture, stop), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
+    try:
+        film = films.Film(source.name, f"stream {host_of(source.name)}", live=True)
+    except imaging.PictureError:
+        return (), False
+    return stream_images(film, stop), film.is_finite()
+
+
+def stream_images(film, stop):
+    """Yield the images of a stream; a film comes faster than it plays and has to wait."""
+    clock = PlaybackClock()
+    with contextlib.suppress(imaging.PictureError):
+        for timestamp, image in film.frames():
+            if film.is_finite():
+                stop.wait(clock.seconds_until(timestamp))
+            yield image
 
 
 def camera_images(capture, stop):
@@ -607,29 +429,42 @@ def camera_images(capture, stop):
         capture.release()
 
 
-def other_cameras(source):
+def other_cameras(number):
     """Return words that name the cameras that do open."""
-    numbers = [n for n in range(CAMERAS) if n != int(source)]
+    numbers = [n for n in range(CAMERAS) if n != int(number)]
     found = [str(n) for n in numbers if cv2.VideoCapture(n).isOpened()]
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
-# ---------------------------------------------------------------- frame → boxes → tracks
+class Newest:
+    """The newest of the Frames that a thread reads."""
+
+    def __init__(self, frames, pool):
+        self.frame = None
+        self.reader = pool.submit(self.read, frames)
+
+    def read(self, frames):
+        """Thread: keep the newest frame."""
+        for frame in frames:
+            self.frame = frame
+
+    def frames(self, stop, meanwhile=lambda: None):
+        """Yield the newest Frame until there are no more. meanwhile: called while there is none."""
+        done = None
+        while not stop.is_set():
+            # in this order: a frame may come before the end
+            ended, frame = self.reader.done(), self.frame
+            if frame is not done:
+                done = frame
+                yield frame
+            elif ended:
+                return
+            else:
+                time.sleep(0.005)
+                meanwhile()
 
 
-def load_cascade():
-    """Load the face detector from the current folder, else from beside this script."""
-    # relative where it can be: on Windows, OpenCV reads no XML file below a folder whose name is
-    # not ASCII
-    beside = Path(__file__).resolve().with_name(utils.CASCADE)
-    name = utils.CASCADE if Path(utils.CASCADE).is_file() else str(beside)
-    cascade = cv2.CascadeClassifier()
-    with contextlib.suppress(cv2.error, SystemError):
-        if utils.is_utf8(name):  # OpenCV ends the process on other names
-            cascade.load(name)
-    if cascade.empty():
-        raise utils.UserError(f"{utils.escape(name)}: missing or damaged: copy it from the kit")
-    return cascade
+# ---------------------------------------------------------------- frames → boxes → tracks
 
 
 def shrink(image, smallest):
@@ -641,7 +476,7 @@ def shrink(image, smallest):
     return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), scale
 
 
-def detect(cascade, grey, scale, smallest, largest=0):
+def detect(grey, scale, smallest, largest=0):
     """Find faces of `smallest` to `largest` (0: any) source pixels in a grey picture.
 
     Returns [(box in source pixels, neighbors)]; the neighbors say how sure the cascade is.
@@ -649,36 +484,36 @@ def detect(cascade, grey, scale, smallest, largest=0):
     if min(grey.shape) < 24:
         return []
     least, most = ((round(side * scale),) * 2 for side in (smallest, largest))
-    boxes, neighbors = cascade.detectMultiScale2(
+    boxes, neighbors = imaging.load_cascade().detectMultiScale2(
         grey, SCALE_FACTOR, MIN_NEIGHBORS_KEEP, minSize=least, maxSize=most
     )
     return [(tuple(round(v / scale) for v in box), int(n)) for box, n in zip(boxes, neighbors)]
 
 
-def detect_with_flip(cascade, grey, scale, smallest):
+def detect_with_flip(grey, scale, smallest):
     """Find faces as `detect` does, with the mean neighbors of a picture and its mirror image.
 
     A picture is seen only once, and what is no face is seldom taken for one both ways round: of 448
     flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
     single frames of 14 films).
     """
-    width, mirrored = grey.shape[1] / scale, []
-    for (x, y, w, h), n in detect(cascade, cv2.flip(grey, 1), scale, smallest):
-        mirrored.append(((round(width) - x - w, y, w, h), n))
+    width, mirrored = round(grey.shape[1] / scale), []
+    for (x, y, w, h), n in detect(cv2.flip(grey, 1), scale, smallest):
+        mirrored.append(((width - x - w, y, w, h), n))
     found = []
-    for box, n in detect(cascade, grey, scale, smallest):
+    for box, n in detect(grey, scale, smallest):
         others = [m for other, m in mirrored if iou(box, other) > MIN_IOU]
         found.append((box, (n + max(others, default=0)) / 2))
     return found
 
 
-def detect_near(cascade, grey, scale, box):
+def detect_near(grey, scale, box):
     """Find faces around a known box (source pixels) of about its size, as `detect` does."""
     x, y, w, h = (v * scale for v in box)
     left, top = max(0, round(x - w / 2)), max(0, round(y - h / 2))
     part = grey[top : round(y + 1.5 * h), left : round(x + 1.5 * w)]
     right, down = round(left / scale), round(top / scale)
-    found = detect(cascade, part, scale, 0.75 * box[2], 1.35 * box[2])
+    found = detect(part, scale, 0.75 * box[2], 1.35 * box[2])
     return [((x + right, y + down, w, h), n) for (x, y, w, h), n in found]
 
 
@@ -713,12 +548,12 @@ def match_boxes(old, new):
 class Tracker:
     """Follows the faces of one film, camera or stream, or finds those of one picture.
 
-    Without a cascade the whole picture is the only "face".
+    whole: the whole picture is the only "face".
     """
 
-    def __init__(self, cascade, min_face=None):
-        self.cascade, self.min_face = cascade, min_face
-        self.tracks, self.next_track_id = [], 0
+    def __init__(self, whole=False, min_face=None):
+        self.whole, self.min_face = whole, min_face
+        self.tracks, self.ids = [], itertools.count()
         self.size = ()
         self.smallest = 0  # face looked for, pixels
         self.scanned = 0  # index of the frame of which the whole was searched last
@@ -731,30 +566,21 @@ class Tracker:
             self.size, self.tracks = (width, height), []
             self.scanned = frame.index - SCAN_EVERY
             self.smallest = self.min_face or max(40, height // 8)
-        if self.cascade:
-            self.update_tracks(self.detect(frame), frame.timestamp)
-        else:
-            self.tracks = self.tracks or [self.new_track((0, 0, width, height), frame.timestamp)]
-            self.tracks[0].seen = frame.timestamp
-        self.previous = frame.timestamp
+        everything = [((0, 0, width, height), MIN_NEIGHBORS_START)]
+        self.update_tracks(everything if self.whole else self.detect(frame), frame.timestamp)
         return self.tracks
-
-    def new_track(self, box, timestamp):
-        """Return a track that begins now."""
-        self.next_track_id += 1
-        return Track(self.next_track_id - 1, box, timestamp, timestamp)
 
     def detect(self, frame):
         """Find faces: now all over the picture, now only near the tracks."""
         grey, scale = shrink(frame.image, self.smallest)
         if frame.path:
-            found = detect_with_flip(self.cascade, grey, scale, self.smallest)
+            found = detect_with_flip(grey, scale, self.smallest)
         elif frame.index - self.scanned >= SCAN_EVERY or not 0 < len(self.tracks) <= FEW_TRACKS:
-            found = detect(self.cascade, grey, scale, self.smallest)
+            found = detect(grey, scale, self.smallest)
             self.scanned = frame.index
         else:
             boxes = [track.box for track in self.tracks]
-            found = [face for box in boxes for face in detect_near(self.cascade, grey, scale, box)]
+            found = [face for box in boxes for face in detect_near(grey, scale, box)]
         return distinct_faces(found)
 
     def update_tracks(self, faces, timestamp):
@@ -765,12 +591,12 @@ class Tracker:
             if iou(box, track.box) > SMOOTHING_IOU:
                 box = tuple(round((a + b) / 2) for a, b in zip(box, track.box))
             track.box, track.seen = box, timestamp
-        tracks = [track for track in self.tracks if not self.is_lost(track, timestamp)]
+        self.tracks = [track for track in self.tracks if not self.is_lost(track, timestamp)]
         for box, neighbors in sorted(faces):
-            free = all(iou(box, track.box) < MIN_IOU for track in tracks)
+            free = all(iou(box, track.box) < MIN_IOU for track in self.tracks)
             if free and neighbors >= MIN_NEIGHBORS_START:
-                tracks.append(self.new_track(box, timestamp))
-        self.tracks = tracks
+                self.tracks.append(Track(next(self.ids), box, timestamp, timestamp))
+        self.previous = timestamp
 
     def is_lost(self, track, timestamp):
         """Say whether a track has ended: in seconds, however many frames come."""
@@ -785,13 +611,10 @@ class Tracker:
 class Labeller:
     """The model, and what it says about tracks. Without a model nobody has a label."""
 
-    def __init__(self, args, source, statistics):
-        self.prefix = args.model
-        self.live = source.kind in LIVE
-        self.statistics = statistics
+    def __init__(self, args, live):
+        self.prefix, self.live = args.model, live
+        self.threshold, self.context = args.threshold, args.context
         self.network, self.labels, self.side = None, [], 0
-        self.threshold = args.threshold
-        self.context = None if args.whole_picture else args.context
 
     def load(self):
         """Load the model. A camera is shown meanwhile, and tagged from then on."""
@@ -804,31 +627,29 @@ class Labeller:
         self.network = network
 
     def update(self, frame, tracks):
-        """Classify the tracks that are new or due, and label all."""
+        """Classify the tracks that are new or due, and label all. Returns how many were due."""
         seen = [track for track in tracks if track.seen == frame.timestamp]
         due = [track for track in seen if frame.index - track.classified >= CLASSIFY_EVERY]
         if self.live:  # the oldest labels only: the next frame waits
             due = sorted(due, key=lambda track: track.classified)[:MAX_BATCH]
-        before = {track.id: track.label for track in due}
+        before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
             unique = self.threshold > 0 and self.context is not None
             assign_labels(tracks, self.labels, self.threshold, unique)
-        for track in due:
-            track.agreeing = track.agreeing + 1 if track.label == before[track.id] else 1
+        for track, label in zip(due, before):
+            track.agreeing = track.agreeing + 1 if track.label == label else 1
             track.classified, track.classified_at = frame.index, frame.timestamp
+        return len(due)
 
     def classify(self, frame, tracks):
         """Take what the network says into the tracks' running means.
 
         The batch is filled up to a power of two: backends that compile for each size do so seldom.
         """
-        start = time.perf_counter()
-        files = [frame.encode_crop(track.box, self.context) for track in tracks]
         # decoded again, so that the network gets just what training would read
-        inputs = np.stack(
-            [imaging.to_model_input(imaging.open_picture(data), self.side) for data in files]
-        )
+        crops = [imaging.open_picture(frame.encode_crop(t.box, self.context)) for t in tracks]
+        inputs = np.stack([imaging.to_model_input(crop, self.side) for crop in crops])
         # a batch of one differs in the last bits from what evaluation computes
         least = 2 if frame.path else 1
         size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
@@ -836,8 +657,6 @@ class Labeller:
             track.classifications += 1
             mean = answer if track.mean is None else track.mean
             track.mean = mean + (answer - mean) / min(track.classifications, AVERAGE_WINDOW)
-        self.statistics.times["classification"].append((time.perf_counter() - start) * 1000)
-        self.statistics.counts["classifications"] += len(tracks)
 
 
 def assign_labels(tracks, labels, threshold, unique):
@@ -856,225 +675,237 @@ class Tagger:
 
     def __init__(self, args, source):
         self.args, self.source = args, source
-        self.statistics = Statistics()
-        self.cascade = None if args.whole_picture else load_cascade()
-        self.labeller = Labeller(args, source, self.statistics)
-        self.tracker = self.events = None
-        self.sinks = []  # functions that print or save what a frame shows
+        self.labeller = Labeller(args, source.kind in LIVE)
+        self.tracker = None
         self.tracks = []  # to be shown
+        self.sinks = []  # functions that print or save what a frame shows
+        # what the summary tells
+        self.counts = collections.Counter()
+        self.labels = collections.Counter()  # of photos
+        self.crops = collections.Counter(saved=0)
+        self.times = collections.defaultdict(lambda: collections.deque(maxlen=10**5))
+        # (grey frame, its scale, smallest face looked for) of a few: were there smaller faces?
+        self.samples = collections.deque(maxlen=4)
 
-    def start(self, file="", run=""):
-        """Begin with another film, picture or camera. file: its name in lines; run: a folder."""
-        self.tracker, self.tracks = Tracker(self.cascade, self.args.min_face), []
-        self.sinks = [functools.partial(print_lines, self.source.columns(), file)]
+    @contextlib.contextmanager
+    def session(self, path=None):
+        """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
+        source, run = self.source, run_name(self.source, path)
+        file = source.shown(path) if path else ""
+        self.tracker, self.tracks = Tracker(not self.args.context, self.args.min_face), []
+        self.sinks = [functools.partial(print_lines, columns(source), file)]
+        events = EventWriter(file if source.kind == "folder" else "")
         if self.args.events:
-            self.events = EventWriter(file if self.source.kind == "folder" else "")
-            self.sinks = [self.events.write]
+            self.sinks = [events.write] if run else []  # in a picture nobody comes or goes
         if self.args.save_faces:
-            saver = CropSaver(self.args, self.labeller, run, self.statistics.counts)
-            self.sinks.append(saver.write)
+            self.sinks.append(functools.partial(save_crops, self, run))
+        try:
+            yield
+        finally:
+            events.close()
 
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame."""
-        start, counts = time.perf_counter(), self.statistics.counts
+        start, counts = time.perf_counter(), self.counts
         tracks = self.tracker.update(frame)
-        if self.cascade:
-            self.statistics.times["detection"].append((time.perf_counter() - start) * 1000)
-            handled = counts["frames"] + counts["photos"]
-            if not counts["tagged"] and handled & (handled - 1) == 0:  # frames 0, 1, 2, 4, 8…
-                sample = shrink(frame.image, frame.image.shape[0] / 20)
-                self.statistics.samples.append((*sample, self.tracker.smallest))
-        self.labeller.update(frame, tracks)
+        found = time.perf_counter()
+        due = self.labeller.update(frame, tracks)
+        if self.args.context:
+            self.times["detection"].append(1000 * (found - start))
+            self.keep_sample(frame)
+        if due and self.labeller.network:
+            counts["classifications"] += due
+            self.times["classification"].append(1000 * (time.perf_counter() - found))
         # with many faces some still wait for their first label
         self.tracks = [track for track in tracks if track.label or not self.labeller.network]
         for sink in self.sinks:
             sink(frame, self.tracks)
         counts["photos" if frame.path else "frames"] += 1
         counts["tagged"] += len(self.tracks)
+        if frame.path:
+            self.labels.update(track.label or "faces" for track in self.tracks)
 
-    def close(self):
-        """Report that everybody has left: no more frames come."""
-        if self.events:
-            self.events.close()
+    def keep_sample(self, frame):
+        """Keep frames 0, 1, 2, 4, 8… until a face is found: smaller ones may be in them."""
+        handled = self.counts["frames"] + self.counts["photos"]
+        if not self.counts["tagged"] and handled & (handled - 1) == 0:
+            sample = shrink(frame.image, frame.image.shape[0] / 20)
+            self.samples.append((*sample, self.tracker.smallest))
 
 
 # ---------------------------------------------------------------- labels → lines and events
 
 
+def columns(source):
+    """Return the names of the columns of a source's lines."""
+    face = "x y w h label probability best".split()
+    if source.films or source.kind in LIVE:
+        return ["file"] * (source.kind == "folder") + ["frame", "time", "track", *face]
+    return ["file", "face", *face]
+
+
 def print_lines(columns, file, frame, tracks):
     """Print a line for each face of a frame. file: its name, for the column of that name."""
     for track in tracks:
-        cells = dict(zip("xywh", track.box), label=track.label, best=track.best, file=file)
-        cells |= {"frame": frame.index, "time": f"{frame.timestamp:.6f}", "track": track.id}
-        cells["face"] = track.id
+        cells = {"file": file, "frame": frame.index, "time": f"{frame.timestamp:.6f}"}
+        cells |= {"track": track.id, "face": track.id, **dict(zip("xywh", track.box))}
+        cells |= {"label": track.label, "best": track.best}
         cells["probability"] = f"{track.probability:.6f}" if track.label else ""
         utils.print_line("\t".join(str(cells[column]) for column in columns))
-
-
-@dataclass
-class Visit:
-    """Somebody who is in sight, or was until a moment ago."""
-
-    label: str
-    track: int
-    since: float
-    last: float = 0.0
-    probability: float = 0.0
 
 
 class EventWriter:
     """Prints a JSON object when somebody appeared and when somebody left."""
 
     def __init__(self, file=""):
-        self.file, self.visits = file, []
+        self.file = file
+        self.present = []  # tracks reported, in sight or lost a moment ago
 
     def write(self, frame, tracks):
         """Print the events of a frame."""
-        in_sight = [track.id for track in tracks]
-        for track in (track for track in tracks if track.agreeing >= AGREEING):
-            for visit in self.visits[:]:
-                if visit.track == track.id and visit.label != track.label:
-                    self.leave(visit)
-            visit = self.visit_of(track, in_sight)
-            visit.track, visit.last, visit.probability = track.id, track.seen, track.probability
-            if visit not in self.visits:
-                self.visits.append(visit)
-                self.print_event("appeared", visit, frame.timestamp)
-        for visit in self.visits[:]:
-            if frame.timestamp - visit.last > LEFT_AFTER:
-                self.leave(visit)
+        for track in tracks:
+            if track.agreeing >= AGREEING and track.label not in track.reported:
+                self.appear(track, tracks, frame.timestamp)
+        for track in self.present[:]:
+            if frame.timestamp - track.seen > LEFT_AFTER:
+                self.leave(track)
 
-    def visit_of(self, track, in_sight):
-        """Return a track's visit, else that of a lost track with the same label, else a new one."""
-        for visit in self.visits:
-            lost = visit.label == track.label and visit.track not in in_sight
-            if visit.track == track.id or lost:
-                return visit
-        return Visit(track.label, track.id, track.since)
+    def appear(self, track, tracks, timestamp):
+        """Report a track that has a new label, if it is not somebody who was lost for a moment."""
+        if track in self.present:
+            self.leave(track)
+        track.reported = track.label, track.probability
+        lost = [one for one in self.present if one not in tracks]
+        same = [one for one in lost if one.reported[0] == track.label]
+        if same:
+            track.since = same[0].since
+            self.present.remove(same[0])
+        else:
+            self.print_event("appeared", track, timestamp)
+        self.present.append(track)
 
-    def leave(self, visit):
-        """End a visit."""
-        self.visits.remove(visit)
-        self.print_event("left", visit, visit.last)
+    def leave(self, track):
+        """Report that somebody has left."""
+        self.present.remove(track)
+        self.print_event("left", track, track.seen)
 
-    def print_event(self, event, visit, timestamp):
+    def print_event(self, event, track, timestamp):
         """Print one JSON object; `seconds` is how long somebody has been seen until then."""
         cells = {"file": self.file} if self.file else {}
-        cells |= {"event": event, "time": round(timestamp, 6), "track": visit.track}
-        known = {"label": visit.label, "probability": round(visit.probability, 6)}
-        cells |= known if visit.label else dict.fromkeys(known)
-        cells["seconds"] = round(timestamp - visit.since, 6)
+        cells |= {"event": event, "time": round(timestamp, 6), "track": track.id}
+        label, probability = track.reported
+        known = {"label": label, "probability": round(probability, 6)}
+        cells |= known if label else dict.fromkeys(known)
+        cells["seconds"] = round(timestamp - track.since, 6)
         utils.print_line(json.dumps(cells, ensure_ascii=False))
 
     def close(self):
         """Let everybody leave."""
-        for visit in self.visits[:]:
-            self.leave(visit)
+        for track in self.present[:]:
+            self.leave(track)
 
 
 # ---------------------------------------------------------------- labels → crops
 
 
-class CropSaver:
-    """Saves the crops that the model would get, those that are worth it."""
+def save_crops(tagger, run, frame, tracks):
+    """Save the crops of a frame that are worth it.
 
-    def __init__(self, args, labeller, run, counts):
-        self.folder, self.run = args.save_faces, run  # run: a folder for what belongs together
-        self.labeller, self.context, self.counts = labeller, labeller.context, counts
-        self.kept = {}  # {track id: (thumbnail, box) of the crop kept last}
-
-    def write(self, frame, tracks):
-        """Save crops of a frame; of a picture without a model only a face that is alone."""
-        if frame.path and not self.labeller.network and len(tracks) != 1:
-            self.counts[f"pictures {'with several faces' if tracks else 'without a face'}"] += 1
-            return
-        self.kept = {t.id: self.kept[t.id] for t in tracks if t.id in self.kept}
-        for track in tracks:
-            due = frame.timestamp - track.kept_at >= 1 / KEPT_A_SECOND - 1e-6
-            if due and track.seen == frame.timestamp:
-                reason = self.reason_against(frame, track)
-                self.counts[reason or "saved"] += 1
-                if not reason:
-                    track.kept_at = frame.timestamp
-                    self.kept[track.id] = self.thumbnail(frame, track.box), track.box
-                    self.save(frame, track)
-
-    def thumbnail(self, frame, box):
-        """Return a crop small and grey, (THUMBNAIL, THUMBNAIL), 0 to 255."""
-        crop, size = frame.crop_face(box, self.context), (THUMBNAIL, THUMBNAIL)
-        return cv2.resize(crop, size, interpolation=cv2.INTER_AREA).mean(2)
-
-    def reason_against(self, frame, track):
-        """Return why a crop is not worth keeping, None if it is. Of pictures, a model keeps all."""
-        if frame.path and (self.labeller.network or not self.context):
-            return None
-        if min(frame.crop_face(track.box, self.context).shape[:2]) < MIN_CROP:
-            return "too small"
-        x, y, w, h = track.box
-        face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
-        face = cv2.resize(face, (SHARP_SIDE, SHARP_SIDE), interpolation=cv2.INTER_AREA)
-        if cv2.Laplacian(face, cv2.CV_64F).var() < MIN_SHARPNESS:
-            return "too blurred"
-        if track.id in self.kept:  # a box that moves by a pixel makes no new crop
-            before, place = self.kept[track.id]
-            now = [self.thumbnail(frame, box) for box in (track.box, place)]
-            if min(np.abs(before - one).mean() for one in now) < MIN_DIFFERENCE:
-                return "too similar"
-        return None
-
-    def save(self, frame, track):
-        """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
-        folder, run = self.folder, self.run
-        if self.labeller.network:
-            label = utils.folder_names([*self.labeller.labels, "unknown"])[track.label]
-            folder /= label
-            run = run and f"{run}-{label}"
-        if run:
-            folder /= utils.folder_names([run])[run]
-        folder.mkdir(parents=True, exist_ok=True)
-        data = frame.encode_crop(track.box, self.context)
-        stem, ending = f"{frame.index:06d}", ".jpg"
-        if frame.path:
-            stem = utils.folder_names([frame.path.stem[:40]])[frame.path.stem[:40]]
-        if frame.path and not self.context:
-            ending = frame.path.suffix.lower()
-        name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
-        with utils.atomic_write(folder / name) as part:
-            part.write_bytes(data)
+    Of a picture all of them with a model, and without one only a face that is alone. run: a folder
+    for what belongs together.
+    """
+    args = tagger.args
+    if frame.path and not args.model and len(tracks) != 1:
+        tagger.crops["with several faces" if tracks else "without a face"] += 1
+        return
+    keep_all = frame.path and (args.model or not args.context)
+    for track in tracks:
+        due = frame.timestamp - track.kept_at >= 1 / KEPT_A_SECOND - 1e-6
+        if due and track.seen == frame.timestamp:
+            verdict = "saved" if keep_all else judge_crop(frame, track, args.context)
+            tagger.crops[verdict] += 1
+            if verdict == "saved":
+                track.kept_at = frame.timestamp
+                track.kept = thumbnail(frame, track.box, args.context), track.box
+                save_crop(tagger, run, frame, track)
 
 
-def run_name(kind, name):
-    """Return the folder for the crops of one film, or of one run with a camera or stream."""
-    now, path = f"{datetime.datetime.now():%Y%m%d-%H%M%S}", Path(name)
-    if kind == "camera":
-        return f"camera{name}-{now}"
-    if kind == "stream":
-        return f"stream-{urllib.parse.urlsplit(name).hostname or 'here'}-{now}"
-    return f"{path.stem[:40]}-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]}"
+def thumbnail(frame, box, context):
+    """Return a crop small and grey, (THUMBNAIL, THUMBNAIL), 0 to 255."""
+    crop = frame.crop_face(box, context)
+    return cv2.resize(crop, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA).mean(2)
+
+
+def judge_crop(frame, track, context):
+    """Return `saved`, or why a crop is not worth it."""
+    if min(frame.crop_face(track.box, context).shape[:2]) < MIN_CROP:
+        return "too small"
+    x, y, w, h = track.box
+    face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
+    face = cv2.resize(face, (SHARP_SIDE, SHARP_SIDE), interpolation=cv2.INTER_AREA)
+    if cv2.Laplacian(face, cv2.CV_64F).var() < MIN_SHARPNESS:
+        return "too blurred"
+    if track.kept:  # a box that moves by a pixel makes no new crop
+        before, place = track.kept
+        now = [thumbnail(frame, box, context) for box in (track.box, place)]
+        if min(np.abs(before - one).mean() for one in now) < MIN_DIFFERENCE:
+            return "too similar"
+    return "saved"
+
+
+def save_crop(tagger, run, frame, track):
+    """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
+    folder, context = tagger.args.save_faces, tagger.args.context
+    if tagger.args.model:
+        label = utils.folder_names([*tagger.labeller.labels, "unknown"])[track.label]
+        folder /= label
+        run = run and f"{run}-{label}"
+    if run:
+        folder /= folder_name(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = frame.encode_crop(track.box, context)
+    stem = folder_name(frame.path.stem[:40]) if frame.path else f"{frame.index:06d}"
+    ending = frame.path.suffix.lower() if frame.path and not context else ".jpg"
+    name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
+    with utils.atomic_write(folder / name) as part:
+        part.write_bytes(data)
+
+
+def folder_name(text):
+    """Return a text as a name that all systems allow."""
+    return utils.folder_names([text])[text]
+
+
+def run_name(source, path=None):
+    """Return the folder for the crops of a film, or of now; "" for those of pictures."""
+    if path:
+        digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
+        return f"{path.stem[:40]}-{digest}" if path in source.films else ""
+    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    where = source.name if source.kind == "camera" else f"-{host_of(source.name)}"
+    return f"{source.kind}{where}-{now}"
 
 
 # ---------------------------------------------------------------- drawing
 
 
-def draw_label(image, x, y, size, colour, text, note=""):
-    """Write a text and a paler note on a rounded plate at (x, y) of a PIL image, moved inside."""
-    large = ImageFont.truetype(report.font_file(text), size)
-    small = ImageFont.truetype(report.font_file(note), round(0.8 * size))
-    pad, height, base = round(0.45 * size), round(1.5 * size), round(1.1 * size)
-    width = round(large.getlength(text) + small.getlength(note)) + pad * (3 if note else 2)
+def draw_label(image, x, y, size, colour, text):
+    """Write a text on a rounded plate at (x, y) of a PIL image, moved inside."""
+    font = ImageFont.truetype(report.font_file(text), size)
+    pad, height = round(0.45 * size), round(1.5 * size)
+    width = round(font.getlength(text)) + 2 * pad
     x, y = max(0, min(x, image.width - width)), max(0, min(y, image.height - height))
     pen = ImageDraw.Draw(image, "RGBA")
     pen.rounded_rectangle((x, y, x + width - 1, y + height - 1), size // 3, colour)
-    pen.text((x + pad, y + base), text, "white", large, "ls")
-    pen.text((x + width - pad, y + base), note, (255, 255, 255, 200), small, "rs")
+    pen.text((x + pad, y + round(1.1 * size)), text, "white", font, "ls")
 
 
 def caption(track, whole):
-    """Return what is written at a track, and the note beside it."""
+    """Return what is written at a track."""
     if track.label == "unknown" and not whole:
-        return track.label, ""
+        return track.label
     doubt = "?" if track.label != track.best else ""
-    return f"{track.best}{doubt}", f"{track.probability:.0%}"
+    return f"{track.best}{doubt} {track.probability:.0%}"
 
 
 def text_size(image):
@@ -1088,68 +919,77 @@ def draw_tracks(frame, tracks, whole):
     size = text_size(image)
     thick = max(2, size // 7)
     for track in tracks:
-        colour, pale = report.ORANGE if track.label == "unknown" else report.BLUE
+        colour, _ = report.ORANGE if track.label == "unknown" else report.BLUE
         x, y, w, h = track.box
         if not whole:
-            flash = 0 <= frame.timestamp - track.kept_at < FLASH
-            line, width = (pale, 2 * thick) if flash else (colour, thick)
-            ImageDraw.Draw(image).rounded_rectangle((x, y, x + w, y + h), w // 8, None, line, width)
+            place = x, y, x + w, y + h
+            ImageDraw.Draw(image).rounded_rectangle(place, w // 8, None, colour, thick)
         if track.label:
             above = y - round(1.75 * size)
             y = above if above >= 0 else y + h + size // 4
-            draw_label(image, x, y, size, colour, *caption(track, whole))
-    return image
-
-
-def draw_corner(image, lines):
-    """Return a copy of a PIL image with lines of text in its upper right corner."""
-    image, size = image.copy(), text_size(image)
-    for n, text in enumerate(lines):
-        y = size // 3 + n * round(1.6 * size)
-        draw_label(image, image.width, y, round(0.8 * size), (0, 0, 0, 130), text)
+            draw_label(image, x, y, size, colour, caption(track, whole))
     return image
 
 
 # ---------------------------------------------------------------- window and output
 
 
-class Viewer:
-    """Draws frames, and shows and writes them."""
+class PlaybackClock:
+    """Says when a frame of a film is due; a pause, or slow work, stops the clock."""
 
-    def __init__(self, args, labeller, statistics):
-        self.args, self.labeller, self.statistics = args, labeller, statistics
-        self.window = not args.no_display and open_window()
+    def __init__(self):
+        self.due, self.previous = time.monotonic(), 0.0
+
+    def seconds_until(self, timestamp):
+        """Return the seconds until the next frame, of this timestamp, is due."""
+        now = time.monotonic()
+        self.due = max(now, self.due + min(timestamp - self.previous, films.MAX_FRAME_GAP))
+        self.previous = timestamp
+        return self.due - now
+
+
+class Viewer:
+    """Draws frames with the tagger's tracks, and shows and writes them."""
+
+    def __init__(self, tagger):
+        self.tagger = tagger
+        self.window = not tagger.args.no_display and open_window()
         self.write = None  # function that takes a drawn PIL image and its timestamp
-        self.paused = False
+        # a single picture stays until a key says go on or end
+        self.paused = tagger.source.kind == "picture"
         self.stop = threading.Event()  # everything is to end
-        self.count, self.first = 0, time.monotonic()  # frames shown, time of the first one
+        self.count, self.first = 0, None  # frames shown, time of the first one
         self.latest = collections.deque(maxlen=30)  # times of the last ones
 
-    def show(self, frame, tracks, left=0.0):
+    def show(self, frame, left=0.0):
         """Show and write a Frame; left: seconds until the next. Returns whether to end."""
         self.latest.append(time.monotonic())
-        self.first, self.count = self.first if self.count else self.latest[0], self.count + 1
+        self.first = self.first or self.latest[0]
+        self.count += 1
+        tracks = self.tagger.tracks
         if not frame.path:
             ages = [frame.timestamp - track.classified_at for track in tracks if track.label]
-            self.statistics.times["label age"] += ages
+            self.tagger.times["label age"] += ages
         if not (self.window or self.write):
             return False
-        image = draw_tracks(frame, tracks, self.args.whole_picture)
+        image = draw_tracks(frame, tracks, whole=not self.tagger.args.context)
         if self.write:
             self.write(image, frame.timestamp)
-        return self.window and self.display(image, left, self.corner(frame))
+        return self.window and self.display(image, left)
 
-    def corner(self, frame):
-        """Return the lines that only the window shows."""
-        lines = ["loading the model"] if self.args.model and not self.labeller.network else []
-        if self.count > 1 and not frame.path:
-            seconds = max(1e-6, self.latest[-1] - self.latest[0])
-            lines.append(f"{(len(self.latest) - 1) / seconds:.0f} fps")
-        if self.args.save_faces:
-            lines.append(f"{self.statistics.counts['saved']} kept")
-        return lines
+    def status(self):
+        """Return the line that only the window shows."""
+        args, parts = self.tagger.args, []
+        if args.model and not self.tagger.labeller.network:
+            parts.append("loading the model")
+        if self.count > 1 and self.tagger.counts["photos"] == 0:
+            rate = (len(self.latest) - 1) / max(1e-6, self.latest[-1] - self.latest[0])
+            parts.append(f"{rate:.0f} fps")
+        if args.save_faces:
+            parts.append(f"{self.tagger.crops['saved']} kept")
+        return ", ".join(parts)
 
-    def display(self, image, left, corner):
+    def display(self, image, left):
         """Show a picture for `left` seconds, and while it is paused, and obey the keys.
 
         A new key is one more `if` here. Returns whether the user wants to end.
@@ -1157,8 +997,11 @@ class Viewer:
         if self.count == 1:  # else it would have 400x300 whatever the picture
             scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
             cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
-        shown = np.asarray(draw_corner(image, corner))
-        cv2.imshow(TITLE, cv2.cvtColor(shown, cv2.COLOR_RGB2BGR))
+        shown, text = image.copy(), self.status()
+        if text:
+            size = round(0.8 * text_size(image))
+            draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
+        cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
         while True:
             key, ends = wait_for_key(50 if self.paused else round(1000 * left))
             if ends or self.stop.is_set():
@@ -1175,30 +1018,22 @@ class Viewer:
         if self.window and waiting and wait_for_key(5)[1]:
             self.stop.set()
 
-    @contextlib.contextmanager
-    def writing(self, path, rate):
-        """Write what is shown to a film while the block runs; path: None for no film."""
-        with film_output(path, rate) if path else contextlib.nullcontext() as self.write:
-            yield
-
 
 def open_window():
     """Open the window, or warn and return False.
 
     A child process tries first: Qt ends a process that has no display.
     """
-    opens = False
     # -P: not a cv2.py of the current folder
     trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        done = subprocess.run(trial, capture_output=True, timeout=60, check=False)
-        opens = done.returncode == 0
-    if opens:
-        cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
-    else:
+    try:
+        subprocess.run(trial, capture_output=True, timeout=60, check=True)
+    except subprocess.SubprocessError:
         reason = "no display, or a headless OpenCV"
         utils.warn(f"no window can be opened ({reason}): going on as with --no-display")
-    return opens
+        return False
+    cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+    return True
 
 
 def wait_for_key(milliseconds):
@@ -1228,151 +1063,67 @@ def write_picture(path, image, _=0.0):
         image.save(part, quality=95, subsampling=0)
 
 
-class FilmWriter:
-    """Adds pictures to a film, and keeps their times. All have the size of the first one."""
-
-    def __init__(self, film, ending, rate):
-        self.film, self.ending, self.rate = film, ending, rate
-        self.stream, self.ticks = None, -1
-        self.previous = self.clock = 0.0  # timestamp of the last picture, and when it is shown
-
-    def write(self, image, timestamp):
-        """Add a PIL image; one that comes before the next tick of an .avi is dropped."""
-        import av
-
-        self.stream = self.stream or add_stream(self.film, self.ending, self.rate, image.size)
-        frame = av.VideoFrame.from_image(
-            ImageOps.pad(image, (self.stream.width, self.stream.height))
-        )
-        self.clock += min(timestamp - self.previous, MAX_FRAME_GAP)
-        self.previous = timestamp
-        frame.time_base = self.stream.codec_context.time_base
-        frame.pts = round(self.clock / frame.time_base)
-        if frame.pts > self.ticks:
-            self.ticks = frame.pts
-            self.film.mux(self.stream.encode(frame))
-
-    def close(self):
-        """Add what the encoder still holds."""
-        self.film.mux(self.stream.encode(None) if self.stream else ())
-
-
 @contextlib.contextmanager
-def film_output(path, rate):
-    """Give a function that adds (PIL image, timestamp) to a film.
+def open_output(path, rate):
+    """Give a function that writes a PIL image of a timestamp to a picture or film, None to none.
 
-    The film appears whole at the end: also after Ctrl-C and lost sources. rate: of an .avi.
+    rate: of an .avi.
     """
-    import av
-
-    stop = writer = None
-    problem = f"--output {utils.escape(path)}: could not be written: free some space"
-    with utils.atomic_write(path) as part:
-        try:
-            with av.open(str(part.resolve()), "w") as film:
-                writer = FilmWriter(film, path.suffix.lower(), rate)
-                with contextlib.closing(writer):
-                    yield writer.write
-        except av.error.FFmpegError as error:
-            raise utils.UserError(f"{problem} ({utils.first_line(error)})") from None
-        except (KeyboardInterrupt, Exception) as error:  # out of memory, say
-            stop = error
-        if not (writer and writer.stream):
-            raise stop or utils.UserError(problem)
-    if stop:
-        raise stop
-
-
-def add_stream(film, ending, rate, size):
-    """Add a stream for pictures of a size to a film that is written. Returns it."""
-    codec, pixels = FILMS[ending]
-    rate = fractions.Fraction(rate).limit_denominator(1001)
-    stream = film.add_stream(codec, rate=rate)
-    stream.codec_context.time_base = 1 / fractions.Fraction(rate if ending == ".avi" else 90_000)
-    stream.width, stream.height = (max(2, side - side % 2) for side in size)
-    stream.pix_fmt = pixels
-    stream.options = {"preset": "veryfast", "crf": "20", "bf": "0"}
-    return stream
+    if not path or path.suffix.lower() in PICTURES:
+        yield path and functools.partial(write_picture, path)
+        return
+    with contextlib.closing(films.write_film(path, rate)) as film:
+        next(film)
+        yield lambda *picture: film.send(picture)
 
 
 # ---------------------------------------------------------------- films and pictures
-
-
-class PlaybackClock:
-    """Says how long to wait for a frame of a film; a pause, or slow work, stops the clock."""
-
-    def __init__(self):
-        self.start, self.previous = time.monotonic(), 0.0
-
-    def left(self, timestamp):
-        """Return the seconds until a frame is due."""
-        latest = time.monotonic() - timestamp
-        jumps = timestamp > self.previous + MAX_FRAME_GAP
-        self.start = latest if jumps else max(self.start, latest)
-        self.previous = timestamp
-        return self.start - latest
 
 
 def tag_files(source, tagger, viewer):
     """Handle all pictures and films in turn. Broken ones in a folder are warned about."""
 
     def load(path):  # pictures are read ahead; films are read where their turn comes
-        return (None, "") if path in source.films else load_picture(path)
+        return None if path in source.films else load_picture(path)
 
-    loaded = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
+    pictures = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
     if source.kind == "folder":
-        loaded = utils.progress(loaded, len(source.files), "files")
-    for (frame, note), path in zip(loaded, source.files):
-        ends, name = False, utils.escape(path)
+        pictures = utils.progress(pictures, len(source.files), "files")
+    for path, picture in zip(source.files, pictures):
         try:
-            if path in source.films:
-                ends = tag_film(path, source, tagger, viewer)
-            elif frame:
-                ends = tag_picture(frame, source, tagger, viewer)
-        except FilmError as error:
+            if (picture or path in source.films) and tag_file(path, picture, tagger, viewer):
+                break
+        except imaging.PictureError as reason:
+            name = utils.escape(path)
             if source.kind == "film":
-                raise utils.UserError(f"--source {name}: {error}: give another file") from None
-            note = f"skipped: {error}"
-        if note:
-            utils.warn(f"{name}: {note}")
-        if ends:
-            break
+                raise utils.UserError(f"--source {name}: {reason}: give another file") from None
+            utils.warn(f"{name}: skipped: {reason}")
     if not viewer.count:
         name = f"--source {utils.escape(source.name)}"
         raise utils.UserError(f"{name}: no picture or film in it can be read: give another one")
 
 
-def tag_picture(frame, source, tagger, viewer):
-    """Handle a picture: no tracks and no running mean. Returns whether the user wants to end."""
-    tagger.start(source.shown(frame.path))
-    if tagger.args.events:
-        del tagger.sinks[0]  # nobody comes or goes
-    tagger.handle(frame)
-    tagger.statistics.labels.update(track.label or "faces" for track in tagger.tracks)
-    output = output_path(frame.path, source, tagger.args.output)
-    viewer.write = functools.partial(write_picture, output) if output else None
-    viewer.paused = source.kind == "picture"  # a single one stays until a key says go on or end
-    return viewer.show(frame, tagger.tracks)
+def tag_file(path, picture, tagger, viewer):
+    """Handle a picture, a Frame, or a film, frame by frame, so that two runs print the same lines.
 
-
-def tag_film(path, source, tagger, viewer):
-    """Handle a film frame by frame, nothing dropped, so that two runs print the same lines.
-
-    Returns whether the user wants to end. Raises FilmError.
+    Returns whether the user wants to end. Raises PictureError.
     """
-    tagger.start(source.shown(path), run_name("film", path))
-    output, clock = output_path(path, source, tagger.args.output), PlaybackClock()
-    with contextlib.closing(Film(str(path.resolve()), utils.escape(path))) as film:
-        frames = film.frames()
-        if source.kind == "film" and film.total and not viewer.window:
-            frames = utils.progress(frames, film.total, "frames")
-        if film.has_sound and output:
+    source, clock = tagger.source, PlaybackClock()
+    output, rate, frames = output_path(path, source, tagger.args.output), None, [picture]
+    if path in source.films:
+        film = films.Film(str(path.resolve()), utils.escape(path))
+        rate = film.rate
+        frames = (Frame(n, *shown) for n, shown in enumerate(film.frames()))
+        if film.container.streams.audio and output:
             warn_once("the sound of a film is not written to --output")
-        with viewer.writing(output, film.rate), contextlib.closing(tagger):
-            for frame in frames:
-                tagger.handle(frame)
-                if viewer.show(frame, tagger.tracks, clock.left(frame.timestamp)):
-                    return True
+        total = round(min(film.duration * film.rate, 10**7))
+        if source.kind == "film" and total and not viewer.window:
+            frames = utils.progress(frames, total, "frames")
+    with tagger.session(path), open_output(output, rate) as viewer.write:
+        for frame in frames:
+            tagger.handle(frame)
+            if viewer.show(frame, clock.seconds_until(frame.timestamp)):
+                return True
     return False
 
 
@@ -1387,7 +1138,7 @@ def output_path(path, source, output):
     if not output or source.kind != "folder":
         return output
     target = output / path.relative_to(source.name)
-    endings, ending = (FILMS, ".mp4") if path in source.films else (PICTURES, ".jpg")
+    endings, ending = (films.CODECS, ".mp4") if path in source.films else (PICTURES, ".jpg")
     if target.suffix.lower() not in endings:
         name = f"{path.name}{ending}"
         if len(os.fsencode(name)) > 244 or path.with_name(name).exists():  # another one's
@@ -1403,35 +1154,31 @@ def output_path(path, source, output):
 
 def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
-    live = Live(source, viewer.stop)
-    tagger.start(run=run_name(source.kind, source.name))
-    pool = ThreadPoolExecutor(2)
+    pool, stop = ThreadPoolExecutor(2), viewer.stop
     # macOS asks for permission in the main thread only
-    images = live.open() if source.kind == "camera" else None
-    reader = pool.submit(live.read, images)
-    worker = pool.submit(work_live, live, tagger, viewer)
-    try:
-        with viewer.writing(tagger.args.output, LIVE_FPS):
-            for frame in live.frames(viewer.keep_alive):
-                if viewer.show(frame, tagger.tracks):
-                    break
-            else:
-                wait([worker])  # the last frame counts, too
-    finally:
-        viewer.stop.set()
-        wait([worker])  # it ends after the frame at hand; nothing is printed or saved after that
-        wait([reader], 0.4)  # it may hang in a dead stream
-        pool.shutdown(wait=False)
-        tagger.close()
+    opened = open_live(source, stop) if source.kind == "camera" else None
+    with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
+        newest = Newest(live_frames(source, stop, opened), pool)
+        worker = pool.submit(work_live, newest, tagger, viewer)
+        try:
+            for frame in newest.frames(stop, viewer.keep_alive):
+                if viewer.show(frame):
+                    stop.set()
+            wait([worker])  # the last frame counts, too
+        finally:
+            stop.set()
+            wait([worker])  # after the frame at hand nothing more is printed or saved
+            wait([newest.reader], 0.4)  # it may hang in a dead stream
+            pool.shutdown(wait=False)
     worker.result()
-    if reader.done():
-        reader.result()
+    if newest.reader.done():
+        newest.reader.result()
 
 
-def work_live(live, tagger, viewer):
+def work_live(newest, tagger, viewer):
     """Thread: handle the newest frame, again and again. A camera's first has the model loaded."""
     try:
-        for frame in live.frames():
+        for frame in newest.frames(viewer.stop):
             # only now: where no camera is, this is told at once
             if tagger.args.model and not tagger.labeller.network:
                 tagger.labeller.load()
@@ -1447,51 +1194,46 @@ def work_live(live, tagger, viewer):
 
 def print_summary(tagger, viewer):
     """Print on stderr how it went, what was kept, and what to do where nothing was found."""
-    counts, lines, seconds = tagger.statistics.counts, [], time.monotonic() - viewer.first
+    counts, lines = tagger.counts, []
+    seconds = max(1e-6, time.monotonic() - viewer.first)
     if counts["frames"]:
-        lines.append(film_summary(tagger.statistics, viewer.count / max(seconds, 1e-6)))
+        lines.append(film_summary(tagger, viewer.count / seconds))
     if counts["photos"]:
-        lines.append(photo_summary(tagger.statistics, seconds))
-    if not counts["tagged"] and tagger.cascade:
+        lines.append(photo_summary(tagger, counts["photos"] / seconds))
+    if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
     if tagger.args.save_faces:
-        reasons = ["too blurred", "too similar", "too small"]
-        reasons += [key for key in counts if key.startswith("pictures")]
-        left_out = ", ".join(f"{counts[reason]} {reason}" for reason in reasons)
-        folder = utils.escape(tagger.args.save_faces)
-        lines += [f"{counts['saved']} saved in {folder}; {left_out}", next_step(tagger)]
+        crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
+        lines += [f"{utils.escape(tagger.args.save_faces)}: {crops}", next_step(tagger.args)]
     print(*lines, sep="\n", file=sys.stderr)
 
 
-def film_summary(statistics, rate):
+def film_summary(tagger, rate):
     """Return frames, speed, and the medians of what was timed."""
-    counts, times = statistics.counts, statistics.times
+    counts, times = tagger.counts, tagger.times
     parts = [f"{counts['frames']} frames, {rate:.1f} a second shown"]
     parts[0] += f", {counts['classifications']} classifications"
-    units = {"detection": (1, "ms"), "classification": (1, "ms"), "label age": (2, "s")}
-    for key, (digits, unit) in units.items():
+    for key, unit in ("detection", "ms"), ("classification", "ms"), ("label age", "s"):
         if times[key]:
-            parts.append(f"median {key} {np.median(times[key]):.{digits}f} {unit}")
+            parts.append(f"median {key} {np.median(times[key]):.2f} {unit}")
     return "; ".join(parts)
 
 
-def photo_summary(statistics, seconds):
+def photo_summary(tagger, rate):
     """Return the photos, how many of each label, and the speed."""
-    labels, count = statistics.labels, statistics.counts["photos"]
-    order = sorted(labels, key=lambda label: (label == "unknown", -labels[label], label))
-    found = ", ".join(f"{labels[label]} {label}" for label in order) or "nothing tagged"
-    return f"{count} photo{'s' * (count != 1)}: {found}; {count / seconds:.1f} a second"
+    order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == "unknown")
+    found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
+    return f"{utils.count(tagger.counts['photos'], 'photo')}: {found}; {rate:.1f} a second"
 
 
 def smaller_face(tagger):
-    """Search the sample frames for faces of any size; say what would have found the smallest."""
-    samples, sides = tagger.statistics.samples, []
-    search = detect_with_flip if tagger.statistics.counts["photos"] else detect
-    for grey, scale, smallest in samples:
-        for box, neighbors in search(tagger.cascade, grey, scale, 24 / scale):
-            if neighbors >= MIN_NEIGHBORS_START and box[2] < smallest:
-                sides.append(box[2])
-    most = max(smallest for _, _, smallest in samples)
+    """Search the samples for faces of any size; say what would have found the smallest."""
+    search = detect_with_flip if tagger.counts["photos"] else detect
+    sides = []
+    for grey, scale, smallest in tagger.samples:
+        found = search(grey, scale, 24 / scale)
+        sides += [box[2] for box, n in found if n >= MIN_NEIGHBORS_START and box[2] < smallest]
+    most = max(smallest for _, _, smallest in tagger.samples)
     text = f"nothing was tagged: no face of {most} px or larger was found"
     if not sides:
         return f"{text}, and no smaller one"
@@ -1499,34 +1241,14 @@ def smaller_face(tagger):
     return f"{text}; the smallest there has {min(sides)} px: {option} would find it"
 
 
-def next_step(tagger):
-    """Return what to do with the crops: correct them, collect another class, or train."""
-    args, folder = tagger.args, tagger.args.save_faces
-    if tagger.labeller.network:
+def next_step(args):
+    """Return what to do with the crops: correct them, or collect other classes and train."""
+    if args.model:  # never to train on what the model itself sorted
         todo = "look through it, correct it, copy it into your training set, and train on that"
         return f"next: {todo}: python train.py TRAINING_SET {shlex.quote(utils.escape(args.model))}"
-    data = folder.parent
-    folders = list(data.iterdir()) if data.is_dir() else []
-    classes = [path for path in folders if path.is_dir() and not utils.is_ignored(path.name)]
-    if len(classes) < 2 or data == Path():  # the current folder may hold anything
-        whole = " --whole-picture" if args.whole_picture else ""
-        another = shlex.quote(utils.escape(data / "ANOTHER_NAME"))
-        return f"next: python webcam.py --save-faces {another}{whole}"
-    return f"next: python train.py {shlex.quote(utils.escape(data))} model"
-
-
-def check_arguments(args, source):
-    """Check all that can be checked before any work, and settle what is left to the model."""
-    for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
-        if path:
-            check_output(option, path, source)
-    if args.events and not source.films and source.kind not in LIVE:
-        raise utils.UserError("--events: there is no film in the source: leave it out")
-    if args.model:
-        args.model = model_prefix(args.model)
-        info = model.check_model(args.model)
-        if args.whole_picture is None:  # as the model was trained
-            args.whole_picture = info.get("face_crops", 1.0) < 0.5
+    parent = args.save_faces.parent  # the current folder may hold anything
+    data = "FOLDER" if parent == Path() else shlex.quote(utils.escape(parent))
+    return f"next: the same for the other classes, beside it, then python train.py {data} model"
 
 
 def main():
@@ -1534,12 +1256,16 @@ def main():
     args = parse_arguments()
     source = find_source(args.source)
     check_arguments(args, source)
+    if args.by_name:
+        import regions
+
+        return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
     if args.model and source.kind != "camera":  # a camera is shown while the model is loaded
         tagger.labeller.load()
-    viewer = Viewer(args, tagger.labeller, tagger.statistics)
+    viewer = Viewer(tagger)
     if not args.events:
-        utils.print_line("\t".join(source.columns()))
+        utils.print_line("\t".join(columns(source)))
     try:
         tag = tag_live if source.kind in LIVE else tag_files
         tag(source, tagger, viewer)

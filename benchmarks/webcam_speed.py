@@ -23,6 +23,8 @@ import numpy as np
 import sample_faces
 from common import model, utils
 
+import films
+import imaging
 import webcam
 
 SURE = 15  # neighbors: every box with so many lay on a head in the films looked at
@@ -36,7 +38,7 @@ def loop_2016(network, side, frames):
     Returns [(box, neighbors)] of each frame, seconds in all, seconds of detection.
     """
     found, searching, start = [], 0.0, time.perf_counter()
-    cascade = webcam.load_cascade()
+    cascade = imaging.load_cascade()
     for frame in frames:
         begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
         boxes, neighbors = cascade.detectMultiScale2(grey, 1.1, 3, minSize=(30, 30))
@@ -51,7 +53,6 @@ def loop_2016(network, side, frames):
 def new_tagger(network, side, kind):
     """Return webcam.py's tagger with our network, for a source of this kind."""
     args = webcam.parse_arguments(["model"])
-    args.whole_picture = False
     tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
     labeller = tagger.labeller
     labeller.network, labeller.side, labeller.threshold = network, side, 0.0
@@ -62,8 +63,7 @@ def new_tagger(network, side, kind):
 def our_loop(network, side, frames):
     """Handle frames as webcam.py does. Returns the boxes of each frame, seconds, the tagger."""
     tagger, found, start = new_tagger(network, side, "film"), [], time.perf_counter()
-    tagger.start()
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), tagger.session(Path()):
         for number, frame in enumerate(frames):
             tagger.handle(webcam.Frame(number, number / 30, frame))
             found.append([track.box for track in tagger.tracks])
@@ -82,7 +82,7 @@ def compare(path, frames, network, side):
     our_loop(network, side, frames[:2])
     old, old_seconds, old_search = loop_2016(network, side, frames)
     new, new_seconds, tagger = our_loop(network, side, frames)
-    search = sum(tagger.statistics.times["detection"]) / 1000
+    search = sum(tagger.times["detection"]) / 1000
     truth = [[box for box, neighbors in hits if neighbors >= SURE] for hits in old]
     if path.with_suffix(".json").is_file():
         faces = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
@@ -113,14 +113,14 @@ def camera_images(frames, stop):
 def play_camera(network, side, frames):
     """Tag a camera, and print what its user would see."""
     tagger = new_tagger(network, side, "camera")
-    viewer = webcam.Viewer(tagger.args, tagger.labeller, tagger.statistics)
-    viewer.write = lambda image, timestamp: None  # so that frames are drawn without a window, too
-    viewer.writing = lambda path, rate: contextlib.nullcontext()
-    webcam.Live.open = lambda live: camera_images(frames, live.stop)
+    viewer = webcam.Viewer(tagger)
+    # so that frames are drawn without a window, too
+    webcam.open_output = lambda path, rate: contextlib.nullcontext(lambda image, timestamp: None)
+    webcam.open_live = lambda source, stop: (camera_images(frames, stop), False)
     with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(tagger.source, tagger, viewer)
     rate = viewer.count / (viewer.latest[-1] - viewer.first)
-    counts, ages = tagger.statistics.counts, tagger.statistics.times["label age"]
+    counts, ages = tagger.counts, tagger.times["label age"]
     median, most = np.percentile(ages, [50, 95])
     print(f"camera of 30 a second, {'in a window' if viewer.window else 'drawn, no window'}:")
     print(f"{rate:.1f} shown a second, {counts['frames']} of {viewer.count} frames handled")
@@ -142,8 +142,8 @@ def main():
             args.films = [Path(folder, "drawn.mp4")]
             sample_faces.draw_clip(args.films[0])
         for path in args.films:
-            film = webcam.Film(str(path), path.name)
-            frames = [frame.image for frame in itertools.islice(film.frames(), FRAMES)]
+            film = films.Film(str(path), path.name)
+            frames = [image for _, image in itertools.islice(film.frames(), FRAMES)]
             compare(path, frames, network, side)
         play_camera(network, side, frames)
 

@@ -1,5 +1,6 @@
 """Fixtures that several test files use: the repository's folder, pictures to write, scripts to run."""
 
+import contextlib
 import csv
 import io
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +140,40 @@ def drawn_model(tmp_path_factory):
     done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+LOADED = {}  # {(path, time): model}: what `tag_here` has loaded
+
+
+@pytest.fixture
+def tag_here(tmp_path, monkeypatch, capsys):
+    """Run webcam.py without a window in this process, in an empty folder: faster than `tag`.
+
+    A model is loaded once for all tests. Returns what a finished process has.
+    """
+    import model
+    import utils
+    import webcam
+
+    load_model = model.load_model
+
+    def load_once(prefix):
+        path = Path(f"{prefix}.h5").resolve()
+        key = path, path.stat().st_mtime
+        LOADED[key] = LOADED.get(key) or load_model(prefix)
+        return LOADED[key]
+
+    def run(*arguments):
+        webcam.warn_once.cache_clear()
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["webcam.py", *map(str, arguments), "--no-display"])
+        with contextlib.chdir(tmp_path), pytest.raises(SystemExit) as end:
+            utils.run(webcam.main)
+        output, errors = capsys.readouterr()
+        return SimpleNamespace(returncode=end.value.code, stdout=output, stderr=errors)
+
+    monkeypatch.setattr(model, "load_model", load_once)
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -125,10 +125,10 @@ class Photos10(Library):
         if self.to_photo == "ZASSETFORFACE":
             face += ", ZASSETFORTORSO, ZPERSONFORTORSO"
         asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT"
-        asset += ", ZTRASHEDSTATE, ZHIDDEN"
+        asset += ", ZTRASHEDSTATE, ZHIDDEN, ZVISIBILITYSTATE, ZAVALANCHEPICKTYPE"
         tables = {"ZDETECTEDFACE": face, self.assets: f"{asset}, {self.edited}"}
         tables["ZPERSON"] = (
-            "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT"
+            "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT, ZTYPE"
         )
         tables["ZFACECROP"] = "Z_PK, ZASSET, ZFACE, ZPERSON, ZUUID, ZRESOURCEDATA"
         self.schemas = {
@@ -216,12 +216,14 @@ class Photos2(Library):
     face_columns = "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, "
     face_columns += "centerX, centerY, size, hidden, manual, adjustmentUuid, trainingType"
     version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
+    version += ", nonRawMasterUuid, burstPickType, showInLibrary"
     master = "modelId, uuid, imagePath, fileIsReference, volumeId, isMissing"
     schemas = {  # noqa: RUF012
         "photos.db": {
             "LiGlobals": "modelId, keyPath, value",
             "RKFace": face_columns,
-            "RKPerson": "modelId, uuid, name, displayName, verifiedType, mergeTargetPersonId",
+            "RKPerson": "modelId, uuid, name, displayName, verifiedType, mergeTargetPersonId, "
+            "personType",
             "RKVersion": version,
             "RKMaster": master,
             "RKModelResource": "modelId, attachedModelId, attachedModelType, resourceType, "
@@ -286,6 +288,11 @@ class Photos2(Library):
         )
         if image:
             self.write(f"resources/media/version/{folder}/fullsizeoutput_{key:x}.jpeg", jpeg(image))
+
+    def preview(self, photo, image, kind, tag="UNADJUSTEDNONRAW"):
+        """Write a smaller copy of a photo: kind is largepv, thumb or mini."""
+        place = f"00/00/{photo:x}/{tag}_{kind}_{photo:x}.jpg"
+        self.write(f"resources/proxies/derivatives/{place}", jpeg(image))
 
     def face(self, photo, person, size, box, /, **columns):
         x, y, side = fractions(size, box)

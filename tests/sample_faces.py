@@ -12,6 +12,7 @@
 #     "pillow-heif>=1.0",
 #     "tqdm>=4.66",
 #     "filelock>=3.12",
+#     "defusedxml>=0.7",
 # ]
 # ///
 """Draws a training set of cartoon faces, and a film in which two of the people move about.

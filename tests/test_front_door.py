@@ -675,7 +675,14 @@ INLINE = [
 
 @pytest.mark.slow
 @on_unix
-@pytest.mark.parametrize("block", [named(b) for b in COMMANDS + INLINE if "export " not in b])
+@pytest.mark.parametrize(
+    "block",
+    [
+        named(b)
+        for b in COMMANDS + INLINE
+        if "export " not in b and "--by-name" not in b  # the latter: see test_readme.py
+    ],
+)
 def test_the_commands_of_a_block(clone, request, block):
     bring_what_is_needed(block, clone.folder, request)
     process = clone(block)

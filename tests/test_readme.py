@@ -11,10 +11,13 @@ import tomllib
 import docs_pictures
 import numpy as np
 import pytest
-from conftest import ROOT, run_process
+import sample_faces
+import tagged_photos
+from conftest import ROOT, rows, run_process
 from PIL import Image
 
 import imaging  # noqa: F401 - so that Pillow writes HEIC
+import regions
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
@@ -164,6 +167,35 @@ def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path):
     )
     found = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("P")]
     assert found == pytest.approx(list(expected.values()), abs=0.001), done.stderr
+
+
+def tagged_photos_of_people(folder):
+    """Draw photos of three people, whose names a photo program has written into them."""
+    sample_faces.draw_set(folder.parent / "drawn", 3, 12)
+    folder.mkdir()
+    for number, path in enumerate(sorted((folder.parent / "drawn").rglob("*.jpg"))):
+        photo, face = Image.new("RGB", (320, 240), "tan"), Image.open(path)
+        photo.paste(face, (100, 40))
+        box = (180, 120, face.width / 2 / regions.HAAR_BOX)
+        photo_path, turn = folder / f"{number}.jpg", 1 + number % 8
+        tagged_photos.tag_photo(photo_path, photo, [(path.parent.name, box)], orientation=turn)
+
+
+@pytest.mark.slow
+def test_three_commands_lead_from_photos_with_names_to_a_tagged_film(tmp_path):
+    tagged_photos_of_people(tmp_path / "photos")
+    sample_faces.draw_clip(tmp_path / "party.mp4", seconds=1)
+    (block,) = [text for text in SHOWN if "--by-name" in text]
+    (collect, train, tag), printed = block.splitlines(), ""
+    train += " --weights none --image-size 75 --head-epochs 1 --rounds 0"
+    for line in (collect, train, tag + " --no-display"):
+        script, *words = line.split()[1:]
+        done = run_process(ROOT / script, tmp_path, *words)
+        assert done.returncode == 0, done.stderr
+        printed += done.stdout + done.stderr
+    assert_shown(block, printed)
+    assert {row["label"] for row in rows(done.stdout)} >= {"Ann", "Ben"}
+    assert (tmp_path / "tagged.mp4").stat().st_size > 1000
 
 
 @pytest.mark.long

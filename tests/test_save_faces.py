@@ -7,12 +7,11 @@ import shlex
 import shutil
 
 import cv2
-import numpy as np
 import pytest
 import sample_faces
 from conftest import ROOT, rows, run_process, tag
 from PIL import Image, ImageFilter
-from test_webcam import read_film
+from test_webcam import difference, make_film, read_film
 
 
 def crops(folder):
@@ -24,77 +23,57 @@ def check_crop(path):
     image = Image.open(path)
     assert image.format == "JPEG" and image.width == image.height and not image.getexif()
     assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
-    reference = path.parent / "reference.jpeg"
+    reference = path.with_suffix(".jpeg")
     image.save(reference, quality=95, subsampling=0)
     assert image.quantization == Image.open(reference).quantization
     reference.unlink()
 
 
 def test_no_network_is_loaded_without_a_model(tmp_path, film):
-    done = tag(
-        tmp_path, "--save-faces", "people/Ann", "--source", film, PYTHONPROFILEIMPORTTIME="1"
-    )
+    collect = "--save-faces", "people/Ann", "--source", film
+    done = tag(tmp_path, *collect, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and re.search(r"\| +cv2$", done.stderr, re.M), done.stderr
     assert not re.search(r"\| +(tensorflow|keras|jax)$", done.stderr, re.M)
 
 
-def test_crops_of_a_film(tmp_path, film):
-    done = tag(tmp_path, "--save-faces", "people/Ann", "--source", film)
+def test_crops_of_a_film(tmp_path, tag_here, film):
+    collect = "--save-faces", "people/Ann", "--source", film
+    done = tag_here(*collect)
     (folder,) = (tmp_path / "people" / "Ann").iterdir()
     assert re.fullmatch(r"film-[0-9a-f]{8}", folder.name)
     kept = crops(folder)
     assert 6 <= len(kept) <= 2 * 2 * 5 + 2  # two tracks, two seconds, five a second
-    for path in kept:
-        check_crop(path)
     lines = {(row["frame"], row["track"]): row for row in rows(done.stdout)}
     frames = read_film(film)
     for path in kept:  # the square that the model would get, at the film's own resolution
+        check_crop(path)
         frame, track, _ = path.stem.split("-")
         x, y, w, h = (int(lines[str(int(frame)), track][key]) for key in "xywh")
         side = round(2.0 * w)
-        top, left = (
-            min(max(round(c - side / 2), 0), most - side)
-            for c, most in ((y + h / 2, 480), (x + w / 2, 640))
-        )
-        expected = frames[int(frame)][top : top + side, left : left + side, ::-1].astype(int)
-        assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).mean() < 4
-    last = done.stderr.splitlines()
-    assert re.match(
-        rf"{len(kept)} saved in people/Ann; \d+ too blurred, \d+ too similar, \d+ too small",
-        last[-2],
-    )
-    assert last[-1] == "next: python webcam.py --save-faces people/ANOTHER_NAME"
+        places = (y + h / 2, 480), (x + w / 2, 640)
+        top, left = (min(max(round(c - side / 2), 0), most - side) for c, most in places)
+        expected = frames[int(frame)][top : top + side, left : left + side, ::-1]
+        assert difference(Image.open(path), expected) < 4
+    summary, advice = done.stderr.splitlines()[-2:]
+    assert summary.startswith(f"people/Ann: {len(kept)} saved, ") and "too similar" in summary
+    assert advice.endswith("then python train.py people model")
     before = {path: path.read_bytes() for path in kept}
-    assert (
-        tag(tmp_path, "--save-faces", "people/Ann", "--source", film, "--context", 1.5).returncode
-        == 0
-    )
-    assert all(
-        path.read_bytes() == data for path, data in before.items()
-    )  # another run overwrites nothing
+    assert tag_here(*collect, "--context", 1.5).returncode == 0
+    assert all(path.read_bytes() == data for path, data in before.items())  # nothing overwritten
     assert len(crops(folder)) > len(kept)
 
 
-def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, film):
+def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, tag_here, film):
     frame = read_film(film)[0]
     for name, picture in (("still", frame), ("blurred", cv2.GaussianBlur(frame, (0, 0), 5))):
-        writer = cv2.VideoWriter(
-            str(tmp_path / f"{name}.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 25, (640, 480)
-        )
-        for _ in range(30):
-            writer.write(picture)
-        writer.release()
-        tag(tmp_path, "--save-faces", name, "--source", f"{name}.avi")
+        make_film(tmp_path / f"{name}.mp4", [picture] * 30)
+        tag_here("--save-faces", name, "--source", f"{name}.mp4")
     assert len(crops(tmp_path / "still")) == 2  # one of each person
     assert len(crops(tmp_path / "blurred")) == 0
 
 
-@pytest.fixture
-def photos(tmp_path, film):
-    """Make family photos: one face, two, none, a blurred one, a broken file, a phone's.
-
-    The phone's is turned, and says where it was taken.
-    """
+def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, tag_here, film):
+    """Of photos of one face, two, none, a blurred one, a broken file, and one that a phone turned."""
     two = Image.fromarray(read_film(film)[0][..., ::-1])
     one, folder = two.crop((0, 0, 300, 480)), tmp_path / "photos"
     (folder / "2019").mkdir(parents=True)
@@ -105,32 +84,23 @@ def photos(tmp_path, film):
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff no jpeg")
     exif = Image.Exif()
     exif[274], exif[271] = 8, "a phone"
-    exif.get_ifd(0x8825)[1] = "N"
     one.transpose(Image.Transpose.ROTATE_270).save(folder / "phone.jpg", exif=exif, quality=95)
-    return folder
-
-
-def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, photos):
-    done = tag(tmp_path, "--save-faces", "people/Ann", "--source", "photos")
+    done = tag_here("--save-faces", "people/Ann", "--source", "photos")
     assert done.returncode == 0, done.stderr
     kept = crops(tmp_path / "people" / "Ann")
     assert [path.name.partition("-")[0] for path in kept] == ["one", "phone"]
     assert {path.parent for path in kept} == {tmp_path / "people" / "Ann"}  # no level of its own
     for path in kept:
         check_crop(path)
-    pixels = [np.asarray(Image.open(path).resize((64, 64))).astype(int) for path in kept]
-    assert np.abs(pixels[0] - pixels[1]).mean() < 12  # the phone's picture was turned upright
-    assert (
-        "1 pictures with several faces" in done.stderr
-        and "1 pictures without a face" in done.stderr
-    )
+    assert difference(*(Image.open(path).resize((64, 64)) for path in kept)) < 12  # upright
+    assert "1 with several faces" in done.stderr and "1 without a face" in done.stderr
     assert "broken.jpg: skipped" in done.stderr
 
 
 @pytest.mark.slow
-def test_with_a_model_the_label_decides(tmp_path, drawn_model, tagged):
-    command = (tmp_path, drawn_model / "model", "--source", drawn_model / "film.mp4")
-    done = tag(*command, "--save-faces", "sorted")
+def test_with_a_model_the_label_decides(tmp_path, tag_here, drawn_model, tagged):
+    model, film = drawn_model / "model", drawn_model / "film.mp4"
+    done = tag_here(model, "--source", film, "--save-faces", "sorted")
     assert done.returncode == 0, done.stderr
     assert done.stdout == tagged.stdout  # a film gives the same lines every time
     names = {row["label"] for row in rows(done.stdout)}
@@ -141,9 +111,8 @@ def test_with_a_model_the_label_decides(tmp_path, drawn_model, tagged):
         assert all(re.fullmatch(run, path.name) for path in folder.iterdir())
     advice = done.stderr.splitlines()[-1]  # never to train on what the model itself sorted
     assert re.match("next: look through it, correct it, copy it into your training set", advice)
-    command_shown = f"python train.py TRAINING_SET {shlex.quote(str(drawn_model / 'model'))}"
-    assert advice.endswith(command_shown) and "train.py sorted" not in done.stderr
-    strict = tag(*command, "--save-faces", "strict", "--threshold", 1)
+    assert advice.endswith(f"python train.py TRAINING_SET {shlex.quote(str(model))}")
+    strict = tag_here(model, "--source", film, "--save-faces", "strict", "--threshold", 1)
     assert os.listdir(tmp_path / "strict") == ["unknown"]
     assert {row["label"] for row in rows(strict.stdout)} == {"unknown"}
     # of the best of five classes
@@ -151,63 +120,44 @@ def test_with_a_model_the_label_decides(tmp_path, drawn_model, tagged):
 
 
 @pytest.mark.slow
-def test_with_a_model_every_face_of_a_picture_is_kept(tmp_path, drawn_model):
-    (tmp_path / "photos").mkdir()
-    frame = cv2.GaussianBlur(read_film(drawn_model / "film.mp4")[0], (0, 0), 3)
-    cv2.imwrite(str(tmp_path / "photos" / "blurred.png"), frame)
-    done = tag(tmp_path, drawn_model / "model", "--save-faces", "sorted", "--source", "photos")
-    assert len(crops(tmp_path / "sorted")) == len(rows(done.stdout)) > 0, done.stderr
-
-
-def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, drawn_model):
+def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, tag_here, drawn_model):
     source = tmp_path / "mixed"
     source.mkdir()
     for n, path in enumerate(sorted((drawn_model / "people").glob("*/*.jpg"))[::10]):
         shutil.copy(path, source / f"{n}.jpg")
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    done = tag(
-        tmp_path,
-        drawn_model / "model",
-        "--save-faces",
-        "sorted",
-        "--source",
-        "mixed",
-        "--whole-picture",
-    )
+    command = "--source", "mixed", "--save-faces", "sorted", "--whole-picture"
+    done = tag_here(drawn_model / "model", *command)
     labels = {row["file"].removesuffix(".jpg"): row["label"] for row in rows(done.stdout)}
     copies = {path.name.partition("-")[0]: path for path in crops(tmp_path / "sorted")}
     assert len(copies) == len(before) == 20
     for name, path in copies.items():
-        assert (
-            path.read_bytes() == before[f"{name}.jpg"]
-            and path.parent == tmp_path / "sorted" / labels[name]
-        )
+        assert path.read_bytes() == before[f"{name}.jpg"]
+        assert path.parent == tmp_path / "sorted" / labels[name]
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
 
 
-def test_frames_of_a_film_are_kept_whole(tmp_path, film):
-    done = tag(tmp_path, "--save-faces", "hands/rock", "--source", film, "--whole-picture")
+def test_frames_of_a_film_are_kept_whole(tmp_path, tag_here, film):
+    done = tag_here("--save-faces", "hands/rock", "--source", film, "--whole-picture")
     kept = crops(tmp_path / "hands" / "rock")
     assert 1 <= len(kept) <= 11, done.stderr
     assert {Image.open(path).size for path in kept} == {(640, 480)}
-    assert done.stderr.endswith(
-        "next: python webcam.py --save-faces hands/ANOTHER_NAME --whole-picture\n"
-    )
 
 
 @pytest.mark.slow
-def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, drawn_model):
+def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, tag_here, drawn_model):
+    """And of pictures every face is kept, blurred ones too."""
     source = tmp_path / "photos"
     source.mkdir()
-    for n, frame in enumerate(read_film(drawn_model / "film.mp4")[::10]):
+    frames = read_film(drawn_model / "film.mp4")[::10]
+    for n, frame in enumerate([*frames, cv2.GaussianBlur(frames[0], (0, 0), 3)]):
         Image.fromarray(frame[..., ::-1]).save(source / f"{n}.png")
     model = drawn_model / "model"
-    done = tag(tmp_path, model, "--save-faces", "kept", "--source", "photos", "--threshold", 0)
+    done = tag_here(model, "--save-faces", "kept", "--source", "photos", "--threshold", 0)
     seen = {(row["file"][:-4], row["face"]): row for row in rows(done.stdout)}
-    again = rows(
-        tag(tmp_path, model, "--source", "kept", "--whole-picture", "--threshold", 0).stdout
-    )
-    assert len(again) >= 25
+    assert (str(len(frames)), "0") in seen
+    again = rows(tag_here(model, "--source", "kept", "--whole-picture", "--threshold", 0).stdout)
+    assert len(again) == len(seen) >= 25
     same = 0
     for row in again:
         first = seen[tuple(row["file"].rpartition("/")[2].split("-")[:2])]
@@ -221,21 +171,17 @@ def test_a_stranger_is_learned_from_the_crops_that_were_unknown(tmp_path, drawn_
     people = tmp_path / "people"
     shutil.copytree(drawn_model / "people", people, ignore=shutil.ignore_patterns("Ben"))
     (people / "Eva").rename(people / "unknown")
-    recipe = (
-        "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation".split()
-    )
-    assert run_process(ROOT / "train.py", tmp_path, "people", "model", *recipe).returncode == 0
+    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation"
+    train = (ROOT / "train.py", tmp_path, "people", "model", *recipe.split())
+    assert run_process(*train).returncode == 0
     for seed in (1, 2, 3):
-        sample_faces.draw_clip(
-            tmp_path / f"{seed}.mp4", (1,), seed=seed
-        )  # Ben, who is no class yet
-        tag(
-            tmp_path, "model", "--save-faces", "new", "--source", f"{seed}.mp4", "--threshold", 0.99
-        )
+        film = tmp_path / f"{seed}.mp4"
+        sample_faces.draw_clip(film, (1,), seed=seed)  # Ben, who is no class yet
+        tag(tmp_path, "model", "--save-faces", "new", "--source", film, "--threshold", 0.99)
     (people / "Ben").mkdir()
     for run in (tmp_path / "new" / "unknown").iterdir():
         run.rename(people / "Ben" / run.name)
-    assert run_process(ROOT / "train.py", tmp_path, "people", "model", *recipe).returncode == 0
+    assert run_process(*train).returncode == 0
     sample_faces.draw_clip(tmp_path / "later.mp4", (1,), seed=9)
     labels = [row["label"] for row in rows(tag(tmp_path, "model", "--source", "later.mp4").stdout)]
     assert labels.count("Ben") > 0.5 * len(labels), json.dumps(sorted(set(labels)))

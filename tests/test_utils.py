@@ -141,9 +141,31 @@ def png_with(*chunks, image=None):
     return data[:33] + more + data[33:]
 
 
+XMP = b"""<x:xmpmeta xmlns:x='adobe:ns:meta/'><rdf:RDF
+xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#'><rdf:Description
+xmlns:tiff='http://ns.adobe.com/tiff/1.0/' tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>"""
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "tEXt", "iTXt"])
+def test_a_png_is_turned_by_its_texts(kind):
+    """As ImageMagick and GraphicsMagick write EXIF, and as XMP has it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = exif.tobytes()
+    profile = b"\nexif\n%8d\n%s\n" % (len(content), content.hex().encode())
+    text = {
+        "zTXt": b"Raw profile type exif\0\0" + zlib.compress(profile),
+        "tEXt": b"Raw profile type exif\0" + profile,
+        "iTXt": b"XML:com.adobe.xmp\0\0\0\0\0" + XMP,
+    }[kind]
+    turned = two_halves().transpose(Image.Transpose.ROTATE_270)
+    assert np.array_equal(decoded(png_with((kind.encode(), text))), decoded(encoded(turned, "PNG")))
+
+
 @pytest.mark.parametrize(
     "chunk",
-    [(b"tEXt", b"transparency\0yes"), (b"tEXt", b"interlace\0yes"), (b"tEXt", b"Title\0x", b"1234"),
+    [(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"0" * 3_000_000)),
+     (b"zTXt", b"Raw profile type exif\0\0broken"), (b"tEXt", b"transparency\0yes"), (b"tEXt", b"interlace\0yes"), (b"tEXt", b"Title\0x", b"1234"),
      (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + b"x" * 2_000_000), (b"zTXt", b"Title\0\0broken"),
      (b"iCCP", b"profile\0\0broken", b"1234"), (b"eXIf", b"MM\0*broken"), (b"eXIf", b"x", b"1234")],
     ids=lambda chunk: chunk[1][:12].decode("latin1"),

@@ -1,0 +1,198 @@
+"""Reading films and streams as players show them, and writing films, with PyAV (webcam.py).
+
+Times are in seconds from the first frame. PyAV is imported where it is needed: on macOS it and
+OpenCV complain about each other.
+"""
+
+import contextlib
+import fractions
+import itertools
+import operator
+import re
+
+import numpy as np
+from PIL import ImageOps
+
+import imaging
+import utils
+
+CODECS = {".mp4": ("libx264", "yuv420p"), ".avi": ("mjpeg", "yuvj420p")}  # and pixel formats
+STREAM_TIMEOUTS = (10.0, 5.0)  # seconds to open a stream and to read from it
+MAX_FRAME_GAP = 60.0  # seconds that a frame is shown; what is longer is a broken clock
+
+
+class Film:
+    """An open film or stream. Raises PictureError."""
+
+    def __init__(self, address, name, live=False):
+        import av
+
+        self.name = name  # as messages have it
+        try:
+            self.container = av.open(
+                address,
+                format=None if live else film_format(address),
+                options={"rtsp_transport": "tcp"},
+                timeout=STREAM_TIMEOUTS if live else None,
+                metadata_errors="ignore",
+            )
+        except av.error.FFmpegError:
+            raise imaging.PictureError("no frame can be read") from None
+        cover = av.stream.Disposition.attached_pic  # of a music file
+        streams = [s for s in self.container.streams.video if not s.disposition & cover]
+        if not streams:
+            raise imaging.PictureError("there is no film in it")
+        self.stream = max(streams, key=lambda s: s.width * s.height)
+        self.stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
+        rate = float(self.stream.average_rate or 0)
+        self.rate = rate if 0.05 <= rate <= 500 else 25.0
+        self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
+        if self.container.format.name == "avi":  # FFmpeg shortens what was cut
+            self.duration = max(self.duration, self.stream.frames / self.rate)
+
+    def is_finite(self):
+        """Say whether a stream ends by itself: it is a film that somebody serves."""
+        is_playlist = self.container.format.name in ("hls", "dash")  # its size says nothing
+        return self.duration > 0 or (self.container.size > 0 and not is_playlist)
+
+    def frames(self):
+        """Yield (timestamp, image) as a player shows them: deinterlaced, upright, square pixels.
+
+        image: uint8 BGR (height, width, 3).
+        """
+        timestamp = None
+        for frame in deinterlace(self.decode()):
+            if timestamp is None:
+                origin, timestamp = frame.time or 0.0, 0.0
+            elif frame.time is None or frame.time - origin <= timestamp:  # as in raw streams
+                timestamp += 1 / self.rate
+            else:
+                timestamp = frame.time - origin
+            yield timestamp, self.to_image(frame)
+        if timestamp is None:
+            raise imaging.PictureError("no frame can be read")
+
+    def decode(self):
+        """Yield the decoded frames as they are; warn if bytes are missing at the end."""
+        import av
+
+        start, end = (self.container.start_time or 0) / av.time_base, 0.0
+        streams = self.container.streams
+        with contextlib.suppress(av.error.FFmpegError):  # a cut file, or a stream that is lost
+            for packet in self.container.demux(*streams.video, *streams.audio):
+                if packet.pts is not None:
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+                if packet.stream.index == self.stream.index:
+                    with contextlib.suppress(av.error.InvalidDataError):
+                        yield from packet.decode()
+        counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
+        if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
+            seconds = f"{end - start:.1f} of {self.duration:.1f} s"
+            utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
+
+    def to_image(self, frame):
+        """Return a decoded frame as uint8 BGR (height, width, 3)."""
+        ratio = float(self.stream.sample_aspect_ratio or 1)  # width of its pixels, in heights
+        width = round(frame.width * ratio) if 0.1 < ratio < 10 else frame.width
+        image = frame.to_ndarray(format="bgr24", width=width)
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        return apply_orientation(image, np.frombuffer(matrix, "int32")) if matrix else image
+
+
+def film_format(path):
+    """Return FFmpeg's name for raw MJPEG, of which it would take one named .jpg for a picture."""
+    with open(path, "rb") as file:
+        return "mjpeg" if file.read(2) == b"\xff\xd8" else None
+
+
+def apply_orientation(image, matrix):
+    """Turn and mirror an image as a film's display matrix says, nine numbers in three rows."""
+    across, up = matrix[0], matrix[4]
+    if abs(matrix[1]) > abs(across):
+        image = image.transpose(1, 0, 2)
+        across, up = matrix[3], matrix[1]
+    return np.ascontiguousarray(image[:: -1 if up < 0 else 1, :: -1 if across < 0 else 1])
+
+
+def deinterlace(frames):
+    """Yield decoded frames, from the first interlaced one on through FFmpeg's deinterlacer."""
+    kind = operator.attrgetter("width", "height", "format.name")
+    for _, alike in itertools.groupby(frames, kind):
+        graph = None
+        for frame in alike:
+            if not graph and frame.interlaced_frame:
+                graph = make_deinterlacer(frame)
+            yield from filter_frame(graph, frame) if graph else (frame,)
+        if graph:
+            yield from filter_frame(graph, None)
+
+
+def make_deinterlacer(frame):
+    """Return a PyAV filter graph for frames such as this one."""
+    import av.filter
+
+    graph = av.filter.Graph()
+    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+    graph.link_nodes(graph.add_buffer(frame), bwdif, graph.add("buffersink")).configure()
+    return graph
+
+
+def filter_frame(graph, frame):
+    """Push a frame into a filter graph, None at the end; yield those that come out."""
+    graph.push(frame)
+    with contextlib.suppress(BlockingIOError, EOFError):
+        while True:
+            yield graph.pull()
+
+
+def write_film(path, rate):
+    """Coroutine: takes pairs (PIL image, timestamp), and writes a film that keeps these times.
+
+    All pictures get the size of the first. The film appears whole when the coroutine is closed, and
+    also after Ctrl-C. Raises UserError. rate: of an .avi.
+    """
+    import av
+
+    image, timestamp = yield
+    clock = previous = 0.0  # what is shown for long is cut short
+    last = -1
+    try:
+        with utils.atomic_write(path) as part, av.open(str(part.resolve()), "w") as film:
+            stream = add_stream(film, path.suffix.lower(), rate, image.size)
+            try:
+                while True:
+                    clock += min(timestamp - previous, MAX_FRAME_GAP)
+                    previous = timestamp
+                    tick = round(clock / stream.codec_context.time_base)
+                    if tick > last:  # else it comes too early for an .avi
+                        film.mux(stream.encode(video_frame(image, stream, tick)))
+                        last = tick
+                    image, timestamp = yield
+            except (GeneratorExit, KeyboardInterrupt) as error:
+                end = error
+            film.mux(stream.encode(None))
+    except av.error.FFmpegError as error:
+        problem = f"could not be written ({utils.first_line(error)}): free some space"
+        raise utils.UserError(f"--output {utils.escape(path)}: {problem}") from None
+    raise end
+
+
+def add_stream(film, ending, rate, size):
+    """Add a stream for pictures of a size (width, height) to a PyAV film. Returns it."""
+    codec, pixels = CODECS[ending]
+    rate = fractions.Fraction(rate).limit_denominator(1001)
+    options = {"preset": "veryfast", "crf": "20", "bf": "0"}
+    stream = film.add_stream(codec, rate=rate, pix_fmt=pixels, options=options)
+    stream.codec_context.time_base = 1 / fractions.Fraction(rate if ending == ".avi" else 90_000)
+    stream.width, stream.height = (max(2, side - side % 2) for side in size)
+    return stream
+
+
+def video_frame(image, stream, tick):
+    """Return a PIL image as a PyAV frame for a stream, to be shown from a tick on."""
+    import av
+
+    frame = av.VideoFrame.from_image(ImageOps.pad(image, (stream.width, stream.height)))
+    frame.time_base = stream.codec_context.time_base
+    frame.pts = tick
+    return frame

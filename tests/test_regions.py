@@ -1,0 +1,263 @@
+"""webcam.py --by-name: the faces that photo programs have named, found where they are."""
+
+import os
+import unicodedata
+
+import pytest
+import tagged_photos
+from conftest import ROOT, run_process
+from PIL import Image
+from tagged_photos import packet, tag_photo
+from test_collect import assert_same_crop, texture
+
+import imaging
+import regions
+
+SIZE, ANN, BEN = (480, 320), (100, 120, 80), (330, 180, 100)
+FACES = [("Ann", ANN), ("Bén & Co", BEN), ("", (440, 60, 60))]
+ENDINGS = (".jpg", ".png", ".tif", ".webp", ".avif")
+PROGRAMS = (*tagged_photos.PROGRAMS, "Picasa")
+
+
+def escaped(faces):
+    return [(name.replace("&", "&amp;"), box) for name, box in faces]
+
+
+def found_in(path, picasa=None):
+    """Return {name: (left, top, right, bottom)} of a file's faces, in its upright pixels."""
+    image = imaging.read_picture(path)[1]
+    orientation, size = regions.find_orientation(image), imaging.upright(image).size
+    found = {}
+    for region in regions.read_regions(path, picasa or regions.read_picasa([path])):
+        box, reason = regions.place(region, orientation, size)
+        if box:
+            x, y, w, h = box
+            found[region.name] = x - w / 2, y - h / 2, x + w / 2, y + h / 2
+        else:
+            found[reason] = None
+    return found
+
+
+def iou(a, box):
+    """Return the intersection over union of (left, top, right, bottom) and (x, y, side)."""
+    x, y, side = box
+    b = x - side / 2, y - side / 2, x + side / 2, y + side / 2
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    both = max(0, width) * max(0, height)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + side**2 - both)
+
+
+# ---------------------------------------------------------------- formats, programs, orientations
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_lie_where_the_program_drew_them(tmp_path, program, orientation):
+    """208 files. Encoding HEIC takes nearly a second."""
+    faces = FACES if program == "Picasa" else escaped(FACES)
+    for ending in (*ENDINGS, ".heic") if program == "Apple" else ENDINGS:
+        path = tmp_path / f"IMG_1{ending}"
+        tag_photo(path, texture(1, SIZE), faces, program, orientation)
+        found = found_in(path)
+        assert found.keys() == {name for name, _ in FACES}, ending
+        for name, box in FACES:
+            assert iou(found[name], box) >= 0.95, (ending, name)
+
+
+@pytest.mark.parametrize("name", ["IMG_1.jpg.xmp", "IMG_1.xmp"])
+def test_sidecars(tmp_path, name):
+    path = tag_photo(tmp_path / "IMG_1.jpg", texture(1, SIZE), [], orientation=6, xmp=b"")
+    box = tagged_photos.stored_box(SIZE, ANN, 6)
+    (tmp_path / name).write_bytes(packet(tagged_photos.lightroom([("Ann", box)], SIZE[::-1])))
+    assert iou(found_in(path)["Ann"], ANN) >= 0.95
+
+
+@pytest.mark.parametrize(
+    ("orientation", "applied", "turned", "found"),
+    [
+        (1, (4800, 3200), 1, True),  # made smaller
+        (6, (320, 480), 6, True),  # as the specification has it
+        (6, (480, 320), 1, True),  # a program that turned the box already
+        (1, (320, 480), 1, False),  # the picture was turned later
+        (1, (480, 480), 1, False),  # or cropped
+        (6, (480, 480), 6, False),
+        (3, (0, 0), 3, True),  # not told
+    ],
+)
+def test_the_size_told_beside_the_boxes_says_whether_they_still_fit(
+    tmp_path, orientation, applied, turned, found
+):
+    box = tagged_photos.stored_box(SIZE, ANN, turned)
+    xmp = packet(tagged_photos.digikam([("Ann", box)], applied).replace("stDim:unit", "stDim:u"))
+    path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [], orientation=orientation, xmp=xmp)
+    if found:
+        assert iou(found_in(path)["Ann"], ANN) >= 0.95
+    else:
+        assert found_in(path) == {
+            "the picture was cropped or turned after the face was named": None
+        }
+
+
+def test_one_face_told_by_several_programs_is_one_under_the_first_name(tmp_path):
+    here = [("", (0.2, 0.4, 0.16, 0.25)), ("Ann", (0.7, 0.5, 0.2, 0.3))]
+    moved = [("Cleo", (0.21, 0.39, 0.16, 0.25)), ("Other", (0.71, 0.5, 0.2, 0.3))]
+    pet = [("Rex", (0.5, 0.15, 0.15, 0.2))]
+    body = tagged_photos.lightroom(here, SIZE) + tagged_photos.lightroom(pet, SIZE, "Pet")
+    xmp = packet(body + tagged_photos.windows(pet, SIZE))
+    path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [], xmp=xmp)
+    (tmp_path / ".picasa.ini").write_text(tagged_photos.picasa(moved, "A.JPG"))
+    assert found_in(path).keys() == {"Ann", "Cleo", "no face but pet"}
+
+
+# ---------------------------------------------------------------- hostile packets
+
+
+BODY = tagged_photos.lightroom([("Eve", (0.5, 0.5, 0.5, 0.5))], SIZE)
+ENTITIES = '<!ENTITY a "aaaaaaaaaa">' + "".join(
+    f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi")
+)
+HOSTILE = {
+    "a billion laughs": f"<!DOCTYPE x [{ENTITIES}]><x>&i;Region</x>".encode(),
+    "a file of this machine": b'<!DOCTYPE x [<!ENTITY f SYSTEM "file:///etc/passwd">]><x>&f;Region</x>',
+    "an address": b'<!DOCTYPE x SYSTEM "http://127.0.0.1:9/x.dtd"><x>Region</x>',
+    "a parameter entity": b'<!DOCTYPE x [<!ENTITY % p SYSTEM "file:///dev/zero"> %p;]><x>Region</x>',
+    "deep": packet("<a>" * 50_000 + "Region" + "</a>" * 50_000),
+    "large": packet(BODY + "<!--" + "x" * regions.MAX_XMP + "-->"),
+    "cut off": packet(BODY)[:-200],
+    "an unknown encoding": b'<?xml version="1.0" encoding="x-nowhere"?><x>Region</x>',
+    "not UTF-8": packet(BODY).replace(b"Eve", b"\xff\xfe"),
+    "zeros within": packet(BODY).replace(b"Eve", b"\0\0\0"),
+    "an undeclared prefix": packet(BODY).replace(b"xmlns:stArea", b"xmlns:nothing"),
+    "other tags inside": packet(BODY).replace(b"</rdf:Bag>", b"</rdf:Seq>"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("ending", [".tif", ".webp"])
+def test_hostile_packets_are_refused_and_the_picture_stays_of_use(tmp_path, capsys, ending, name):
+    path = tag_photo(
+        tmp_path / f"a{ending}", texture(1, SIZE), [("Ann", ANN)], "Picasa", xmp=HOSTILE[name]
+    )
+    assert found_in(path).keys() == {"Ann"}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: the names in its metadata are not read: ")
+    assert imaging.to_model_input(imaging.open_picture(path.read_bytes()), 75).std() > 10
+
+
+@pytest.mark.parametrize(
+    "box", [("nan",) * 4, ("1e999", "0", "1", "1"), ("0.5", "0.5", "-1", "1"), ("7", "7", "1", "1")]
+)
+def test_numbers_that_make_no_sense(tmp_path, box):
+    keys = " ".join(f'stArea:{key}="{value}"' for key, value in zip("xywh", box))
+    body = f'<mwg-rs:RegionList><rdf:Bag><rdf:li mwg-rs:Type="Face"><mwg-rs:Area {keys}/></rdf:li>'
+    body += f'<rdf:li mwg-rs:Type="Face"/></rdf:Bag></mwg-rs:RegionList>{BODY}'
+    path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [], xmp=packet(body))
+    assert found_in(path).keys() == {"no box, or one that makes no sense", "Eve"}
+
+
+def test_a_gigabyte_of_xmp(tmp_path, capsys):
+    path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [("Ann", ANN)])
+    (tmp_path / "a.xmp").touch()
+    os.truncate(tmp_path / "a.xmp", 2**30)  # takes no space
+    assert found_in(path).keys() == {"Ann"}
+    assert "a.xmp: the names in its metadata are not read: larger" in capsys.readouterr().err
+    bomb = tag_photo(tmp_path / "b.png", texture(1, SIZE), [], orientation=2, xmp=b"Region" * 2**24)
+    assert bomb.stat().st_size < 10**6 and found_in(bomb) == {}
+    assert "b.png" in capsys.readouterr().err
+
+
+def test_as_many_regions_as_fit_take_no_time(tmp_path):
+    body = tagged_photos.windows([("x", (0.5, 0.5, 1e-5 * n, 1e-5)) for n in range(40_000)], SIZE)
+    path = tag_photo(tmp_path / "a.webp", texture(1, SIZE), [], xmp=packet(body))
+    assert len(regions.read_regions(path, {})) <= regions.MAX_REGIONS
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def album(tmp_path):
+    """Draw a folder of photos: by several programs, with a pet, a small face, a broken file."""
+    folder = tmp_path / "photos"
+    (folder / "2019").mkdir(parents=True)
+    ann = [("Ann", (240, 160, 80)), ("Ann", (240, 160, 90))]
+    tag_photo(folder / "a.jpg", texture(1, SIZE), [ann[0], ("", BEN)], "Lightroom")
+    tag_photo(folder / "2019" / "a.jpg", texture(2, SIZE), [ann[1]], "Apple", 6)
+    tag_photo(folder / "2019" / "unknown.png", texture(3, SIZE), [("unknown", ANN)], "Windows")
+    for number, name in enumerate(("José", unicodedata.normalize("NFD", "José"), "José ")):
+        tag_photo(folder / f"j{number}.jpg", texture(4 + number, SIZE), [(name, ANN)], "digiKam")
+    tag_photo(folder / "small.jpg", texture(7, SIZE), [("Ann", (100, 120, 30))], "digiKam")
+    pet = packet(tagged_photos.apple([("Rex", (0.5, 0.5, 0.3, 0.3))], SIZE, "Pet"))
+    tag_photo(folder / "pet.jpg", texture(8, SIZE), [], xmp=pet)
+    data = tag_photo(folder / "b.jpg", texture(9, SIZE), [("Ann", ANN)]).read_bytes()
+    (folder / "b.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "readme.txt").write_text("no picture")
+    Image.new("RGB", SIZE).save(folder / "nobody.jpg")
+    return folder
+
+
+def collect(folder, *more, code=0):
+    words = ["--save-faces", "people", "--by-name", "--source", "photos", *more]
+    done = run_process(ROOT / "webcam.py", folder, *words)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def test_named_faces_become_a_training_set(tmp_path, album):
+    done = collect(tmp_path)
+    assert done.stdout.splitlines() == [
+        "images  person",
+        "     2  Ann",
+        "     3  José",
+        "     1  unknown (2)",
+        "     1  unknown",
+        "1 skipped: no face but pet",
+        "1 skipped: smaller than 48 pixels",
+        done.stdout.splitlines()[-2],
+        "10 faces: 6 named (3 persons), 1 unknown, 3 skipped",
+    ]
+    assert done.stdout.splitlines()[-2].startswith("1 skipped: the picture cannot be read: ")
+    assert done.stderr.splitlines()[-1] == "next: python train.py people model"
+    files = {path: path.read_bytes() for path in (tmp_path / "people").rglob("*.*")}
+    assert len(files) == 7
+    (unnamed,) = (tmp_path / "people" / "unknown").iterdir()
+    assert_same_crop(unnamed, texture(1, SIZE), BEN, 2 * regions.HAAR_BOX)
+    ann = sorted((tmp_path / "people" / "Ann").iterdir(), key=lambda path: Image.open(path).width)
+    assert_same_crop(ann[0], texture(1, SIZE), (240, 160, 80), 2 * regions.HAAR_BOX)
+    assert_same_crop(ann[1], texture(2, SIZE), (240, 160, 90), 2 * regions.HAAR_BOX)
+    for path in files:
+        image = Image.open(path)
+        assert image.format == "JPEG" and image.width == image.height and not image.getexif()
+    again = collect(tmp_path)  # the same again
+    assert again.stdout == done.stdout
+    assert {path: path.read_bytes() for path in (tmp_path / "people").rglob("*.*")} == files
+    collect(tmp_path, "--context", "1")
+    assert_same_crop(unnamed, texture(1, SIZE), BEN, regions.HAAR_BOX)
+
+
+def test_photos_without_names_are_no_failure(tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", SIZE).save(tmp_path / "photos" / "nobody.jpg")
+    done = collect(tmp_path)
+    assert (
+        done.stdout.splitlines()[0] == "no faces: no photo program has left names in these pictures"
+    )
+    assert done.stdout.splitlines()[-1] == "0 faces: 0 named (0 persons), 0 unknown, 0 skipped"
+    assert done.stderr.startswith("not enough to train on") and not (tmp_path / "people").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model", "--by-name", "--save-faces", "people", "--source", "photos"],
+        ["--by-name", "--source", "photos"],
+        ["--by-name", "--save-faces", "people", "--source", "photos", "--output", "out"],
+        ["--by-name", "--save-faces", "people", "--source", "photos", "--whole-picture"],
+        ["--by-name", "--save-faces", "people", "--source", "0"],
+        ["--by-name", "--save-faces", "people", "--source", "photos/a.jpg"],
+    ],
+)
+def test_wrong_usage(tmp_path, album, words):
+    done = run_process(ROOT / "webcam.py", tmp_path, *words)
+    assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "people").exists()
