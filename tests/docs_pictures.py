@@ -1,4 +1,4 @@
-"""Makes the pictures of the README, docs/*.png: a few minutes.
+"""Makes the pictures of the README, docs/*.png and docs/tagged.jpg: a few minutes.
 
     python tests/docs_pictures.py
     python tests/docs_pictures.py docs how-it-works
@@ -134,7 +134,7 @@ def main():
         ):
             with Image.open(folder / f"{source}.png") as image:
                 save_small(image.convert("RGB"), target / f"{picture}.png")
-        save_small(frame_of(folder / "tagged.mp4", FILM_FRAME), target / "tagged.png")
+        frame_of(folder / "tagged.mp4", FILM_FRAME).save(target / "tagged.jpg", quality=85)
 
 
 if __name__ == "__main__":
