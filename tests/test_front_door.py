@@ -619,6 +619,7 @@ def clone(tmp_path, weights_file):
     environment["PATH"] = f"{folder / 'bin'}{os.pathsep}{environment['PATH']}"
 
     def start(lines):
+        lines = re.sub(r"rtsp://\S+", (folder / "played.mp4").as_uri(), lines)
         return subprocess.Popen(["sh", "-e", "-c", lines], cwd=folder, env=environment, encoding="utf-8",
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 

@@ -145,7 +145,7 @@ def snippet_pictures():
 @pytest.mark.slow
 def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path):
     folder, _ = scratch_run
-    code = next(block for block in blocks("python") if "load_model" in block)
+    code = next(block for block in blocks("python") if "load_model" in block) + "\n"
     assert len(code.splitlines()) <= 12 and "utils" not in code
     for name in ("model.h5", "model.json", "model-labels.json"):
         shutil.copy(folder / name, tmp_path)
