@@ -423,9 +423,7 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
         inner = picture.path.relative_to(data_dir).parent
         if by_folder and len(inner.parts) > depth:
             own.append(inner)
-    first = {}
-    twins = ((first.setdefault(picture.digest, i), i) for i, picture in enumerate(pictures))
-    pairs = sorted({*find_near_copies(pictures), *(pair for pair in twins if pair[0] != pair[1])})
+    pairs = find_near_copies(pictures)
     copies = {pair for pair in pairs if len({pictures[i].label for i in pair}) > 1}
     near = [pair for pair in pairs if pair not in copies]
     groups = merge(keys, near)
