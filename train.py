@@ -432,29 +432,48 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
     """Return (sets of indices that stay together, pairs under two classes, number of near copies).
 
     Together stay equal bytes, near copies within a class and, with by_folder, one folder. depth: of
-    the class folders.
+    the class folders. Where near copies tie all folders of a class together, so that it could not
+    be tested, its folders alone decide, with a warning.
     """
-    from scipy.cluster.hierarchy import DisjointSet
-
-    together, first, copies = DisjointSet(range(len(pictures))), {}, set()
-    for i, picture in enumerate(pictures):
-        keys = [picture.digest]
+    keys = [[picture.digest] for picture in pictures]
+    for picture, own in zip(pictures, keys):
         inner = picture.path.relative_to(data_dir).parent
         if by_folder and len(inner.parts) > depth:
-            keys.append(inner)
-        for key in keys:
+            own.append(inner)
+    pairs = find_near_copies(pictures)
+    copies = {pair for pair in pairs if len({pictures[i].label for i in pair}) > 1}
+    near = [pair for pair in pairs if pair not in copies]
+    groups = merge(keys, near)
+    if by_folder:
+        tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))
+        for label in sorted(tied):
+            utils.warn(f"{label}: near copies in all its folders, which flatters the accuracy")
+        near = [(i, j) for i, j in near
+                if pictures[i].label not in tied or keys[i][1:] == keys[j][1:]]  # fmt: skip
+        groups = merge(keys, near)
+    return groups, sorted(copies), len(set(itertools.chain(*near)))
+
+
+def merge(keys, pairs):
+    """Return sets of indices that belong together: those that share a key, and those of pairs."""
+    from scipy.cluster.hierarchy import DisjointSet
+
+    together, first = DisjointSet(range(len(keys))), {}
+    for i, own in enumerate(keys):
+        for key in own:
             together.merge(i, first.setdefault(key, i))
-        twin = first[picture.digest]
-        if pictures[twin].label != picture.label:
-            copies.add((twin, i))
-    near = set()
-    for one, other in find_near_copies(pictures):
-        if pictures[one].label != pictures[other].label:
-            copies.add((one, other))
-        else:
-            together.merge(one, other)
-            near |= {one, other}
-    return together.subsets(), sorted(copies), len(near)
+    for one, other in pairs:
+        together.merge(one, other)
+    return together.subsets()
+
+
+def tied_classes(pictures, groups):
+    """Return the classes that cannot be tested: each of their groups has most of the class."""
+    sizes, testable = Counter(picture.label for picture in pictures), set()
+    for group in groups:
+        members = Counter(pictures[i].label for i in group)
+        testable |= {label for label, count in members.items() if 2 * count <= sizes[label]}
+    return set(sizes) - testable
 
 
 def warn_about_copies(pictures, copies):

@@ -246,6 +246,24 @@ def test_near_copies_stay_together(copied, capsys):
     assert "near copies: 96 pictures stay with theirs" in capsys.readouterr().out
 
 
+def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
+    """Two films of one person before the same wall; without folders, that class only trains."""
+    for n in range(8):
+        for label, image in (("a", scene(1)), ("b", scene(10 + n))):
+            folder = tmp_path / "data" / label / f"film{n % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{n}.jpg", quality=70 + n)
+    data = read(tmp_path / "data", "--group-by-folder")
+    assert "a: near copies in all its folders" in capsys.readouterr().err
+    held = {
+        str(data.pictures[i].path.parent.relative_to(tmp_path / "data")) for i in data.validation
+    }
+    assert len(held) == 2 and {name[0] for name in held} == {"a", "b"}
+    assert len(data.validation) == 8
+    read(tmp_path / "data")
+    assert "a: not tested" in capsys.readouterr().err
+
+
 def test_copies_under_two_classes_are_warned_about_with_both_names(copied, capsys):
     (copied / "b" / "equal.png").write_bytes((copied / "a" / "0.png").read_bytes())
     Image.open(copied / "a" / "2.png").save(copied / "b" / "near.jpg", quality=70)
