@@ -101,7 +101,6 @@ MATRICES = "[0-9][0-9][0-9].png"
 DIVIDED = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
 LOST = "another process of this run has ended or cannot be reached: start all again with --resume"
 DISTRIBUTION = "KERAS_DISTRIBUTION_"  # begins the variables of a run on several machines
-PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
 VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
 MATRIX, COLOUR = slice(0, 6), slice(6, 9)  # of the parameters of an augmentation
@@ -129,7 +128,8 @@ Run = namedtuple("Run", "args recipe data networks views readouts")
 Readout = namedtuple("Readout", "fit rows pictures views")  # pictures: index of that of each row
 # network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
 Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
-Predictions = namedtuple("Predictions", "probabilities accuracy rows title")
+Prediction = namedtuple("Prediction", "file actual predicted probability")
+Scores = namedtuple("Scores", "probabilities accuracy predictions title")
 
 
 # ---------------------------------------------------------------- arguments
@@ -1649,7 +1649,7 @@ def write_history(args, rows):
 
 
 def score_saved(args, network, data, indices, what):
-    """Score a saved model, as anybody would read it. Returns Predictions.
+    """Score a saved model, as anybody would read it. Returns Scores.
 
     what: begins the line that is printed, `evaluate: accuracy` say.
     """
@@ -1663,14 +1663,23 @@ def score_saved(args, network, data, indices, what):
     low, high = readout.interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(f"{line}, 95% interval {low:.4f} to {high:.4f}")
-    rows = []
-    for i, p in zip(indices, probabilities):
-        said = data.labels[p.argmax()]
-        rows.append(
-            [file_name(args, data, i), data.labels[data.targets[i]], said, f"{p.max():.6f}"]
+    predictions = [
+        Prediction(
+            file=file_name(args, data, i),
+            actual=data.labels[data.targets[i]],
+            predicted=data.labels[p.argmax()],
+            probability=float(p.max()),
         )
+        for i, p in zip(indices, probabilities)
+    ]
     title = f"{utils.escape(Path(args.model).name)}, {line}"
-    return Predictions(probabilities, right / len(actual), rows, title)
+    return Scores(probabilities, right / len(actual), predictions, title)
+
+
+def write_predictions(path, predictions):
+    """Write predictions as CSV, a row each."""
+    rows = [p._replace(probability=f"{p.probability:.6f}") for p in predictions]
+    utils.write_csv(path, Prediction._fields, rows)
 
 
 def file_name(args, data, index):
@@ -1693,8 +1702,9 @@ def finish_run(run, state, before):
         friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
         utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
                          f"correct, {unknown:.2f} of strangers unknown")  # fmt: skip
-    wrong = sorted((row for row in found.rows if row[1] != row[2]), key=lambda row: row[3])
-    utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong[::-1])
+    wrong = [p for p in found.predictions if p.predicted != p.actual]
+    wrong.sort(key=lambda p: -p.probability)
+    write_predictions(f"{args.model}-mistakes.csv", wrong)
     write_history(args, state["history"])  # again: a kill may have come between state and rows
     with drawing(f"{args.model}-report.png"):
         panel = strangers and (*strangers[:3], info["threshold"])
@@ -1708,7 +1718,7 @@ def finish_run(run, state, before):
     write_review(args, data, review)
     if args.fit_all:
         fit_all(run, network, info, everything.fit, made.fit.temperature)
-    print_next_steps(args, info, found.rows, strangers, len(review), before)
+    print_next_steps(args, info, found.predictions, strangers, len(review), before)
     return found.accuracy
 
 
@@ -1766,15 +1776,15 @@ def write_review(args, data, review):
         report.draw_review_sheet(path, squares, [row[1] for row in rows], [row[1] for row in first])
 
 
-def print_next_steps(args, info, rows, strangers, doubtful, before):
+def print_next_steps(args, info, predictions, strangers, doubtful, before):
     """Say on stderr how good the model is, what it confuses, what to look at and to run next."""
     name = utils.escape(args.model)
-    confused = Counter((row[1], row[2]) for row in rows if row[1] != row[2])
-    right = len(rows) - confused.total()
-    low, high = readout.interval(right, len(rows))
+    confused = Counter((p.actual, p.predicted) for p in predictions if p.predicted != p.actual)
+    right = len(predictions) - confused.total()
+    low, high = readout.interval(right, len(predictions))
     lines = [
-        f"{name}.h5 classifies {right} of {len(rows)} pictures correctly that it was not trained "
-        f"on; on more pictures like these, expect {low:.0%} to {high:.0%}."
+        f"{name}.h5 classifies {right} of {len(predictions)} pictures correctly that it was not "
+        f"trained on; on more pictures like these, expect {low:.0%} to {high:.0%}."
     ]
     if before and before.get("accuracy"):
         is_same = before.get("validation") == info["validation"]
@@ -1995,7 +2005,7 @@ def evaluate(args):
     everything = np.arange(len(pictures))
     data = Scored(pictures, pixels, labels, targets)
     found = score_saved(args, network, data, everything, "evaluate: accuracy")
-    utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, found.rows)
+    write_predictions(f"{args.model}-evaluate.csv", found.predictions)
     with drawing("evaluate.png"):
         path = f"{args.model}-evaluate-report.png"
         report.draw_report(path, found.title, labels, targets, found.probabilities)

@@ -593,6 +593,7 @@ def test_a_model_that_is_replaced_is_named(capsys, same, whose):
     args = train.parse_arguments(["data", "m"])
     info = {"labels": ["a", "b"], "threshold": 0.5, "round": 0, "face_crops": 0, "validation": "x"}
     before = {"accuracy": 0.875, "validation": "x" if same else "y"}
-    train.print_next_steps(args, info, [["1.png", "a", "a", "0.9"]], None, 0, before)
+    found = [train.Prediction("1.png", "a", "a", 0.9)]
+    train.print_next_steps(args, info, found, None, 0, before)
     told = capsys.readouterr().err
     assert f"replaces a model that classified 0.8750 of {whose} validation pictures" in told
