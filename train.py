@@ -103,7 +103,9 @@ LOST = "another process of this run has ended or cannot be reached: start all ag
 DISTRIBUTION = "KERAS_DISTRIBUTION_"  # begins the variables of a run on several machines
 UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
 VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
-MATRIX, COLOUR = slice(0, 6), slice(6, 9)  # of the parameters of an augmentation
+# Of the parameters of an augmentation; and how many there are, and chances that they come from.
+MATRIX, COLOUR = slice(0, 6), slice(6, 9)
+PARAMETERS, CHANCES = 9, 9
 
 Picture = namedtuple("Picture", "path label digest dhash thumbnail row")  # row of the pixels
 DiskArray = namedtuple("DiskArray", "file rows")
@@ -680,20 +682,21 @@ def write_rows(array, rows, values):
 
 
 def augmentation_parameters(args, side, digests, view):
-    """Return how one view of pictures with these digests differs from them: float64 (n, 9).
+    """Return how one view of pictures with these digests differs from them: (n, PARAMETERS).
 
     MATRIX: from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row;
     COLOUR: what is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone.
     Draw new chances last, so that the others stay; view_settings tells versions apart.
     """
-    parameters = np.zeros((len(digests), 9))
+    parameters = np.zeros((len(digests), PARAMETERS))
     if view in (UNAUGMENTED, MIRRORED):
         identity, mirror = (1, 0, 0, 0, 1, 0), (-1, 0, side - 1, 0, 1, 0)
         parameters[:, MATRIX] = identity if view == UNAUGMENTED else mirror
         return parameters
     kind = HEAVY if args.heavy_augmentation else LIGHT
-    hashes = [hashlib.shake_128(f"{args.seed} {view} ".encode() + d).digest(72) for d in digests]
-    chance = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 9) / 2**64  # 0 to 1
+    keys = (f"{args.seed} {view} ".encode() + digest for digest in digests)
+    hashes = b"".join(hashlib.shake_128(key).digest(8 * CHANCES) for key in keys)
+    chance = np.frombuffer(hashes, "<u8").reshape(-1, CHANCES) / 2**64  # 0 to 1
     strength = np.sqrt(chance[:, 0])
     angle = np.deg2rad(kind.rotation) * (2 * chance[:, 1] - 1) * strength
     low, high = np.log(kind.zoom)
@@ -705,7 +708,7 @@ def augmentation_parameters(args, side, digests, view):
     turn = np.array([[cos * flip, -sin], [sin * flip, cos]]).transpose(2, 0, 1)
     offset = center - turn @ (center + shift)[:, :, None]
     parameters[:, MATRIX] = np.concatenate([turn, offset], axis=2).reshape(-1, 6)
-    parameters[:, COLOUR] = kind.colour * (2 * chance[:, 6:] - 1) * strength[:, None]
+    parameters[:, COLOUR] = kind.colour * (2 * chance[:, 6:9] - 1) * strength[:, None]
     return parameters
 
 
@@ -734,7 +737,7 @@ def build_augmentation(side):
     """Return a Keras model that does what `augment` does: [pictures, parameters] → views."""
     keras = model.import_keras()
     ops = keras.ops
-    pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
+    pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((PARAMETERS,))
     matrix = ops.pad(parameters[:, MATRIX], ((0, 0), (0, 2)))
     moved = ops.cast(pictures, "float32")
     views = ops.image.affine_transform(moved, matrix, "bilinear", "reflect")
@@ -754,7 +757,7 @@ def make_views(run, indices, view):
             return rows[places]
         return np.stack([augment(rows[place], p) for place, p in zip(places, parameters)])
     size = settings.batch
-    filled = [rows[np.resize(places, size)], np.resize(parameters, (size, 9))]
+    filled = [rows[np.resize(places, size)], np.resize(parameters, (size, PARAMETERS))]
     return model.predict_batch(settings.augment, filled)[: len(indices)]
 
 
