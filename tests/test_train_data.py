@@ -443,6 +443,7 @@ def test_light_views_are_not_turned_and_heavy_ones_are():
     assert rows_vary[0] < 1 < 20 < rows_vary[1]
 
 
+@pytest.mark.slow
 def test_a_device_changes_pictures_as_the_cores_do():
     y, x = np.mgrid[:96, :96]
     wave = 128 + 100 * np.sin(x / 9) * np.cos(y / 7)
