@@ -103,7 +103,7 @@ def make_classes(tmp_path):
 
 @pytest.fixture(scope="session")
 def scratch_run(tmp_path_factory):
-    """Fit once to three colours, without a connection: from scratch. Returns (folder, output).
+    """Fit the tiny network to three colours, without a connection. Returns (folder, output).
 
     A green picture lies among the red ones. The environment is a notebook's, with Keras's settings
     of long ago.
@@ -118,7 +118,7 @@ def scratch_run(tmp_path_factory):
     environment |= {"https_proxy": "http://127.0.0.1:9"}
     environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     words = "--image-size 75 --head-epochs 2 --batch-size 16 --rounds 0".split()
-    done = run_process(ROOT / "train.py", folder, "data", "model", *words, **environment)
+    done = run_tiny(folder, "data", "model", *words, **environment)
     assert done.returncode == 0, done.stderr
     return folder, done
 

@@ -13,8 +13,7 @@ import sys
 import numpy as np
 import pytest
 import sample_faces
-import tiny_network
-from conftest import ROOT, SCRIPTS, draw_classes, run_here, train_here
+from conftest import ROOT, SCRIPTS, draw_classes, run_here
 from photos_library import make_library
 from PIL import Image
 from test_front_door import changed_cv2
@@ -75,12 +74,12 @@ def draw_bad_photographs(folder):
 
 
 @pytest.mark.slow
-def test_the_snippet_gives_the_probabilities_of_evaluate(scratch_run, tmp_path, monkeypatch):
+def test_the_snippet_gives_the_probabilities_of_evaluate(drawn_model, tmp_path, monkeypatch):
     (code,) = [text for kind, text in BLOCKS if kind == "python" and "load_model" in text]
     assert len(code.splitlines()) <= 12 and "utils" not in code
     for name in ("model.h5", "model.json", "model-labels.json"):
-        shutil.copy(scratch_run[0] / name, tmp_path)
-    draw_bad_photographs(tmp_path / "set" / "red")
+        shutil.copy(drawn_model / name, tmp_path)
+    draw_bad_photographs(tmp_path / "set" / "Ann")
     assert run_here("train.py", tmp_path, "set", "model", "--evaluate").returncode == 0
     with open(tmp_path / "model-evaluate.csv", encoding="utf-8") as file:
         expected = {row["file"]: float(row["probability"]) for row in csv.DictReader(file)}
@@ -185,19 +184,8 @@ def clone(tmp_path, tiny_weights, film):
     return tmp_path, start
 
 
-@pytest.fixture(scope="module")
-def tiny_model(tmp_path_factory):
-    """Train the tiny network on three colours. Returns the folder with the model."""
-    folder = tmp_path_factory.mktemp("tiny model")
-    draw_classes(folder / "data", {"red": 8, "grün": 8, "unknown": 8})
-    words = "data model --weights none --image-size 75 --head-epochs 1 --rounds 0"
-    with tiny_network.installed():
-        assert train_here(folder, *words.split()).returncode == 0
-    return folder
-
-
 def bring_what_is_needed(block, folder, request):
-    """Draw what the commands of a block take for granted; a model comes from tiny_model."""
+    """Draw what the commands of a block take for granted; a model comes from scratch_run."""
     if "Photos Library.photoslibrary" in block:
         make_library(folder / "Pictures/Photos Library.photoslibrary", 10, draw_album(2, 21))
     elif train := re.search(r"train\.py (\w+) \w+(.*)", block):
@@ -208,7 +196,7 @@ def bring_what_is_needed(block, folder, request):
     for name in re.findall(r"--source (photos\w*)", block):
         sample_faces.draw_set(folder / name, 2, 2)
     if re.search(r"webcam\.py model|--evaluate", block) and not trained_in(block):
-        for path in request.getfixturevalue("tiny_model").glob("model*"):
+        for path in request.getfixturevalue("scratch_run")[0].glob("model*"):
             shutil.copy(path, folder)
 
 

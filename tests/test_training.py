@@ -105,11 +105,11 @@ def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
         assert accuracy_counts(done.stdout, "best") == [(right.sum(), 9)]
 
 
-def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run):
+def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run, tiny):
     folder, _ = scratch_run
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     words = ("data", "model", "--evaluate", "--min-accuracy", "0.999999")
-    done = run_process(ROOT / "train.py", folder, *words)
+    done = train_here(folder, *words)
     right, total = accuracy_counts(done.stdout, "evaluate")[0]
     assert total == 43 and done.returncode == (0 if right == 43 else 3)
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
