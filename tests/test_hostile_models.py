@@ -362,6 +362,7 @@ def test_the_worst_take_little_memory(good, tmp_path):
     assert ends[-1][1] - ends[0][1] < 300_000  # kB more than a good model
 
 
+@pytest.mark.slow
 def test_the_folder_with_the_model_is_no_place_for_code(trio, monkeypatch):
     """What lies beside a model that somebody sent, and is named like a module, does not run."""
     for name in ("cv2", "numpy", "PIL", "keras", "matplotlib"):

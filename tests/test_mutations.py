@@ -207,6 +207,7 @@ def run(kind, first, count, folder):
     print(kind, *sorted(ends))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(MUTANTS, marks=pytest.mark.long)])
 def test_mutants_give_a_result_or_a_reason(tmp_path, count):
     """A few of all kinds in one process; of many, each kind has its own."""

@@ -101,6 +101,7 @@ def test_no_block_with_a_command_is_left_out():
     assert not [line for text in others for line in text.splitlines() if re.match(words, line)]
 
 
+@pytest.mark.slow
 def test_the_lines_that_set_up_the_environment(tmp_path):
     """The commands themselves, but nothing is downloaded: the packages must be those of this environment."""
     shutil.copy(ROOT / "requirements.txt", tmp_path)
