@@ -153,10 +153,7 @@ if __name__ == "__main__":
 """
 PLAYED = """
 real = cv2.VideoCapture
-def VideoCapture(source, *more):
-    is_live = isinstance(source, int) or source.startswith("rtsp")
-    return real({film!r}) if is_live else real(source, *more)
-cv2.VideoCapture = VideoCapture
+cv2.VideoCapture = lambda source, *more: real({film!r} if isinstance(source, int) else source)
 """
 
 
@@ -165,7 +162,7 @@ def clone(tmp_path, tiny_weights, film):
     """Make a folder in which the README's commands run as they stand. Returns it and a function.
 
     The function starts lines of shell. `python` is this one, the network is tiny, and its weights
-    are kept as if they had been downloaded; cameras and streams play a film; there is no display.
+    are kept as if they had been downloaded; cameras and streams play a film; no display is there.
     """
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
@@ -185,6 +182,7 @@ def clone(tmp_path, tiny_weights, film):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
 
     def start(lines):
+        lines = re.sub(r"rtsp://\S+", film.as_uri(), lines)
         return subprocess.Popen(["sh", "-e", "-c", lines], cwd=tmp_path, env=environment, **pipes)
 
     return tmp_path, start

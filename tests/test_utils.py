@@ -308,8 +308,10 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         part.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
+    before = path.stat().st_ino
     with utils.atomic_write(path) as part:
         part.write_text("new")
+    assert path.stat().st_ino != before, "renamed, not written over"
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["file.txt"]
     mask = os.umask(0)
     os.umask(mask)
