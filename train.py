@@ -90,7 +90,6 @@ THUMBNAIL = 16  # pixels
 FLAT = 20  # of 255: a picture with fewer shades of grey shows nothing
 FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
-MAX_LINES = 20  # of one kind of warning
 MAX_TABLE = 20  # classes that are listed before training
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
 DOWNLOAD_SECONDS = 15
@@ -316,34 +315,13 @@ def read_pictures(args, files, side):
         pictures.append(Picture(path, label, digest, dhash, thumbnail, row))
         if facts["flaw"]:
             flaws[facts["flaw"]].append(path)
-    warn_about_skipped(skipped)
+    imaging.warn_about_skipped(skipped)
     for flaw, paths in flaws.items():
         few = utils.count(len(paths), "picture is", "pictures are")
         utils.warn(f"{utils.escape(paths[0])}…: {few} {flaw}, but used")
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
     return pictures, len(files) - len(pictures), pixels
-
-
-def warn_about_skipped(skipped):
-    """Warn about files by reason, {reason: [path]}: one line for all that are no pictures."""
-    others = skipped.pop(NO_PICTURE, [])
-    if others:
-        endings = Counter(path.suffix.lower() or "without ending" for path in others)
-        kinds = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(8))
-        no_pictures = utils.count(len(others), "file is no picture", "files are no pictures")
-        utils.warn(f"{utils.escape(others[0].parent)}…: {no_pictures}: {utils.escape(kinds)}")
-    for reason, paths in skipped.items():
-        for path in paths[:MAX_LINES]:
-            utils.warn(f"{utils.escape(path)}: skipped: {reason}")
-        if len(paths) > MAX_LINES:
-            utils.warn(f"{len(paths) - MAX_LINES} more files skipped: {reason}")
-
-
-NO_PICTURE = "not a picture of a known format"
-PICTURE_ENDINGS = frozenset(
-    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .avif".split()
-)
 
 
 def read_picture(path, side):
@@ -361,11 +339,7 @@ def read_picture(path, side):
             return None, {"reason": "the longer side is more than twice the shorter one"}
         pixels = imaging.to_model_input(image, side)
     except imaging.PictureError as error:
-        reason = str(error)
-        if reason == NO_PICTURE and path.suffix.lower() in PICTURE_ENDINGS:
-            damaged = "damaged, or of a kind that cannot be read: save it as JPEG or PNG"
-            reason = damaged if path.stat().st_size else "empty"
-        return None, {"reason": reason}
+        return None, {"reason": imaging.skip_reason(error, path)}
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
@@ -463,15 +437,16 @@ def tied_classes(pictures, groups):
 
 def warn_about_copies(pictures, copies):
     """Warn about equal or near copies under two classes, and say what is done with them."""
-    for one, other in copies[:MAX_LINES]:
+    for one, other in copies[: imaging.MAX_LINES]:
         kind = "the same bytes as"
         if pictures[one].digest != pictures[other].digest:
             kind = "looks the same as"
         paths = (utils.escape(pictures[i].path) for i in (other, one))
         first, second = paths
         utils.warn(f"{first}: {kind} {second}, of another class; both are used: move one away")
-    if len(copies) > MAX_LINES:
-        utils.warn(f"{len(copies) - MAX_LINES} more pairs of copies under two classes")
+    if len(copies) > imaging.MAX_LINES:
+        more = len(copies) - imaging.MAX_LINES
+        utils.warn(f"{more} more pairs of copies under two classes")
 
 
 def split(pictures, groups, fraction, seed):
