@@ -336,7 +336,12 @@ def faces_query(db, link, has_photos, include_hidden):
 
 
 def make_face(row, person, pictures, derivatives, thumbnail):
-    """Return the Face of a database's row; what should be a number and is none becomes NaN."""
+    """Return the Face of a database's row; what should be a number and is none becomes NaN.
+
+    The columns that each reader's SQL names: asset and uuid; x and y of the box's centre and its
+    size, in shares of the picture; width and height of the picture in pixels; is_film; is_spare
+    for an unpicked picture of a burst. Whatever else a Face is to know comes in here.
+    """
     name = f"{row['asset']}-{row['uuid']}"
     stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in name)[:150]
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]

@@ -6,12 +6,14 @@ OpenCV complain about each other.
 
 import contextlib
 import fractions
+import functools
 import itertools
 import operator
+import os
 import re
 
 import numpy as np
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 import imaging
 import utils
@@ -19,6 +21,8 @@ import utils
 CODECS = {".mp4": ("libx264", "yuv420p"), ".avi": ("mjpeg", "yuvj420p")}  # and pixel formats
 STREAM_TIMEOUTS = (10.0, 5.0)  # seconds to open a stream and to read from it
 MAX_FRAME_GAP = 60.0  # seconds that a frame is shown; what is longer is a broken clock
+NO_FILMS = re.compile("tty|x?bin|adf|idf|image2|.*_pipe")  # formats of texts and single pictures
+PQ, HLG = 16, 18  # FFmpeg's numbers of the transfer functions of HDR (ITU-R BT.2100)
 
 
 class Film:
@@ -38,11 +42,15 @@ class Film:
             )
         except av.error.FFmpegError:
             raise imaging.PictureError("no frame can be read") from None
-        cover = av.stream.Disposition.attached_pic  # of a music file
-        streams = [s for s in self.container.streams.video if not s.disposition & cover]
-        if not streams:
-            raise imaging.PictureError("there is no film in it")
-        self.stream = max(streams, key=lambda s: s.width * s.height)
+        role = av.stream.Disposition
+        streams = [
+            stream
+            for stream in self.container.streams.video
+            if stream.codec_context and not stream.disposition & role.attached_pic  # a song's cover
+        ]
+        if not streams or (not live and NO_FILMS.fullmatch(self.container.format.name)):
+            raise imaging.PictureError("there is no film in it, or none of a known codec")
+        self.stream = max(streams, key=lambda s: (s.disposition & role.default, s.width * s.height))
         self.stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
         rate = float(self.stream.average_rate or 0)
         self.rate = rate if 0.05 <= rate <= 500 else 25.0
@@ -77,13 +85,12 @@ class Film:
         import av
 
         start, end = (self.container.start_time or 0) / av.time_base, 0.0
-        streams = self.container.streams
         with contextlib.suppress(av.error.FFmpegError):  # a cut file, or a stream that is lost
-            for packet in self.container.demux(*streams.video, *streams.audio):
+            for packet in self.container.demux():
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
                 if packet.stream.index == self.stream.index:
-                    with contextlib.suppress(av.error.InvalidDataError):
+                    with contextlib.suppress(av.error.FFmpegError):  # damaged, or empty
                         yield from packet.decode()
         counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
         if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
@@ -94,15 +101,50 @@ class Film:
         """Return a decoded frame as uint8 BGR (height, width, 3)."""
         ratio = float(self.stream.sample_aspect_ratio or 1)  # width of its pixels, in heights
         width = round(frame.width * ratio) if 0.1 < ratio < 10 else frame.width
-        image = frame.to_ndarray(format="bgr24", width=width)
+        has_alpha = any(part.is_alpha for part in frame.format.components)
+        image = frame.to_ndarray(format="bgra" if has_alpha else "bgr24", width=width)
+        if has_alpha:
+            if not image[..., 3].any():  # some files leave it empty
+                image[..., 3] = 255
+            image = np.asarray(imaging.rgb(Image.fromarray(image)))
+        if frame.color_trc in (PQ, HLG):
+            image = hdr_table(frame.color_trc)[image]
         matrix = frame.side_data.get("DISPLAYMATRIX")
         return apply_orientation(image, np.frombuffer(matrix, "int32")) if matrix else image
 
 
 def film_format(path):
-    """Return FFmpeg's name for raw MJPEG, of which it would take one named .jpg for a picture."""
-    with open(path, "rb") as file:
-        return "mjpeg" if file.read(2) == b"\xff\xd8" else None
+    """Return FFmpeg's name of a format that it would take for pictures by the file's name, or None.
+
+    These are raw MJPEG and animated PNG. Raises PictureError for what cannot be read.
+    """
+    try:
+        if not os.path.isfile(path):  # a named pipe would wait for ever
+            raise imaging.PictureError("not a file that can be read")
+        with open(path, "rb") as file:
+            start = file.read(len(imaging.PNG_SIGNATURE))
+    except OSError as error:
+        raise imaging.PictureError(error.strerror) from None
+    if start == imaging.PNG_SIGNATURE:
+        return "apng"
+    return "mjpeg" if start[:2] == b"\xff\xd8" else None
+
+
+@functools.cache
+def hdr_table(transfer):
+    """Return the 8-bit SDR value of each 8-bit HDR value, uint8 (256,). transfer: PQ or HLG.
+
+    HDR's white of 203 cd/m² becomes SDR's, with gamma 2.2; what is brighter is cut off.
+    """
+    signal = np.arange(256) / 255
+    if transfer == PQ:
+        root = signal ** (1 / 78.84375)
+        ratio = np.maximum(root - 0.8359375, 0) / (18.8515625 - 18.6875 * root)
+        light = 10_000 * ratio ** (1 / 0.1593017578125)
+    else:
+        bright = np.exp((signal - 0.55991073) / 0.17883277) + 0.28466892
+        light = 1000 * (np.where(signal > 0.5, bright, 4 * signal**2) / 12) ** 1.2
+    return np.rint(255 * np.minimum(light / 203, 1) ** (1 / 2.2)).astype("uint8")
 
 
 def apply_orientation(image, matrix):

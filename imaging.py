@@ -1,5 +1,6 @@
 """Reading pictures of every kind, safely, cutting squares out of them, and the face detector."""
 
+import collections
 import contextlib
 import functools
 import io
@@ -24,6 +25,9 @@ except ImportError as absent:
 
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
+PICTURE_ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .avif".split()
+NO_PICTURE = "not a picture of a known format"
+MAX_LINES = 20  # of one kind of warning
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
@@ -143,9 +147,32 @@ def picture_errors():
     except Image.DecompressionBombError:  # Pillow's own limit is twice ours, and comes first
         raise RefusedError(f"larger than {MAX_PIXELS:,} pixels") from None
     except Image.UnidentifiedImageError:
-        raise PictureError("not a picture of a known format") from None
+        raise PictureError(NO_PICTURE) from None
     except Exception as error:  # OSError, SyntaxError, ValueError, struct.error and more
         raise PictureError(f"cannot be decoded ({utils.first_line(error)})") from None
+
+
+def skip_reason(error, path):
+    """Return why a PictureError has a file skipped: NO_PICTURE only if its ending says so, too."""
+    if str(error) != NO_PICTURE or path.suffix.lower() not in PICTURE_ENDINGS:
+        return str(error)
+    damaged = "damaged, or of a kind that cannot be read: save it as JPEG or PNG"
+    return damaged if path.stat().st_size else "empty"
+
+
+def warn_about_skipped(skipped):
+    """Warn about files by reason, {reason: [path]}: one line for all that are no pictures."""
+    others = skipped.pop(NO_PICTURE, [])
+    if others:
+        endings = collections.Counter(path.suffix.lower() or "without ending" for path in others)
+        kinds = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(8))
+        no_pictures = utils.count(len(others), "file is no picture", "files are no pictures")
+        utils.warn(f"{utils.escape(others[0].parent)}…: {no_pictures}: {utils.escape(kinds)}")
+    for reason, paths in skipped.items():
+        for path in paths[:MAX_LINES]:
+            utils.warn(f"{utils.escape(path)}: skipped: {reason}")
+        if len(paths) > MAX_LINES:
+            utils.warn(f"{len(paths) - MAX_LINES} more files skipped: {reason}")
 
 
 def to_model_input(image, side):

@@ -107,7 +107,6 @@ THUMBNAIL = 16  # pixels
 FLAT = 20  # of 255: a picture with fewer shades of grey shows nothing
 FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
-MAX_LINES = 20  # of one kind of warning
 MAX_TABLE = 20  # classes that are listed before training
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
 DOWNLOAD_SECONDS = 15
@@ -118,10 +117,11 @@ MATRICES = "[0-9][0-9][0-9].png"
 DIVIDED = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testing"}
 LOST = "another process of this run has ended or cannot be reached: start all again with --resume"
 DISTRIBUTION = "KERAS_DISTRIBUTION_"  # begins the variables of a run on several machines
-PREDICTION_COLUMNS = ["file", "actual", "predicted", "probability"]
 UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
 VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
-MATRIX, COLOUR = slice(0, 6), slice(6, 9)  # of the parameters of an augmentation
+# Of the parameters of an augmentation; and how many there are, and chances that they come from.
+MATRIX, COLOUR = slice(0, 6), slice(6, 9)
+PARAMETERS, CHANCES = 9, 9
 
 Picture = namedtuple("Picture", "path label digest dhash thumbnail row")  # row of the pixels
 DiskArray = namedtuple("DiskArray", "file rows")
@@ -146,7 +146,8 @@ Run = namedtuple("Run", "args recipe data networks views readouts")
 Readout = namedtuple("Readout", "fit rows pictures views")  # pictures: index of that of each row
 # network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
 Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
-Predictions = namedtuple("Predictions", "probabilities accuracy rows title")
+Prediction = namedtuple("Prediction", "file actual predicted probability")
+Scores = namedtuple("Scores", "probabilities accuracy predictions title")
 
 
 # ---------------------------------------------------------------- arguments
@@ -196,7 +197,8 @@ def parse_arguments(argv=None):
         key = name.replace("-", "_")
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch"
         option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
-    option("unfreeze", "top blocks that are fine-tuned", type=number(int, 0, 10), default=UNFREEZE)
+    option("unfreeze", "top blocks that are fine-tuned", type=number(int, 0, len(model.BASE.blocks) - 1),
+           default=UNFREEZE)  # fmt: skip
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
     option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")
@@ -331,34 +333,13 @@ def read_pictures(args, files, side):
         pictures.append(Picture(path, label, digest, dhash, thumbnail, row))
         if facts["flaw"]:
             flaws[facts["flaw"]].append(path)
-    warn_about_skipped(skipped)
+    imaging.warn_about_skipped(skipped)
     for flaw, paths in flaws.items():
         few = utils.count(len(paths), "picture is", "pictures are")
         utils.warn(f"{utils.escape(paths[0])}…: {few} {flaw}, but used")
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
     return pictures, len(files) - len(pictures), pixels
-
-
-def warn_about_skipped(skipped):
-    """Warn about files by reason, {reason: [path]}: one line for all that are no pictures."""
-    others = skipped.pop(NO_PICTURE, [])
-    if others:
-        endings = Counter(path.suffix.lower() or "without ending" for path in others)
-        kinds = ", ".join(f"{number} {ending}" for ending, number in endings.most_common(8))
-        no_pictures = utils.count(len(others), "file is no picture", "files are no pictures")
-        utils.warn(f"{utils.escape(others[0].parent)}…: {no_pictures}: {utils.escape(kinds)}")
-    for reason, paths in skipped.items():
-        for path in paths[:MAX_LINES]:
-            utils.warn(f"{utils.escape(path)}: skipped: {reason}")
-        if len(paths) > MAX_LINES:
-            utils.warn(f"{len(paths) - MAX_LINES} more files skipped: {reason}")
-
-
-NO_PICTURE = "not a picture of a known format"
-PICTURE_ENDINGS = frozenset(
-    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .avif".split()
-)
 
 
 def read_picture(path, side):
@@ -376,11 +357,7 @@ def read_picture(path, side):
             return None, {"reason": "the longer side is more than twice the shorter one"}
         pixels = imaging.to_model_input(image, side)
     except imaging.PictureError as error:
-        reason = str(error)
-        if reason == NO_PICTURE and path.suffix.lower() in PICTURE_ENDINGS:
-            damaged = "damaged, or of a kind that cannot be read: save it as JPEG or PNG"
-            reason = damaged if path.stat().st_size else "empty"
-        return None, {"reason": reason}
+        return None, {"reason": imaging.skip_reason(error, path)}
     grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
     small = cv2.resize(grey, (9, 8), interpolation=cv2.INTER_AREA)
     thumbnail = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
@@ -478,15 +455,16 @@ def tied_classes(pictures, groups):
 
 def warn_about_copies(pictures, copies):
     """Warn about equal or near copies under two classes, and say what is done with them."""
-    for one, other in copies[:MAX_LINES]:
+    for one, other in copies[: imaging.MAX_LINES]:
         kind = "the same bytes as"
         if pictures[one].digest != pictures[other].digest:
             kind = "looks the same as"
         paths = (utils.escape(pictures[i].path) for i in (other, one))
         first, second = paths
         utils.warn(f"{first}: {kind} {second}, of another class; both are used: move one away")
-    if len(copies) > MAX_LINES:
-        utils.warn(f"{len(copies) - MAX_LINES} more pairs of copies under two classes")
+    if len(copies) > imaging.MAX_LINES:
+        more = len(copies) - imaging.MAX_LINES
+        utils.warn(f"{more} more pairs of copies under two classes")
 
 
 def split(pictures, groups, fraction, seed):
@@ -697,20 +675,21 @@ def write_rows(array, rows, values):
 
 
 def augmentation_parameters(args, side, digests, view):
-    """Return how one view of pictures with these digests differs from them: float64 (n, 9).
+    """Return how one view of pictures with these digests differs from them: (n, PARAMETERS).
 
     MATRIX: from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row;
     COLOUR: what is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone.
     Draw new chances last, so that the others stay; view_settings tells versions apart.
     """
-    parameters = np.zeros((len(digests), 9))
+    parameters = np.zeros((len(digests), PARAMETERS))
     if view in (UNAUGMENTED, MIRRORED):
         identity, mirror = (1, 0, 0, 0, 1, 0), (-1, 0, side - 1, 0, 1, 0)
         parameters[:, MATRIX] = identity if view == UNAUGMENTED else mirror
         return parameters
     kind = HEAVY if args.heavy_augmentation else LIGHT
-    hashes = [hashlib.shake_128(f"{args.seed} {view} ".encode() + d).digest(72) for d in digests]
-    chance = np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 9) / 2**64  # 0 to 1
+    keys = (f"{args.seed} {view} ".encode() + digest for digest in digests)
+    hashes = b"".join(hashlib.shake_128(key).digest(8 * CHANCES) for key in keys)
+    chance = np.frombuffer(hashes, "<u8").reshape(-1, CHANCES) / 2**64  # 0 to 1
     strength = np.sqrt(chance[:, 0])
     angle = np.deg2rad(kind.rotation) * (2 * chance[:, 1] - 1) * strength
     low, high = np.log(kind.zoom)
@@ -722,7 +701,7 @@ def augmentation_parameters(args, side, digests, view):
     turn = np.array([[cos * flip, -sin], [sin * flip, cos]]).transpose(2, 0, 1)
     offset = center - turn @ (center + shift)[:, :, None]
     parameters[:, MATRIX] = np.concatenate([turn, offset], axis=2).reshape(-1, 6)
-    parameters[:, COLOUR] = kind.colour * (2 * chance[:, 6:] - 1) * strength[:, None]
+    parameters[:, COLOUR] = kind.colour * (2 * chance[:, 6:9] - 1) * strength[:, None]
     return parameters
 
 
@@ -751,7 +730,7 @@ def build_augmentation(side):
     """Return a Keras model that does what `augment` does: [pictures, parameters] → views."""
     keras = model.import_keras()
     ops = keras.ops
-    pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((9,))
+    pictures, parameters = keras.Input((side, side, 3), dtype="uint8"), keras.Input((PARAMETERS,))
     matrix = ops.pad(parameters[:, MATRIX], ((0, 0), (0, 2)))
     moved = ops.cast(pictures, "float32")
     views = ops.image.affine_transform(moved, matrix, "bilinear", "reflect")
@@ -771,7 +750,7 @@ def make_views(run, indices, view):
             return rows[places]
         return np.stack([augment(rows[place], p) for place, p in zip(places, parameters)])
     size = settings.batch
-    filled = [rows[np.resize(places, size)], np.resize(parameters, (size, 9))]
+    filled = [rows[np.resize(places, size)], np.resize(parameters, (size, PARAMETERS))]
     return model.predict_batch(settings.augment, filled)[: len(indices)]
 
 
@@ -1666,7 +1645,7 @@ def write_history(args, rows):
 
 
 def score_saved(args, network, data, indices, what):
-    """Score a saved model, as anybody would read it. Returns Predictions.
+    """Score a saved model, as anybody would read it. Returns Scores.
 
     what: begins the line that is printed, `evaluate: accuracy` say.
     """
@@ -1680,14 +1659,23 @@ def score_saved(args, network, data, indices, what):
     low, high = readout.interval(right, len(actual))
     line = f"{what} {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(f"{line}, 95% interval {low:.4f} to {high:.4f}")
-    rows = []
-    for i, p in zip(indices, probabilities):
-        said = data.labels[p.argmax()]
-        rows.append(
-            [file_name(args, data, i), data.labels[data.targets[i]], said, f"{p.max():.6f}"]
+    predictions = [
+        Prediction(
+            file=file_name(args, data, i),
+            actual=data.labels[data.targets[i]],
+            predicted=data.labels[p.argmax()],
+            probability=float(p.max()),
         )
+        for i, p in zip(indices, probabilities)
+    ]
     title = f"{utils.escape(Path(args.model).name)}, {line}"
-    return Predictions(probabilities, right / len(actual), rows, title)
+    return Scores(probabilities, right / len(actual), predictions, title)
+
+
+def write_predictions(path, predictions):
+    """Write predictions as CSV, a row each."""
+    rows = [p._replace(probability=f"{p.probability:.6f}") for p in predictions]
+    utils.write_csv(path, Prediction._fields, rows)
 
 
 def file_name(args, data, index):
@@ -1710,8 +1698,9 @@ def finish_run(run, state, before):
         friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
         utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
                          f"correct, {unknown:.2f} of strangers unknown")  # fmt: skip
-    wrong = sorted((row for row in found.rows if row[1] != row[2]), key=lambda row: row[3])
-    utils.write_csv(f"{args.model}-mistakes.csv", PREDICTION_COLUMNS, wrong[::-1])
+    wrong = [p for p in found.predictions if p.predicted != p.actual]
+    wrong.sort(key=lambda p: -p.probability)
+    write_predictions(f"{args.model}-mistakes.csv", wrong)
     write_history(args, state["history"])  # again: a kill may have come between state and rows
     with drawing(f"{args.model}-report.png"):
         panel = strangers and (*strangers[:3], info["threshold"])
@@ -1725,7 +1714,7 @@ def finish_run(run, state, before):
     write_review(args, data, review)
     if args.fit_all:
         fit_all(run, network, info, everything.fit, made.fit.temperature)
-    print_next_steps(args, info, found.rows, strangers, len(review), before)
+    print_next_steps(args, info, found.predictions, strangers, len(review), before)
     return found.accuracy
 
 
@@ -1783,15 +1772,15 @@ def write_review(args, data, review):
         report.draw_review_sheet(path, squares, [row[1] for row in rows], [row[1] for row in first])
 
 
-def print_next_steps(args, info, rows, strangers, doubtful, before):
+def print_next_steps(args, info, predictions, strangers, doubtful, before):
     """Say on stderr how good the model is, what it confuses, what to look at and to run next."""
     name = utils.escape(args.model)
-    confused = Counter((row[1], row[2]) for row in rows if row[1] != row[2])
-    right = len(rows) - confused.total()
-    low, high = readout.interval(right, len(rows))
+    confused = Counter((p.actual, p.predicted) for p in predictions if p.predicted != p.actual)
+    right = len(predictions) - confused.total()
+    low, high = readout.interval(right, len(predictions))
     lines = [
-        f"{name}.h5 classifies {right} of {len(rows)} pictures correctly that it was not trained "
-        f"on; on more pictures like these, expect {low:.0%} to {high:.0%}."
+        f"{name}.h5 classifies {right} of {len(predictions)} pictures correctly that it was not "
+        f"trained on; on more pictures like these, expect {low:.0%} to {high:.0%}."
     ]
     if before and before.get("accuracy"):
         is_same = before.get("validation") == info["validation"]
@@ -2012,7 +2001,7 @@ def evaluate(args):
     everything = np.arange(len(pictures))
     data = Scored(pictures, pixels, labels, targets)
     found = score_saved(args, network, data, everything, "evaluate: accuracy")
-    utils.write_csv(f"{args.model}-evaluate.csv", PREDICTION_COLUMNS, found.rows)
+    write_predictions(f"{args.model}-evaluate.csv", found.predictions)
     with drawing("evaluate.png"):
         path = f"{args.model}-evaluate-report.png"
         report.draw_report(path, found.title, labels, targets, found.probabilities)

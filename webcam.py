@@ -93,8 +93,11 @@ MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the n
 AGREEING = 3  # classifications with one label before --events reports somebody
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
-FILM_ENDINGS = set(".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .m2v .vob .ts .mts .m2ts".split())
-FILM_ENDINGS |= set(".wmv .asf .flv .f4v .3gp .3g2 .ogv .dv .mxf .mjpeg .mjpg .y4m".split())
+FILM_ENDINGS = """
+    .mp4 .m4v .mov .qt .avi .divx .mkv .webm .mpg .mpeg .mpe .m1v .m2v .vob .mod .ts .mts .m2ts .tod
+    .trp .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogm .rm .rmvb .dv .mxf .nut .mjpeg .mjpg .y4m .h264
+    .264 .h265 .265 .hevc .lrv .insv .360 .mp
+""".split()
 PICTURES = (".png", ".jpg", ".jpeg")
 LIVE = ("camera", "stream")
 RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried again
@@ -272,7 +275,9 @@ def is_film(path):
         if path.is_file():
             data, image = imaging.read_picture(path)
             if image.format == "JPEG":  # several in a row are a film, raw MJPEG
-                return data.count(b"\xff\xd9\xff\xd8\xff") > 1
+                seam = b"\xff\xd9\xff\xd8\xff"
+                last = data[data.rfind(seam) + 2 :]  # of a photo it is a map of depths, say
+                return data.count(seam) > 1 and imaging.open_picture(last).size == image.size
             return image.format in ("GIF", "PNG") and is_animated(image)
     except imaging.RefusedError as error:  # FFmpeg would read some of these
         reason = error
@@ -341,17 +346,15 @@ def without_ending(name):
 
 
 def load_picture(path):
-    """Read a picture in full, upright. Returns its Frame; None, with a warning, if it is broken."""
-    name = utils.escape(path)
+    """Read a picture in full, upright. Returns its Frame; the PictureError if it is broken."""
     try:
         _, image = imaging.read_picture(path)
         if is_animated(image):
-            utils.warn(f"{name}: only the first of its frames is used")
+            utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
         pixels = cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
         return Frame(0, 0.0, pixels, path)
-    except imaging.PictureError as reason:
-        utils.warn(f"{name}: skipped: {reason}")
-        return None
+    except imaging.PictureError as error:
+        return error
 
 
 # ---------------------------------------------------------------- cameras and streams → frames
@@ -1089,15 +1092,17 @@ def tag_files(source, tagger, viewer):
     pictures = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
     if source.kind == "folder":
         pictures = utils.progress(pictures, len(source.files), "files")
+    skipped = collections.defaultdict(list)
     for path, picture in zip(source.files, pictures):
         try:
-            if (picture or path in source.films) and tag_file(path, picture, tagger, viewer):
+            if tag_file(path, picture, tagger, viewer):
                 break
-        except imaging.PictureError as reason:
-            name = utils.escape(path)
+        except imaging.PictureError as error:
             if source.kind == "film":
-                raise utils.UserError(f"--source {name}: {reason}: give another file") from None
-            utils.warn(f"{name}: skipped: {reason}")
+                name = utils.escape(path)
+                raise utils.UserError(f"--source {name}: {error}: give another file") from None
+            skipped[imaging.skip_reason(error, path)].append(path)
+    imaging.warn_about_skipped(skipped)
     if not viewer.count:
         name = f"--source {utils.escape(source.name)}"
         raise utils.UserError(f"{name}: no picture or film in it can be read: give another one")
@@ -1106,8 +1111,10 @@ def tag_files(source, tagger, viewer):
 def tag_file(path, picture, tagger, viewer):
     """Handle a picture, a Frame, or a film, frame by frame, so that two runs print the same lines.
 
-    Returns whether the user wants to end. Raises PictureError.
+    Returns whether the user wants to end. Raises PictureError, the one that is given as a picture.
     """
+    if isinstance(picture, imaging.PictureError):
+        raise picture
     source, clock = tagger.source, PlaybackClock()
     output, rate, frames = output_path(path, source, tagger.args.output), None, [picture]
     if path in source.films:

@@ -1,7 +1,8 @@
-"""Fixtures that several test files use: the repository's folder, pictures to write, scripts to run."""
+"""Fixtures that several test files use: pictures to write, scripts to run, models trained once."""
 
 import contextlib
 import csv
+import importlib
 import io
 import os
 import signal
@@ -17,6 +18,9 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 SHARED = ROOT.parent / "shared"
+SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
+# Words for tests/tiny_network.py, which trains in seconds.
+TINY = "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 1 --batch-size 8".split()
 # A shell starts what runs in its background with Ctrl-C ignored, and children inherit that, but not
 # a handler: with one here, all scripts that tests start can be interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -29,19 +33,44 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED.name}/ is not beside the project"))
 
 
-TINY = (
-    "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 1 --views 1 --batch-size 16".split()
-)
-# A whole training in seconds: no round after the closed-form fit.
-FAST = "--image-size 75 --unfreeze 0 --head-epochs 1 --float32".split()
-
-
 def run_process(script, cwd, *arguments, **environment):
     """Run a script as a user does: a process of its own."""
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, capture_output=True, encoding="utf-8", env=os.environ | environment
     )
+
+
+def run_tiny(cwd, *arguments, **environment):
+    """Run train.py over the tiny network in a process of its own."""
+    script = ROOT / "tests" / "tiny_network.py"
+    return run_process(script, cwd, "train.py", *arguments, **environment)
+
+
+def run_here(script, folder, *words):
+    """Do the same as run_process in this process, which may have Keras loaded already."""
+    import utils
+
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", [script, *map(str, words)])
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            utils.run(importlib.import_module(Path(script).stem).main)
+    output, errors = (stream.buffer.getvalue().decode() for stream in streams)
+    return SimpleNamespace(returncode=end.value.code, stdout=output, stderr=errors)
+
+
+def train_here(folder, *words):
+    return run_here("train.py", folder, *words)
+
+
+def error_line(done):
+    """Return the last line on stderr, checked to be the one line about an expected failure."""
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
+    return lines[-1]
 
 
 def draw_classes(folder, classes, side=80):
@@ -67,14 +96,6 @@ def rows(text):
 
 
 @pytest.fixture
-def run_script(tmp_path):
-    """Run one of the scripts in an empty folder."""
-    return lambda script, *arguments, cwd=tmp_path, **env: run_process(
-        ROOT / script, cwd, *arguments, **env
-    )
-
-
-@pytest.fixture
 def make_classes(tmp_path):
     """Draw a data_dir in the test's folder."""
     return lambda folder="data", **classes: draw_classes(tmp_path / folder, classes)
@@ -82,55 +103,69 @@ def make_classes(tmp_path):
 
 @pytest.fixture(scope="session")
 def scratch_run(tmp_path_factory):
-    """Fit once to three colours, without a connection: from scratch. Other tests look at what it left.
+    """Fit the tiny network to three colours, without a connection. Returns (folder, output).
 
     A green picture lies among the red ones. The environment is a notebook's, with Keras's settings
-    of long ago. Returns (folder, output).
+    of long ago.
     """
-    folder, home = (
-        tmp_path_factory.mktemp("scratch run"),
-        tmp_path_factory.mktemp("no weights here"),
-    )
+    folder, home = (tmp_path_factory.mktemp(name) for name in ("scratch run", "no weights here"))
     draw_classes(folder / "data", {"red": 14, "grün": 14, "unknown": 14})
     green = np.random.default_rng(99).normal((40, 200, 80), 30, (80, 80, 3)).clip(0, 255)
     Image.fromarray(green.astype("uint8")).save(folder / "data" / "red" / "wrong.png")
-    (home / "keras").mkdir()
-    (home / "keras" / "keras.json").write_text(
-        '{"image_data_format": "channels_first", "floatx": "float16"}'
-    )
-    environment = {
-        "HOME": str(home),
-        "KERAS_HOME": str(home / "keras"),
-        "https_proxy": "http://127.0.0.1:9",
-        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    words = [*TINY, "--rounds", "0"]  # a whole network takes half a minute to be traced
-    done = run_process(ROOT / "train.py", folder, "data", "model", *words, **environment)
+    settings = '{"image_data_format": "channels_first", "floatx": "float16"}'
+    (home / "keras.json").write_text(settings)
+    environment = {"HOME": str(home), "KERAS_HOME": str(home)}
+    environment |= {"https_proxy": "http://127.0.0.1:9"}
+    environment |= {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    words = "--image-size 75 --head-epochs 2 --batch-size 16 --rounds 0".split()
+    done = run_tiny(folder, "data", "model", *words, **environment)
     assert done.returncode == 0, done.stderr
     return folder, done
 
 
 @pytest.fixture(scope="session")
 def weights_file(tmp_path_factory):
-    """Save InceptionV3's random weights without its top, in the layout that Keras offers for download."""
+    """Save InceptionV3's random weights without its top, as Keras offers them for download."""
+    import h5py
     import keras
     from keras.src.legacy.saving import legacy_h5_format
 
     keras.utils.set_random_seed(0)
-    network = keras.applications.InceptionV3(
-        weights=None, include_top=False, input_shape=(75, 75, 3)
-    )
+    shape = {"include_top": False, "input_shape": (75, 75, 3)}
+    network = keras.applications.InceptionV3(weights=None, **shape)
     path = tmp_path_factory.mktemp("weights") / "random_notop.h5"
-    import h5py
-
     with h5py.File(path, "w") as file:
         legacy_h5_format.save_weights_to_hdf5_group(file, network)
     return path
 
 
 @pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory):
+    """Save weights of the tiny network without its top."""
+    import keras
+    import tiny_network
+
+    import model
+
+    keras.utils.set_random_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.weights.h5"
+    with tiny_network.installed():
+        model.backbone_of(model.build_network(2, 75)).save_weights(path)
+    return path
+
+
+@pytest.fixture
+def tiny():
+    """Let train.py and model.py use the tiny network in this process."""
+    import tiny_network
+
+    with tiny_network.installed():
+        yield
+
+
+@pytest.fixture(scope="session")
 def drawn_model(tmp_path_factory):
-    """Draw faces and a film of two of the people, and train on the faces. Returns the folder of it all."""
+    """Draw faces and a film of two of the people, and train on the faces. Returns the folder."""
     import sample_faces
 
     folder = tmp_path_factory.mktemp("drawn faces")

@@ -11,17 +11,16 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, draw_classes, run_process
+from conftest import ROOT, draw_classes, error_line, run_process, train_here
 
-pytestmark = pytest.mark.slow
 needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="needs `pip install jax`"
 )
-RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 2 --round-epochs 1 --views 2 --no-heavy-augmentation".split()
+RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 2 --round-epochs 1 --views 2 --no-heavy-augmentation"
 
 # The command itself, which in addition tells what its process ended with.
 TELLING = """
-import hashlib, os, sys
+import hashlib, sys
 sys.path.insert(0, {root!r})
 import train, utils
 train_top = train.train_top
@@ -39,40 +38,43 @@ if __name__ == "__main__":
 
 def settings(count, number, port):
     """Return the environment of one of `count` processes."""
-    names = {
-        "JOB_ADDRESSES": f"127.0.0.1:{port}",
-        "NUM_PROCESSES": str(count),
-        "PROCESS_ID": str(number),
-    }
-    return {"KERAS_BACKEND": "jax"} | {
-        f"KERAS_DISTRIBUTION_{name}": value for name, value in names.items()
-    }
+    names = {"JOB_ADDRESSES": f"127.0.0.1:{port}", "NUM_PROCESSES": count, "PROCESS_ID": number}
+    prefixed = {f"KERAS_DISTRIBUTION_{name}": str(value) for name, value in names.items()}
+    return {"KERAS_BACKEND": "jax"} | prefixed
 
 
-def start(count, script, cwd, *arguments):
-    """Start the same command as `count` processes. Returns them."""
+@pytest.fixture
+def folder(tmp_path):
+    """Draw a set of three classes, and write the command that tells. Returns the folder."""
+    draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
+    (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
+    return tmp_path
+
+
+def start(count, script, folder, *recipe):
+    """Start the same training as `count` processes. Returns them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(script), *map(str, arguments)]
+    command = [sys.executable, str(script), "data", "model", *RECIPE.split(), *map(str, recipe)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return [
-        subprocess.Popen(command, cwd=cwd, env=os.environ | settings(count, n, port), **pipes)
+        subprocess.Popen(command, cwd=folder, env=os.environ | settings(count, n, port), **pipes)
         for n in range(count)
     ]
-
-
-def together(folder, count, *recipe):
-    """Train with several processes. Returns [(exit code, stdout, stderr)]."""
-    (folder / "telling.py").write_text(TELLING.format(root=str(ROOT)))
-    processes = start(count, folder / "telling.py", folder, "data", "model", *recipe)
-    outputs = [process.communicate() for process in processes]
-    return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
 def last_round(folder):
     with np.load(folder / "model-resume.npz") as file:
         return json.loads(file["facts"].tobytes())["round"]
+
+
+def wait_until(happened, processes):
+    """Wait until something has happened while the processes work."""
+    end = time.monotonic() + 400
+    while not happened():
+        assert time.monotonic() < end and all(process.poll() is None for process in processes)
+        time.sleep(0.5)
 
 
 def accuracy(output):
@@ -82,85 +84,65 @@ def accuracy(output):
 @needs_jax
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_one_model_and_the_first_one_writes_it(tmp_path, weights_file, count):
-    recipe = [*RECIPE, "--rounds", 1, "--weights", weights_file]
-    data = draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
-    (data / "red" / "broken.png").write_bytes(b"no picture")
-    done = together(tmp_path, count, *recipe)
-    assert [code for code, _, _ in done] == [0] * count, done
-    told = [
-        re.search(r"^weights (\S+) (\d+) (\d+)$", errors, re.M).groups() for _, _, errors in done
-    ]
-    assert len({weights for weights, _, _ in told}) == 1
-    assert sum(int(rows) for _, rows, _ in told) == 57, "each keeps views of its share only"
-    assert all(int(devices) == count for _, _, devices in told)
-    assert "images: 57 train, 15 validation, 3 classes, 1 skipped" in done[0][1]
-    assert not any(output for _, output, _ in done[1:])
-    assert not any(
-        word in text for _, *texts in done for text in texts for word in ("Gloo", "Traceback")
-    )
-    assert accuracy(done[0][1]) >= 0.9
-    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".py") == sorted(
-        "000.png 001.png data model.h5 model.json model-labels.json model-history.csv model-mistakes.csv "
-        "model-report.png model-review.csv".split()
-    )
-    alone = run_process(ROOT / "train.py", tmp_path, "data", "alone", *recipe)
-    assert alone.returncode == 1 and "000.png: not a picture of this model" in alone.stderr
+def test_processes_train_one_model_and_the_first_one_writes_it(folder, weights_file, count):
+    (folder / "data" / "red" / "broken.png").write_bytes(b"no picture")
+    recipe = ["--rounds", 1, "--weights", weights_file]
+    processes = start(count, folder / "telling.py", folder, *recipe)
+    outputs, errors = zip(*[process.communicate() for process in processes])
+    assert [process.returncode for process in processes] == [0] * count, errors
+    told = [re.search(r"^weights (\S+) (\d+) (\d+)$", text, re.M).groups() for text in errors]
+    weights, sizes, devices = zip(*told)
+    assert len(set(weights)) == 1 and set(devices) == {str(count)}
+    assert sum(map(int, sizes)) == 57, "each keeps views of its share only"
+    assert "images: 57 train, 15 validation, 3 classes, 1 skipped" in outputs[0]
+    assert not any(outputs[1:])
+    assert not re.search("Gloo|Traceback", "".join(outputs + errors))
+    assert accuracy(outputs[0]) >= 0.9
+    ends = ".h5 .json -labels.json -history.csv -mistakes.csv -report.png -review.csv".split()
+    names = {"000.png", "001.png", "data", "telling.py", *(f"model{end}" for end in ends)}
+    assert {path.name for path in folder.iterdir()} == names
+    alone = train_here(folder, "data", "alone", *RECIPE.split(), *recipe)
+    assert "000.png: not a picture of this model" in error_line(alone)
 
 
 @needs_jax
 @pytest.mark.long
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(
-    tmp_path, weights_file, victim
+    folder, weights_file, victim
 ):
-    draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
-    recipe = [*RECIPE, "--rounds", 50, "--patience", 0, "--weights", weights_file]
-    processes = start(2, ROOT / "train.py", tmp_path, "data", "model", *recipe)
-    end = time.monotonic() + 400
-    while not (tmp_path / "model-resume.npz").exists():
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.5)
+    recipe = ["--rounds", 50, "--patience", 0, "--weights", weights_file]
+    processes = start(2, ROOT / "train.py", folder, *recipe)
+    wait_until((folder / "model-resume.npz").exists, processes)
     processes[victim].kill()
     _, errors = processes[1 - victim].communicate(timeout=150)
     assert processes[1 - victim].returncode == 1
     assert errors.splitlines()[-1].startswith("error: another process of this run has ended")
     processes[victim].communicate(timeout=150)
-    before = last_round(tmp_path)
-    scored = run_process(ROOT / "train.py", tmp_path, "data", "model", "--evaluate")
+    before = last_round(folder)
+    scored = run_process(ROOT / "train.py", folder, "data", "model", "--evaluate")
     assert scored.returncode == 0, scored.stderr
-    end = time.monotonic() + 400
-    processes = start(2, ROOT / "train.py", tmp_path, "data", "model", *recipe, "--resume")
-    while last_round(tmp_path) == before:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes)
-        time.sleep(0.5)
+    processes = start(2, ROOT / "train.py", folder, *recipe, "--resume")
+    wait_until(lambda: last_round(folder) > before, processes)
     for process in processes:
         process.kill()
     for process in processes:
         process.communicate()
-    assert (
-        np.loadtxt(tmp_path / "model-history.csv", delimiter=",", skiprows=1, usecols=0)[-1]
-        > before
-    )
 
 
 @needs_jax
 @pytest.mark.long
-def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
-    draw_classes(tmp_path / "data", {"red": 24, "green": 24, "blue": 24})
+def test_several_devices_of_one_machine_train_as_one(folder, weights_file):
     devices = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    recipe = [*RECIPE, "--rounds", 1, "--weights", weights_file, "--batch-size", 15]
-    (tmp_path / "telling.py").write_text(TELLING.format(root=str(ROOT)))
-    done = run_process(tmp_path / "telling.py", tmp_path, "data", "model", *recipe, **devices)
+    recipe = [*RECIPE.split(), "--rounds", 1, "--weights", weights_file, "--batch-size", 15]
+    done = run_process(folder / "telling.py", folder, "data", "model", *recipe, **devices)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^weights \S+ \d+ 2$", done.stderr, re.M), (
-        "both have the weights that are trained"
-    )
+    assert re.search(r"^weights \S+ \d+ 2$", done.stderr, re.M), "both have what is trained"
     assert accuracy(done.stdout) >= 0.9
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    ("change", "words"),
     [
         ({"KERAS_BACKEND": "tensorflow"}, "several processes need JAX"),
         ({"KERAS_DISTRIBUTION_PROCESS_ID": "2"}, "set all three"),
@@ -168,7 +150,8 @@ def test_several_devices_of_one_machine_train_as_one(tmp_path, weights_file):
         ({"KERAS_DISTRIBUTION_JOB_ADDRESSES": ""}, "set all three"),
     ],
 )
-def test_what_cannot_be_one_run_is_told_in_one_line(tmp_path, change, words):
-    done = run_process(ROOT / "train.py", tmp_path, "data", "model", **(settings(2, 0, 1) | change))
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_cannot_be_one_run_is_told_in_one_line(tmp_path, monkeypatch, change, words):
+    for name, value in (settings(2, 0, 1) | change).items():
+        monkeypatch.setenv(name, value)
+    done = train_here(tmp_path, "data", "model")
+    assert words in error_line(done) and len(done.stderr.splitlines()) == 1

@@ -6,6 +6,7 @@ import shutil
 import h5py
 import numpy as np
 import pytest
+import tiny_network
 
 import model
 import utils
@@ -14,32 +15,18 @@ LABELS = ["Ann", "Ben", "Cleo"]
 
 
 @pytest.fixture(scope="module")
-def network():
-    """Return a network with random weights."""
-    import keras
-
-    keras.utils.set_random_seed(3)
-    return model.build_network(3, 75)
-
-
-@pytest.fixture(scope="module")
-def saved(network, tmp_path_factory):
-    """Save it as a model; tests use copies. Returns the folder."""
+def saved(tmp_path_factory):
+    """Save a tiny network with random weights as a model. Returns (folder, network)."""
     folder = tmp_path_factory.mktemp("saved")
-    model.save_model(network, {"labels": LABELS, "image_size": 75, "round": 2}, folder / "m")
-    return folder
+    with tiny_network.installed():
+        network = model.build_network(3, 75)
+        model.save_model(network, {"labels": LABELS, "image_size": 75, "round": 2}, folder / "m")
+    return folder, network
 
 
 @pytest.fixture
 def folder(saved, tmp_path):
-    return shutil.copytree(saved, tmp_path / "copy")
-
-
-def backbone(network):
-    """Return the part of a network that a file of weights without a top fits."""
-    import keras
-
-    return keras.Model(network.get_layer("scaled").output, network.get_layer("mixed10").output)
+    return shutil.copytree(saved[0], tmp_path / "copy")
 
 
 def have_same_weights(one, other):
@@ -47,61 +34,54 @@ def have_same_weights(one, other):
     return all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_a_saved_model_comes_back(network, folder):
+def test_a_saved_model_comes_back(saved, folder, tiny):
     loaded, info = model.load_model(folder / "m")
-    assert have_same_weights(loaded, network)
+    assert have_same_weights(loaded, saved[1])
     assert (info["labels"], info["image_size"], info["threshold"]) == (LABELS, 75, 0.5)
+    assert model.check_model(folder / "m.h5") == info  # a prefix with its ending is that model
 
 
 @pytest.mark.slow
-def test_weights_alone_load_as_keras_loads_them(network, tmp_path):
-    """Keras numbers the layers of a `.weights.h5` in another order than their names."""
-    network.save_weights(tmp_path / "all.weights.h5")
-    other = model.build_network(3, 75)
-    model.load_arrays(other, tmp_path / "all.weights.h5")
-    assert have_same_weights(other, network)
-    backbone(network).save_weights(tmp_path / "notop.weights.h5")
-    part = backbone(model.build_network(3, 75))
-    model.load_arrays(part, tmp_path / "notop.weights.h5")
-    assert have_same_weights(part, backbone(network))
+def test_weights_of_inception_load_as_keras_loads_them(weights_file, tmp_path):
+    """As offered for download; as weights alone, whose layers Keras numbers in another order; and
+    as Keras 2 named them, in 16 bits and packed."""
+    import keras
 
-
-def test_the_layout_that_keras_offers_for_download(weights_file):
-    part, expected = (backbone(model.build_network(3, 75)) for _ in range(2))
+    keras.utils.set_random_seed(3)
+    part, expected = (model.backbone_of(model.build_network(3, 75)) for _ in range(2))
     expected.load_weights(weights_file)
     model.load_arrays(part, weights_file)
     assert have_same_weights(part, expected)
 
+    other = model.build_network(3, 75)
+    other.save_weights(tmp_path / "all.weights.h5")
+    loaded = model.build_network(3, 75)
+    model.load_arrays(loaded, tmp_path / "all.weights.h5")
+    assert have_same_weights(loaded, other)
+    model.backbone_of(other).save_weights(tmp_path / "notop.weights.h5")
+    model.load_arrays(part, tmp_path / "notop.weights.h5")
+    assert have_same_weights(part, model.backbone_of(other))
 
-@pytest.mark.slow
-def test_packed_halves_and_names_of_keras_2_load(weights_file, tmp_path):
-    """Names end in `:0`; arrays may be 16-bit and packed."""
-    path = shutil.copy(weights_file, tmp_path / "w.h5")
+    path = shutil.copy(weights_file, tmp_path / "old.h5")
     with h5py.File(path, "a") as file:
         for name in file:
             for key in list(file[name].get(name, ())):
-                numbers = file[name][name].pop(key)[()]
+                numbers = file[name][name].pop(key)[()].astype("float16")
                 options = {"compression": "gzip", "shuffle": True} if numbers.ndim == 4 else {}
-                inner = file[name][name]
-                inner.create_dataset(f"{key}:0", data=numbers.astype("float16"), **options)
-    part, expected = (backbone(model.build_network(3, 75)) for _ in range(2))
-    expected.load_weights(weights_file)
+                file[name][name].create_dataset(f"{key}:0", data=numbers, **options)
     model.load_arrays(part, path)
     for array, numbers in zip(part.get_weights(), expected.get_weights(), strict=True):
         assert np.array_equal(array, numbers.astype("float16"))
 
 
-def test_weights_of_another_network_are_told(tmp_path):
+def test_weights_of_another_network_are_told(tmp_path, tiny):
     import keras
 
     other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     other.save_weights(tmp_path / "other.weights.h5")
+    part = model.backbone_of(model.build_network(2, 75))
     with pytest.raises(utils.UserError, match=r"other\.weights\.h5: .*another network \(0 layers"):
-        model.load_arrays(backbone(model.build_network(2, 75)), tmp_path / "other.weights.h5")
-
-
-def test_a_prefix_with_its_ending_is_that_model(folder):
-    assert model.check_model(folder / "m.h5") == model.check_model(folder / "m")
+        model.load_arrays(part, tmp_path / "other.weights.h5")
 
 
 def test_a_lone_h5_says_what_is_missing(folder):
@@ -115,34 +95,31 @@ def test_a_lone_h5_says_what_is_missing(folder):
         model.check_model(folder / "n")
 
 
-@pytest.mark.parametrize("labels", [["Ann", "Ben"], ["Ben", "Ann", "Cleo"]])
-def test_labels_of_another_model_are_told(folder, labels):
-    (folder / "m-labels.json").write_text(json.dumps(labels))
-    with pytest.raises(
-        utils.UserError, match=r"m-labels\.json: not the class names that m\.h5 was"
-    ):
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m-labels.json", '["Ann", "Ben"]', r"m-labels\.json: not the class names that m\.h5 was"),
+        ("m-labels.json", json.dumps(LABELS) + " ", r"m\.h5: does not belong to the \.json"),
+        ("m.json", "{}", r"m\.h5: does not belong to the \.json"),
+    ],
+)
+def test_files_of_another_training_are_told(folder, name, text, message):
+    (folder / name).write_text(text)
+    with pytest.raises(utils.UserError, match=message):
         model.check_model(folder / "m")
 
 
-def test_an_architecture_of_another_training_is_told(folder):
-    with open(folder / "m.json", "a") as file:
-        file.write(" ")
-    with pytest.raises(utils.UserError, match=r"m\.h5: does not belong to the \.json"):
-        model.check_model(folder / "m")
-
-
-def test_only_our_own_models_may_be_replaced(folder, network, tmp_path):
+def test_only_our_own_models_may_be_replaced(saved, folder, tmp_path):
     assert model.may_replace_model(folder / "m") and model.may_replace_model(folder / "none")
     (folder / "m.h5").unlink()  # a kill during the first save
     assert model.may_replace_model(folder / "m")
     (folder / "m.json").write_text('{"my": "settings"}')
     assert not model.may_replace_model(folder / "m")
-    network.save(tmp_path / "plain.h5")
-    assert not model.may_replace_model(tmp_path / "plain")
+    saved[1].save(tmp_path / "plain.h5")
     (tmp_path / "text.h5").write_text("not HDF5")
-    assert not model.may_replace_model(tmp_path / "text")
     (tmp_path / "folder.h5").mkdir()
-    assert not model.may_replace_model(tmp_path / "folder")
+    for name in ("plain", "text", "folder"):
+        assert not model.may_replace_model(tmp_path / name)
 
 
 @pytest.mark.parametrize("backend", ["torch", "numpy", "openvino"])
@@ -152,55 +129,52 @@ def test_other_backends_are_told_in_one_line(monkeypatch, backend):
         model.import_keras.__wrapped__()
 
 
-def with_random_norms(network):
-    """Give a network's normalisations numbers, as training would. Returns it."""
-    import keras
-
-    rng = np.random.default_rng(0)
-    for layer in network.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            ranges = {"gamma": (0.5, 2), "beta": (0, 1), "moving_mean": (-1, 1)}
-            drawn = [rng.uniform(*ranges.get(w.name, (0.5, 2)), w.shape) for w in layer.weights]
-            layer.set_weights(drawn)
-    return network
-
-
-def folded_as_before(network, pixels):
-    """Say whether folding changes nothing that a network gives, and takes its normalisations out."""
-    import keras
-
-    folded = model.fold_normalisation(network)
-    kinds = {type(layer) for layer in folded.layers}
-    before, after = (model.predict(m, pixels, 4) for m in (model.compiled(network), folded))
-    assert before.std() > 0.1 and keras.layers.BatchNormalization not in kinds
-    return np.allclose(before, after, atol=1e-4 * np.abs(before).max())
-
-
-@pytest.mark.slow
-def test_folding_the_normalisation_of_inception_changes_nothing():
-    import keras
-
-    network = with_random_norms(model.build_network(2, 75))
-    part = keras.Model(network.input, network.get_layer("mixed8").output)
-    pixels = np.random.default_rng(0).integers(0, 255, (4, 75, 75, 3)).astype("uint8")
-    assert folded_as_before(part, pixels)
+# ---------------------------------------------------------------- folding
 
 
 def chain(*layers):
     import keras
 
-    inputs = outputs = keras.Input((9, 9, 3))
+    inputs = outputs = keras.Input((75, 75, 3))
     for layer in layers:
         outputs = layer(outputs)
     return keras.Model(inputs, outputs)
 
 
-def test_a_normalisation_with_all_its_numbers_is_folded():
+def small_chain():
+    """Return a network whose normalisation has all its numbers."""
     from keras.layers import BatchNormalization, Conv2D
 
-    network = chain(Conv2D(4, 3, use_bias=False), BatchNormalization())
-    pixels = np.random.default_rng(0).uniform(-1, 1, (4, 9, 9, 3)).astype("float32")
-    assert folded_as_before(with_random_norms(network), pixels)
+    return chain(Conv2D(4, 3, use_bias=False), BatchNormalization())
+
+
+def inception():
+    """Return the lower part of InceptionV3."""
+    import keras
+
+    network = model.build_network(2, 75)
+    return keras.Model(network.input, network.get_layer("mixed5").output)
+
+
+@pytest.mark.parametrize("make", [small_chain, pytest.param(inception, marks=pytest.mark.slow)])
+def test_folding_the_normalisation_changes_nothing(make):
+    from keras.layers import BatchNormalization
+
+    network, rng = make(), np.random.default_rng(0)
+    ranges = {
+        "gamma": (0.5, 2),
+        "beta": (0, 1),
+        "moving_mean": (-1, 1),
+        "moving_variance": (0.5, 2),
+    }
+    for layer in network.layers:
+        if isinstance(layer, BatchNormalization):
+            layer.set_weights([rng.uniform(*ranges[w.name], w.shape) for w in layer.weights])
+    folded = model.fold_normalisation(network)
+    assert BatchNormalization not in {type(layer) for layer in folded.layers}
+    pixels = rng.integers(0, 255, (4, 75, 75, 3)).astype("uint8")
+    before, after = (model.predict(one, pixels, 4) for one in (model.compiled(network), folded))
+    assert before.std() > 0.1 and np.allclose(before, after, atol=1e-4 * np.abs(before).max())
 
 
 def test_what_folding_does_not_understand_is_an_error():

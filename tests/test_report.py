@@ -1,37 +1,18 @@
 """What is drawn: names in any script, whatever a notebook has set, and panels that show much."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_process
 from PIL import Image
 
 import report
 
-BITMAP_FONT = """STARTFONT 2.1
-FONT -test-emoji-medium-r-normal--16-160-75-75-c-80-iso10646-1
-SIZE 16 75 75
-FONTBOUNDINGBOX 8 16 0 -2
-STARTPROPERTIES 4
-FONT_ASCENT 14
-FONT_DESCENT 2
-CHARSET_REGISTRY "ISO10646"
-CHARSET_ENCODING "1"
-ENDPROPERTIES
-CHARS 1
-STARTCHAR dog
-ENCODING 128054
-SWIDTH 500 0
-DWIDTH 8 0
-BBX 8 1 0 0
-BITMAP
-FF
-ENDCHAR
-ENDFONT
-"""
+# Of one character, an emoji.
+BITMAP_FONT = """STARTFONT 2.1;FONT -test-emoji-medium-r-normal--16-160-75-75-c-80-iso10646-1
+SIZE 16 75 75;FONTBOUNDINGBOX 8 16 0 -2;STARTPROPERTIES 4;FONT_ASCENT 14;FONT_DESCENT 2
+CHARSET_REGISTRY "ISO10646";CHARSET_ENCODING "1";ENDPROPERTIES;CHARS 1;STARTCHAR dog
+ENCODING 128054;SWIDTH 500 0;DWIDTH 8 0;BBX 8 1 0 0;BITMAP;FF;ENDCHAR;ENDFONT
+""".replace(";", "\n")
 
 
 @pytest.fixture
@@ -67,16 +48,13 @@ def test_names_that_no_font_can_write_are_boxes(fonts, tmp_path):
     assert Image.open(tmp_path / "r.png").width == 990
 
 
-def test_a_notebook_changes_nothing(tmp_path):
-    code = (
-        "import numpy as np, report; "
-        "report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
-    )
+def test_the_settings_of_a_notebook_or_of_a_stranger_change_nothing(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("foo\x1b]0;x\x07: 1\ntext.usetex: True\nfigure.dpi: 1\n")
+    code = "import numpy as np, report; "
+    code += "report.draw_report('r.png', 't', ['a', 'b'], np.array([0, 1]), np.eye(2))"
     settings = {"PYTHONPATH": str(ROOT), "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | settings, capture_output=True
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
+    done = run_process("-Pc", tmp_path, code, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
     assert Image.open(tmp_path / "r.png").width == 990
 
 
@@ -88,9 +66,7 @@ def axes():
 
 
 def test_the_reliability_of_a_good_model_fills_its_panel():
-    rng = np.random.default_rng(1)
-    sure = rng.uniform(0.97, 1, 200)
-    panel = axes()
+    sure, panel = np.random.default_rng(1).uniform(0.97, 1, 200), axes()
     report.plot_reliability(panel, np.zeros(200, int), np.c_[sure, 1 - sure])
     low, high = panel.get_xlim()
     assert low > 0.8 and high < 1.05

@@ -1,14 +1,16 @@
-"""train.py for real: short runs on small pictures, the files they leave, and what plain Keras makes of them."""
+"""train.py for real: short runs on small pictures, the files they leave, what plain Keras makes of them."""
 
 import csv
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
-from conftest import FAST, ROOT, TINY, draw_classes, run_process
+import tiny_network
+from conftest import ROOT, TINY, draw_classes, error_line, run_process, train_here
 from PIL import Image
 
 import model
@@ -21,60 +23,69 @@ def accuracy_counts(output, start):
     return [tuple(map(int, m)) for m in re.findall(rf"^{start}.*\((\d+)/(\d+)\)", output, re.M)]
 
 
+def read_table(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def metadata(prefix):
+    """Return what travels with a model."""
+    with h5py.File(f"{prefix}.h5") as file:
+        return json.loads(file.attrs[model.METADATA_ATTRIBUTE])
+
+
+# ---------------------------------------------------------------- a run from scratch
+
+
+SHARE, NUMBER = r"\d\.\d{4}", r"\d+\.\d+"
+LINES = (
+    r"round 0: validation accuracy {share} \(\d+/9\)",
+    r"round 0 epoch 1: loss {n}, accuracy {n}, val_loss {n}, val_accuracy {n}, \d+ s",
+    r"best: round \d, validation accuracy {share} \(\d/9\), 95% interval {share} to {share}",
+    r"strangers: threshold 0\.\d{{3}}: \d\.\d\d of friends correct, \d\.\d\d of strangers unknown",
+)
+
+
 def test_the_lines_that_programs_read(scratch_run):
     _, done = scratch_run
     lines = done.stdout.splitlines()
     assert lines[0] == "images: 34 train, 9 validation, 3 classes, 0 skipped"
-    number = r"\d+\.\d+"
-    assert any(
-        re.fullmatch(r"round 0: validation accuracy \d\.\d{4} \(\d+/9\)", line) for line in lines
-    )
-    figures = rf"loss {number}, accuracy {number}, val_loss {number}, val_accuracy {number}, \d+ s"
-    epoch = rf"round 0 epoch 1: {figures}"
-    assert any(re.fullmatch(epoch, line) for line in lines)
-    best = r"best: round \d, validation accuracy (\d\.\d{4}) \(\d/9\), 95% interval \d\.\d{4} to \d\.\d{4}"
-    assert re.fullmatch(best, lines[-2])
-    shares = (
-        r"strangers: threshold 0\.\d{3}: \d\.\d\d of friends correct, \d\.\d\d of strangers unknown"
-    )
-    assert re.fullmatch(shares, lines[-1])
+    for pattern in LINES:
+        whole = pattern.format(share=SHARE, n=NUMBER)
+        assert any(re.fullmatch(whole, line) for line in lines), whole
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["best", "strangers"]
+    assert accuracy_counts(done.stdout, "round 0") == accuracy_counts(done.stdout, "best")
     assert "oneDNN" not in done.stderr and "WARNING" not in done.stderr
 
 
-def test_the_best_line_is_the_best_round(scratch_run):
-    rounds, best = (accuracy_counts(scratch_run[1].stdout, start) for start in ("round", "best"))
-    assert len(rounds) == 1 and max(rounds) == best[0]
+def test_without_a_connection_auto_says_what_is_lost_and_goes_on(scratch_run):
+    errors = scratch_run[1].stderr.splitlines()
+    lines = [line for line in errors if "ImageNet" in line or "from scratch" in line]
+    assert len(lines) >= 4 and all(line.startswith("warning: ") for line in lines)
 
 
 def test_the_files(scratch_run):
     folder, _ = scratch_run
+    ends = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"data", "000.png", "model.h5", "model.json", "model-labels.json",
-                     "model-history.csv", "model-report.png", "model-mistakes.csv",
-                     "model-review.csv", "model-review.png"}  # fmt: skip
+    assert names == {"data", "000.png", *(f"model{end}" for end in ends.split())}
     assert json.loads((folder / "model-labels.json").read_text()) == ["grün", "red", "unknown"]
     with Image.open(folder / "000.png") as image:
         assert image.info["Software"] == f"{utils.KIT}: model" and max(image.size) <= 4096
-    with open(folder / "model-history.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    epochs = [(row["round"], row["epoch"], bool(row["plain_accuracy"])) for row in rows]
+    history = read_table(folder / "model-history.csv")
+    epochs = [(row["round"], row["epoch"], bool(row["plain_accuracy"])) for row in history]
     assert epochs == [("0", "1", False), ("0", "2", True)]
-    with h5py.File(folder / "model.h5") as file:
-        info = json.loads(file.attrs[model.METADATA_ATTRIBUTE])
-    assert (
-        info["labels"] == ["grün", "red", "unknown"]
-        and info["image_size"] == 75
-        and info["seed"] == 1337
-    )
-    assert 0 <= info["threshold"] <= 1 and info["weights"] == "none" and len(info["interval"]) == 2
+    info = metadata(folder / "model")
+    expected = {"labels": ["grün", "red", "unknown"], "image_size": 75, "seed": 1337}
+    assert info | expected | {"weights": "none"} == info
+    assert 0 <= info["threshold"] <= 1 and len(info["interval"]) == 2
     assert info["strangers"].keys() == {"friends", "unknown"}
 
 
 def test_a_wrong_label_is_found(scratch_run):
     folder, done = scratch_run
-    with open(folder / "model-review.csv", encoding="utf-8") as file:
-        rows = {row["file"]: row for row in csv.DictReader(file)}
-    row = rows["red/wrong.png"]
+    found = {row["file"]: row for row in read_table(folder / "model-review.csv")}
+    row = found["red/wrong.png"]
     assert (row["label"], row["suggested"], row["why"]) == ("red", "grün", "label")
     assert re.search(r"\d+ labels? deserves? a look: model-review.png", done.stderr)
 
@@ -94,91 +105,79 @@ def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
         assert accuracy_counts(done.stdout, "best") == [(right.sum(), 9)]
 
 
-def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run):
+def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run, tiny):
     folder, _ = scratch_run
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = run_process(
-        ROOT / "train.py", folder, "data", "model", "--evaluate", "--min-accuracy", "0.999999"
-    )
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    words = ("data", "model", "--evaluate", "--min-accuracy", "0.999999")
+    done = train_here(folder, *words)
     right, total = accuracy_counts(done.stdout, "evaluate")[0]
     assert total == 43 and done.returncode == (0 if right == 43 else 3)
-    new = {path for path in folder.rglob("*") if path not in before}
-    assert {path.name for path in new} == {
-        "evaluate.png",
-        "model-evaluate.csv",
-        "model-evaluate-report.png",
-    }
-    assert all(
-        path.stat().st_mtime_ns == time for path, time in before.items() if not path.is_dir()
-    )
-    with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 43 and sum(row["actual"] == row["predicted"] for row in rows) == right
-    assert all(re.fullmatch(r"[01]\.\d{6}", row["probability"]) for row in rows)
-    assert rows[0]["file"] == "grün/000.png"
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    table = read_table(folder / "model-evaluate.csv")
+    assert len(table) == 43 and sum(row["actual"] == row["predicted"] for row in table) == right
+    assert all(re.fullmatch(r"[01]\.\d{6}", row["probability"]) for row in table)
+    assert table[0]["file"] == "grün/000.png"
+    new = {path for path in folder.rglob("*") if path.is_file()} - before.keys()
+    names = {"evaluate.png", "model-evaluate.csv", "model-evaluate-report.png"}
+    assert {path.name for path in new} == names
     for path in new:
         path.unlink()
 
 
-@pytest.mark.slow
-def test_classes_that_the_model_does_not_know(scratch_run, tmp_path):
-    folder, _ = scratch_run
-    data = draw_classes(tmp_path / "other", {"red": 3, "stranger": 3})
-    done = run_process(ROOT / "train.py", tmp_path, data, folder / "model", "--evaluate")
-    assert done.returncode == 0 and "images: 6 to evaluate, 3 classes" in done.stdout
-    assert "other/stranger: no class of the model: counts as unknown" in done.stderr
-    with open(folder / "model-evaluate.csv", encoding="utf-8") as file:
-        assert {row["actual"] for row in csv.DictReader(file)} == {"red", "unknown"}
-    (folder / "model-evaluate.csv").unlink(), (folder / "model-evaluate-report.png").unlink()
+# ---------------------------------------------------------------- fine-tuning a tiny network
 
 
-def test_a_strangers_picture_of_the_name_is_not_overwritten(run_script, make_classes, tmp_path):
-    Image.new("RGB", (10, 10)).save(tmp_path / "001.png")
-    done = run_script("train.py", make_classes(a=6, b=6), "model", *TINY)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(
-        "error: 001.png: not a picture of this"
-    )
-    assert list(tmp_path.glob("model*")) == []
+def run_noting(folder, *words):
+    """Run train.py in this process. Returns what it printed, and what it made on the way.
 
-
-def run_here(folder, *words):
-    """Run train.py's main in this process, which has Keras loaded already. Returns what it noted.
-
-    That is the Run, what was trained and the weights before, every Candidate, what was saved as (kernel, info), and how many pictures went
-    through the frozen part.
+    That is `run`; `candidates`, the last ones that were scored; `saved`, [(kernel, info)];
+    `computed`, how many pictures went through the frozen part; `twin`, the network that is trained,
+    and `before`, its weights at the start.
     """
-    seen = SimpleNamespace(run=None, frozen=[], trained=None, candidates=[], saved=[], computed=0)
+    seen = SimpleNamespace(candidates=[], saved=[], computed=0)
 
-    def keep_trained(arguments, trained):
-        base = arguments[0].networks.base
-        seen.trained, seen.frozen = trained, [layer.get_weights() for layer in base.layers]
+    def noting(module, name, note):
+        original = getattr(module, name)
+        patch.setattr(module, name, lambda *some, **more: note(original(*some, **more), *some))
 
-    def noting(name, note):
-        original = getattr(train, name)
+    def keep(result, **values):
+        vars(seen).update(values)
+        return result
 
-        def noted(*arguments):
-            result = original(*arguments)
-            return note(arguments, result) or result
-
-        patch.setattr(train, name, noted)
-
-    def keep(_, candidates):
-        seen.candidates = list(candidates)
-        return seen.candidates
+    def kernel(network):
+        return network.get_layer("probabilities").get_weights()[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr("sys.argv", ["train.py", *map(str, words)])
-        noting("run_rounds", lambda args, _: setattr(seen, "run", args[0]))
-        noting("build_trained", keep_trained)
-        noting("trained_candidates", keep)
-        noting("save_network", lambda args, _: seen.saved.append((args[2].copy(), args[4])))
+        noting(train, "run_rounds", lambda result, run, _: keep(result, run=run))
+        noting(train, "trained_candidates", lambda found, *_: keep(c := list(found), candidates=c))
         noting(
-            "compute_features",
-            lambda args, _: setattr(seen, "computed", seen.computed + len(args[1])),
+            model,
+            "save_model",
+            lambda _, network, info, *__: seen.saved.append((kernel(network), info)),
         )
-        assert train.main() == 0
-    return seen
+        noting(
+            train,
+            "compute_features",
+            lambda _, __, values, *more: keep(None, computed=seen.computed + len(values)),
+        )
+        noting(
+            model,
+            "trainable_part",
+            lambda parts, network, *_: keep(parts, twin=network, before=network.get_weights()),
+        )
+        done = train_here(folder, *words)
+    assert done.returncode == 0, done.stderr
+    return SimpleNamespace(**vars(seen), **vars(done))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory, tiny_weights):
+    """Fine-tune once, with a kept cache. Returns (folder, command, what was noted)."""
+    folder = tmp_path_factory.mktemp("tuned")
+    draw_classes(folder / "data", {"a": 10, "b": 10, "unknown": 10})
+    command = ["data", "m", *TINY, "--weights", tiny_weights, "--float32", "--cache-dir", "kept"]
+    with tiny_network.installed():
+        return folder, command, run_noting(folder, *command)
 
 
 @pytest.fixture
@@ -186,34 +185,24 @@ def small(tmp_path):
     return draw_classes(tmp_path / "data", {"a": 10, "b": 10})
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory, weights_file):
-    """Fine-tune once, with a kept cache. Returns (folder, command, what was noted)."""
-    folder = tmp_path_factory.mktemp("tuned")
-    draw_classes(folder / "data", {"a": 10, "b": 10, "c": 10})
-    command = ["data", "m", *TINY, "--weights", weights_file, "--float32", "--cache-dir", "kept"]
-    return folder, command, run_here(folder, *command)
+def pixels_of(run, indices):
+    return run.data.pixels.rows[[run.data.pictures[i].row for i in indices]]
 
 
-@pytest.mark.slow
 def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(tuned):
-    _, _, seen = tuned
-    below, changed = True, {True: 0, False: 0}
-    for old, new in zip(seen.frozen, seen.trained.network.layers, strict=True):
-        same = all(np.array_equal(x, y) for x, y in zip(old, new.get_weights()))
-        changed[below] += not same and new.name != "probabilities"
-        if "moving" in str([w.path for w in new.weights]):
-            assert same, "batch normalisation is frozen whole"
-        below = below and new.name != "mixed8"
-    assert changed[True] == 0 and changed[False] > 5
+    seen, changed = tuned[2], set()
+    for weight, before in zip(seen.twin.weights, seen.before):
+        if not np.array_equal(weight, before):
+            changed.add(weight.path)
+    last = [layer.name for layer in seen.twin.layers if layer.name.startswith("conv2d")][-2:]
+    convolutions = {path.partition("/")[0] for path in changed if "conv2d" in path}
+    assert convolutions == set(last) and not any("moving" in path for path in changed)
 
 
-@pytest.mark.slow
-def test_what_is_scored_is_what_the_network_answers(tuned):
+def test_what_is_scored_is_what_the_network_answers(tuned, tiny):
     folder, _, seen = tuned
-    run = seen.run
-    pixels = run.data.pixels.rows[[run.data.pictures[i].row for i in run.data.validation]]
-    assert [c.trained_share for c in seen.candidates] == list(train.TRAINED_SHARES)
+    pixels = pixels_of(seen.run, seen.run.data.validation)
+    assert len(seen.candidates) == len(train.TRAINED_SHARES)
     for candidate in seen.candidates:
         network = candidate.network
         network.get_layer("probabilities").set_weights([candidate.kernel, candidate.bias])
@@ -222,138 +211,132 @@ def test_what_is_scored_is_what_the_network_answers(tuned):
         assert answers.std() > 0.01
     network, info = model.load_model(folder / "m")
     kernel = network.get_layer("probabilities").get_weights()[0]
-    assert np.array_equal(kernel, seen.saved[-1][0].astype("float32"))
-    assert info["weights"].startswith("random_notop.h5, SHA-256 ")
+    assert np.array_equal(kernel, seen.saved[-1][0])
+    assert info["weights"].startswith("tiny.weights.h5, SHA-256 ")
 
 
-@pytest.mark.slow
-def test_a_kept_cache_saves_the_frozen_pass(tuned, monkeypatch):
-    folder, _, seen = tuned
+def test_a_kept_cache_saves_the_frozen_pass(tuned, tiny):
+    folder, command, seen = tuned
     # pictures as they are, mirrored ones, and an augmented view of validation
-    assert len(list((folder / "kept").iterdir())) == 3 and seen.computed == 30 + 24 + 6
+    assert len(list(folder.glob("kept/*"))) == 3 and seen.computed == 30 + 24 + 6
     assert (folder / "kept").stat().st_mode & 0o777 == 0o700
-    monkeypatch.chdir(folder)
-    computed, compute = [], train.compute_features
-    monkeypatch.setattr(train, "compute_features", lambda run, values, *more: [
-        computed.append(len(values)), compute(run, values, *more)])  # fmt: skip
-
-    def run_again(data):
-        later = seen.run._replace(views={}, data=data)
-        return [train.get_view(later, view).rows for view in (0, 1, train.VALIDATION_VIEW)]
-
-    for rows, before in zip(run_again(seen.run.data), map(seen.run.views.get, (0, 1, 10**6))):
-        assert np.array_equal(rows, before.rows)
-    assert computed == []
+    again = run_noting(folder, *command)
+    lines = [re.sub(r"\d+ s$", "", text) for text in (seen.stdout, again.stdout)]
+    assert again.computed == 0 and lines[0] == lines[1]
     Image.new("RGB", (80, 80), "navy").save(folder / "data" / "a" / "new.png")
-    run_again(train.read_data(seen.run.args, 75))
-    assert 1 <= sum(computed) <= 4  # the new one, and what it has moved
+    assert 1 <= run_noting(folder, *command).computed <= 4  # the new one, and what it has moved
     (folder / "data" / "a" / "new.png").unlink()
 
 
-@pytest.mark.slow
-def test_a_device_makes_the_views_that_the_cores_make(tuned):
-    run = tuned[2].run
-    networks = run.networks._replace(
-        settings=run.networks.settings._replace(augment=train.build_augmentation(75))
-    )
-    few = run.data.train[:5]  # fewer than a batch
-    for view, difference in ((train.UNAUGMENTED, 0), (7, 1)):
-        one = train.make_views(run, few, view).astype(int)
-        two = np.asarray(train.make_views(run._replace(networks=networks), few, view))
-        assert two.shape == (5, 75, 75, 3) and np.abs(one - two).mean() <= difference
+def test_classes_that_the_model_does_not_know(tuned, tiny, tmp_path):
+    data = draw_classes(tmp_path / "other", {"a": 3, "stranger": 3})
+    for name in ("m.h5", "m.json", "m-labels.json"):
+        shutil.copy(tuned[0] / name, tmp_path)
+    done = train_here(tmp_path, data, "m", "--evaluate")
+    assert done.returncode == 0 and "images: 6 to evaluate, 3 classes" in done.stdout
+    assert "other/stranger: no class of the model: counts as unknown" in done.stderr
+    actual = {row["actual"] for row in read_table(tmp_path / "m-evaluate.csv")}
+    assert actual == {"a", "unknown"}
 
 
-@pytest.mark.slow
-def test_fit_all_changes_the_model_and_none_of_its_figures(tmp_path, small, weights_file, capsys):
-    seen = run_here(tmp_path, small, "m", *FAST, "--weights", weights_file, "--fit-all")
-    (before, told), (after, info) = seen.saved
-    assert not np.allclose(before, after, atol=1e-3 * np.abs(before).max())
-    assert info.pop("fit_all") is True and info.pop("sha256") is not told
-    assert info == told
-    network, _ = model.load_model(tmp_path / "m")
-    saved = network.get_layer("probabilities").get_weights()[0]
-    assert np.array_equal(saved, after.astype("float32"))
-    output = capsys.readouterr().out
-    assert output.splitlines()[-1].startswith("fit-all: the saved model's readout knows all")
-    assert "\nbest: round 0" in output and "strangers:" not in output  # two classes
+def test_views_are_made_and_cached_as_asked(tiny, tmp_path, small, tiny_weights):
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--views", 3, "--cache-dir", "kept"]
+    assert train_here(tmp_path, *words).returncode == 0
+    views = {path.stem.rpartition("-")[2] for path in tmp_path.glob("kept/*.features")}
+    assert views == {"0", "1", "2", "3", "1000000"}  # the last is that of validation
 
 
-@pytest.mark.slow
-def test_sixteen_bits_in_the_frozen_pass(monkeypatch, tmp_path, small, weights_file):
-    monkeypatch.setattr(train, "fastest_format", lambda args: "mixed_bfloat16")
-    words = [word for word in FAST if word != "--float32"]
-    seen = run_here(tmp_path, small, "m", *words, "--weights", weights_file)
-    network, info = model.load_model(tmp_path / "m")
-    assert info["number_format"] == "mixed_bfloat16" and network.dtype == "float32"
-    data, view = seen.run.data, train.get_view(seen.run, train.UNAUGMENTED)
-    pixels = data.pixels.rows[[picture.row for picture in data.pictures]]
-    exact = model.predict(seen.run.networks.exact, pixels, 16)
-    rounded = view.rows["levels"][view.row_of]
-    distance = np.abs(exact - rounded).max(1)
-    assert distance[data.validation].max() < 1e-4 < distance[data.train].min()
-
-
-@pytest.mark.long
-def test_a_whole_network_can_be_fine_tuned(tmp_path, small, weights_file, capsys):
-    run_here(tmp_path, small, "m", *TINY, "--weights", weights_file, "--unfreeze", 10)
-    assert len(accuracy_counts(capsys.readouterr().out, "round")) == 2
-
-
-@pytest.mark.slow
-def test_features_too_large_for_the_cache_are_told(tmp_path, small, weights_file):
-    large = tmp_path / "large.h5"
-    large.write_bytes(weights_file.read_bytes())
-    with h5py.File(large, "a") as file:
-        betas = []
-        file.visititems(
-            lambda name, item: (
-                betas.append(item) if "beta" in name and hasattr(item, "shape") else None
-            )
-        )
-        for beta in betas:
-            beta[...] = 1e6
-    with pytest.raises(utils.UserError, match="too large for 16 bits: use --float32"):
-        run_here(tmp_path, small, "m", *TINY, "--weights", large)
-
-
-@pytest.mark.slow
-def test_a_cache_that_is_too_small_is_told_before_the_work(tmp_path, small, weights_file, capsys):
-    words = [small, "m", *TINY, "--weights", weights_file, "--cache-gb", "0.000001"]
-    with pytest.raises(utils.UserError, match=r"--cache-gb 1e-06.*needs .* GB.*--cache-dir"):
-        run_here(tmp_path, *words)
-    assert "round 0" not in capsys.readouterr().out
-
-
-def list_views(monkeypatch, fitting, round_number, **recipe):
-    monkeypatch.setattr(train, "views_that_fit", lambda run: fitting)
-    run = SimpleNamespace(recipe={"views": 2, "fresh": 1} | recipe)
-    return train.list_views(run, round_number)
-
-
-def test_each_round_has_the_latest_views_beside_the_pictures_themselves(monkeypatch):
-    assert list_views(monkeypatch, 100, 0) == [0]
-    assert list_views(monkeypatch, 100, 1) == [0, 1, 2]
-    assert list_views(monkeypatch, 100, 3) == [0, 1, 2, 3, 4]
-    assert list_views(monkeypatch, 3, 3) == [0, 3, 4]
-    assert list_views(monkeypatch, 1, 3) == [0]
-    assert list_views(monkeypatch, 100, 2, views=7, fresh=4) == list(range(12))
-
-
-def test_without_a_connection_auto_says_what_is_lost_and_goes_on(scratch_run):
-    errors = scratch_run[1].stderr.splitlines()
-    lines = [line for line in errors if "ImageNet" in line or "from scratch" in line]
-    assert len(lines) >= 4 and all(line.startswith("warning: ") for line in lines)
-
-
-def test_a_batch_on_a_device_is_smaller_for_large_pictures(monkeypatch):
-    assert train.inference_batch(224) == train.INFERENCE_BATCH
+def test_a_gpu_does_what_the_cores_do(tiny, tmp_path, small, tiny_weights, monkeypatch):
+    """Views are made on it then, in larger batches."""
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--float32", "--views", 3]
+    (tmp_path / "cores").mkdir()
+    outputs = [run_noting(tmp_path / "cores", *words)]
     monkeypatch.setattr(train, "on_device", lambda: True)
+    outputs.append(run_noting(tmp_path, *words))
+    for line in ("best", "round 1"):
+        assert len({str(accuracy_counts(seen.stdout, line)) for seen in outputs}) == 1
+    one, two = ([c.probabilities for c in seen.candidates] for seen in outputs)
+    assert np.allclose(one, two, atol=0.05)
     assert [train.inference_batch(side) for side in (75, 224, 299, 1024)] == [256, 256, 128, 16]
 
 
+def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small, tiny_weights):
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--rounds", 0, "--fit-all"]
+    seen = run_noting(tmp_path, *words)
+    (before, told), (after, info) = seen.saved
+    assert not np.allclose(before, after, atol=1e-3 * np.abs(before).max())
+    assert info == told | {"fit_all": True, "sha256": info["sha256"]}
+    network, _ = model.load_model(tmp_path / "m")
+    assert np.array_equal(network.get_layer("probabilities").get_weights()[0], after)
+    assert seen.stdout.splitlines()[-1].startswith("fit-all: the saved model's readout knows all")
+    assert "\nbest: round 0" in seen.stdout and "strangers:" not in seen.stdout  # two classes
+
+
+def test_sixteen_bits_in_the_frozen_pass(tiny, monkeypatch, tmp_path, small, tiny_weights):
+    monkeypatch.setattr(train, "fastest_format", lambda args: "mixed_bfloat16")
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--rounds", 0]
+    seen = run_noting(tmp_path, *words)
+    network, info = model.load_model(tmp_path / "m")
+    assert info["number_format"] == "mixed_bfloat16" and network.dtype == "float32"
+    assert "number format: mixed_bfloat16" in seen.stdout
+    data, view = seen.run.data, train.get_view(seen.run, train.UNAUGMENTED)
+    everything = np.arange(len(data.pictures))
+    exact = model.predict(seen.run.networks.exact, pixels_of(seen.run, everything), 16)
+    distance = np.abs(exact - view.rows["levels"][view.row_of]).max(1)
+    assert distance[data.validation].max() < 1e-5 < 1e-4 < distance[data.train].min()
+
+
 def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
-    args = SimpleNamespace(float32=False)
+    args = train.parse_arguments(["data", "m"])
     assert train.fastest_format(args) in ("float32", "mixed_bfloat16")
     monkeypatch.setattr(model, "compiled", lambda network: 1 / 0)
     assert train.fastest_format(args) == "float32"
-    assert train.fastest_format(SimpleNamespace(float32=True)) == "float32"
+    assert train.fastest_format(train.parse_arguments(["data", "m", "--float32"])) == "float32"
+
+
+def test_features_too_large_for_the_cache_are_told(tiny, tmp_path, small, tiny_weights):
+    large = shutil.copy(tiny_weights, tmp_path / "large.weights.h5")
+    with h5py.File(large, "a") as file:
+        for layer in file["layers"].values():
+            if "vars/0" in layer and layer["vars/0"].ndim == 1:  # beta, of a normalisation
+                layer["vars/0"][...] = 1e6
+    done = train_here(tmp_path, small, "m", *TINY, "--weights", large)
+    assert "too large for 16 bits: use --float32" in error_line(done)
+
+
+def test_a_cache_that_is_too_small_is_told_before_the_work(tiny, tmp_path, small, tiny_weights):
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--cache-gb", "0.000001"]
+    done = train_here(tmp_path, *words)
+    assert re.search(r"--cache-gb 1e-06.*needs .* GB.*--cache-dir", error_line(done))
+    assert "round 0" not in done.stdout
+
+
+def test_a_strangers_picture_of_the_name_is_not_overwritten(tmp_path, small):
+    Image.new("RGB", (10, 10)).save(tmp_path / "001.png")
+    done = train_here(tmp_path, small, "model", *TINY)
+    assert error_line(done).startswith("error: 001.png: not a picture of this")
+    assert list(tmp_path.glob("model*")) == []
+
+
+# ---------------------------------------------------------------- InceptionV3
+
+
+@pytest.mark.slow
+def test_inception_is_fine_tuned_on_a_set_of_which_a_third_is_broken(tmp_path, weights_file):
+    data = draw_classes(tmp_path / "data", {"a": 20, "b": 20})
+    for n in range(20):
+        (data / "ab"[n % 2] / f"broken{n}.jpg").write_bytes(b"\xff\xd8\xff\xe0"[: n % 5] * n)
+    words = [*TINY, "--weights", weights_file, "--views", 2]
+    done = run_process(ROOT / "train.py", tmp_path, "data", "m", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("images: 32 train, 8 validation, 2 classes, 20 skipped")
+    assert len(accuracy_counts(done.stdout, "round")) == 2
+    listed = [line for line in done.stderr.splitlines() if "skipped: " in line]
+    assert len(listed) == 20 and all(line.startswith("warning: data/") for line in listed)
+    assert done.stderr.count("warning: ") <= 22
+
+
+@pytest.mark.long
+def test_a_whole_network_can_be_fine_tuned(tmp_path, small, weights_file):
+    done = train_here(tmp_path, small, "m", *TINY, "--weights", weights_file, "--unfreeze", 10)
+    assert done.returncode == 0 and len(accuracy_counts(done.stdout, "round")) == 2

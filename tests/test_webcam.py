@@ -330,6 +330,154 @@ def test_ctrl_c_keeps_the_film(tmp_path, monkeypatch):
     assert 10 < len(read_film(tmp_path / "out.mp4")) < 20
 
 
+def test_a_frame_that_repeats_the_last_one_does_not_end_the_film(tmp_path, frames):
+    """Theora and others say so with a packet of no bytes."""
+    whole = make_film(tmp_path / "whole.nut", frames[:9], codec="mpeg4")
+    with av.open(str(whole)) as film, av.open(str(tmp_path / "still.nut"), "w") as still:
+        stream = still.add_stream_from_template(film.streams.video[0])
+        for n, packet in enumerate(film.demux(video=0)):
+            if packet.dts is not None:
+                copy = av.Packet(b"" if n in (0, 4) else bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                still.mux(copy)
+    times = [timestamp for timestamp, _ in frames_of(tmp_path / "still.nut")]
+    assert len(times) >= 4 and times[-1] == pytest.approx(0.28)
+
+
+def test_of_several_tracks_the_default_one_is_shown(tmp_path, frames):
+    with av.open(str(tmp_path / "two.mkv"), "w") as film:
+        large = cv2.resize(frames[0], (1280, 960))
+        for image, role in ((large, "forced"), (frames[0], "default")):
+            stream = film.add_stream("mpeg4", rate=25)
+            stream.height, stream.width = image.shape[:2]
+            stream.disposition = av.stream.Disposition[role]
+        for stream, image in zip(film.streams, (large, frames[0])):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(image, "bgr24")))
+            film.mux(stream.encode(None))
+    assert frames_of(tmp_path / "two.mkv")[0][1].shape == (480, 640, 3)
+
+
+def test_a_track_of_an_unknown_codec_is_left_out(tmp_path, tag_here, frames):
+    (tmp_path / "films").mkdir()
+    path = make_film(tmp_path / "films" / "a.mp4", frames[:5])
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz1"))
+    make_film(tmp_path / "films" / "b.mp4", frames[:5])
+    done = tag_here(*COLLECT, "films")
+    assert {row["file"] for row in rows(done.stdout)} == {"b.mp4"}
+    assert "a.mp4: skipped: there is no film in it, or none of a known codec" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_films_that_cannot_be_opened_are_skipped(tmp_path, tag_here, monkeypatch, frames):
+    def refuse(path, *mode):
+        if "b.mp4" in path:
+            raise PermissionError(13, "Permission denied")
+        return open(path, *mode)
+
+    monkeypatch.setattr(films, "open", refuse, raising=False)  # root may read everything
+    (tmp_path / "films").mkdir()
+    os.mkfifo(tmp_path / "films" / "a.mp4")
+    for name in ("b.mp4", "c.mp4"):
+        make_film(tmp_path / "films" / name, frames[:5])
+    done = tag_here(*COLLECT, "films")
+    assert {row["file"] for row in rows(done.stdout)} == {"c.mp4"}
+    assert "a.mp4: skipped: not a file" in done.stderr
+    assert "b.mp4: skipped: Permission denied" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("transfer", "signals"), [("smpte2084", (0.38, 0.58)), ("arib-std-b67", (0.38, 0.75))]
+)
+def test_hdr_is_shown_as_sdr(tmp_path, transfer, signals):
+    """The signals of a grey card and of white, as ITU-R BT.2408 has them."""
+    image = np.repeat(np.rint(np.array(signals) * 255), 32).astype("uint8")
+    image = np.broadcast_to(image[:, None], (48, 64, 3)).copy()
+    path = make_film(tmp_path / "hdr.mp4", [image] * 2, **{"x264-params": f"transfer={transfer}"})
+    got = frames_of(path)[0][1]
+    assert got[24, 10] == pytest.approx(255 * (26 / 203) ** (1 / 2.2), abs=9)  # 8 bits
+    assert got[24, 50].min() > 235
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"), [("moves.png", "apng", "rgba"), ("moves.mov", "qtrle", "argb")]
+)
+def test_what_is_transparent_is_on_white(tmp_path, name, codec, pixels):
+    image = np.zeros((48, 64, 4), "uint8")
+    image[:, 32:] = 200, 50, 20, 255
+    write_rgba(tmp_path / name, image, codec, pixels)
+    got = frames_of(tmp_path / name)[0][1]
+    assert got[20, 10].tolist() == [255] * 3 and got[20, 50].tolist() == [20, 50, 200]
+
+
+def test_a_film_that_leaves_its_alpha_empty_is_not_white(tmp_path):
+    """As AVI files of 32 bits do."""
+    image = np.full((48, 64, 4), (200, 50, 20, 0), "uint8")
+    write_rgba(tmp_path / "screen.avi", image, "rawvideo", "bgra")
+    assert frames_of(tmp_path / "screen.avi")[0][1][20, 10].tolist() == [20, 50, 200]
+
+
+def write_rgba(path, image, codec, pixels):
+    """Write an RGBA picture as a film of two frames."""
+    with av.open(str(path), "w", format="apng" if codec == "apng" else None) as film:
+        stream = film.add_stream(codec, rate=25)
+        stream.height, stream.width = image.shape[:2]
+        stream.pix_fmt = pixels
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(image, "rgba").reformat(format=pixels)
+            film.mux(stream.encode(frame))
+        film.mux(stream.encode(None))
+
+
+def test_subtitles_may_be_longer_than_the_film(tmp_path, frames, capsys):
+    with av.open(str(tmp_path / "film.mkv"), "w") as film:
+        stream = film.add_stream("mpeg4", rate=25)
+        stream.height, stream.width = frames[0].shape[:2]
+        texts = film.add_mux_stream("subrip")
+        film.mux(stream.encode(av.VideoFrame.from_ndarray(frames[0], "bgr24")))
+        film.mux(stream.encode(None))
+        text = av.Packet(b"The end")
+        text.stream, text.time_base = texts, Fraction(1, 1000)
+        text.pts = text.dts = 29_000
+        text.duration = 1000
+        film.mux(text)
+    assert av.open(str(tmp_path / "film.mkv")).duration == 30_000_000
+    assert len(frames_of(tmp_path / "film.mkv")) == 1 and capsys.readouterr().err == ""
+
+
+def test_an_animated_png_is_not_a_pattern_of_other_names(tmp_path, frames):
+    pictures = [Image.fromarray(frame[..., ::-1]) for frame in frames[:3]]
+    pictures[0].save(tmp_path / "x%d.png", save_all=True, append_images=pictures[1:])
+    for n in range(5):
+        Image.fromarray(IMAGE).save(tmp_path / f"x{n}.png")
+    got = frames_of(tmp_path / "x%d.png")
+    assert [difference(image, frame) for (_, image), frame in zip(got, frames)] == [0] * 3
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "film.nfo", "art.bin"])
+def test_a_text_is_no_film(tmp_path, tag_here, name):
+    (tmp_path / name).write_text("Ann, Ben and Cleo\n" * 300)
+    done = tag_here(*COLLECT, name)
+    assert done.returncode == 1 and done.stdout.count("\n") <= 1
+    assert re.search(
+        f"^error: --source {name}: (there is no film in it|no frame)", done.stderr, re.M
+    )
+
+
+def test_a_gif_that_breaks_off_in_its_second_frame(tmp_path, tag_here):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 80, 80, 3)).astype("uint8")
+    first, *others = map(Image.fromarray, noise)
+    first.save(tmp_path / "whole.gif", save_all=True, append_images=others, duration=50)
+    data = (tmp_path / "whole.gif").read_bytes()
+    second = data.index(b"!\xf9\x04", len(data) // 4)
+    (tmp_path / "gifs").mkdir()
+    for end in (12, 60, 500):
+        (tmp_path / "gifs" / f"{end}.gif").write_bytes(data[: second + end])
+        done = tag_here("--save-faces", "faces", "--source", f"gifs/{end}.gif", "--whole-picture")
+        assert done.returncode == 0 and len(rows(done.stdout)) in (1, 2), done.stderr
+    assert tag_here(*COLLECT, "gifs").returncode in (0, 1)
+
+
 # ---------------------------------------------------------------- pictures and folders
 
 
@@ -406,6 +554,30 @@ def test_pictures_of_long_names_that_begin_alike_are_all_written(tmp_path, tag_h
         two.save(tmp_path / "photos" / name)
     done = tag_here(*COLLECT, "photos", "--output", "shown")
     assert done.returncode == 0 and len(list((tmp_path / "shown").iterdir())) == 4, done.stderr
+
+
+def test_what_phones_hang_behind_a_photo_is_not_a_film(tmp_path, tag_here, two):
+    """The depths of a portrait, for one: smaller JPEGs after the first."""
+    with open(tmp_path / "portrait.jpg", "wb") as file:
+        for size in (two.size, (64, 48), (64, 48), (64, 48)):
+            two.resize(size).save(file, "JPEG")
+    done = tag_here(*COLLECT, "portrait.jpg", "--output", "tagged.jpg")
+    assert [row["file"] for row in rows(done.stdout)] == ["portrait.jpg"] * 2, done.stderr
+    assert Image.open(tmp_path / "tagged.jpg").size == two.size
+
+
+def test_an_export_of_photos_with_films_of_a_camcorder(tmp_path, tag_here, frames, two):
+    (tmp_path / "export").mkdir()
+    two.save(tmp_path / "export" / "IMG_1.JPG")
+    film = make_film(tmp_path / "film.mpg", frames[:12], codec="mpeg2video")
+    film.rename(tmp_path / "export" / "MOV001.MOD")
+    for n in range(30):
+        (tmp_path / "export" / f"IMG_{n}.AAE").write_text("<plist/>")
+        (tmp_path / "export" / f"IMG_{n}.JPG.json").write_text("{}")
+    done = tag_here(*COLLECT, "export")
+    assert {row["file"] for row in rows(done.stdout)} == {"IMG_1.JPG", "MOV001.MOD"}
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning")]
+    assert warnings == ["warning: export…: 60 files are no pictures: 30 .aae, 30 .json"]
 
 
 def test_faces_that_are_too_small_are_told_with_the_option_that_finds_them(tmp_path, tag_here, two):
