@@ -25,7 +25,9 @@ CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 Base = collections.namedtuple("Base", "builder scale offset blocks levels grid_levels address md5")
 Level = collections.namedtuple("Level", "block units")  # units: a slice of the layer `levels`
 # The network that all begins with. Another one is another table, as far as its layers with weights
-# are convolutions with batch normalisation behind them.
+# are convolutions with batch normalisation behind them; else fold_normalisation says so. blocks:
+# layers past which no shortcut leads, in order; each level is one of them. How many of the top
+# ones are trained is train.UNFREEZE.
 BASE = Base(
     builder="InceptionV3",  # in keras.applications
     scale=1 / 127.5,

@@ -1,3 +1,20 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "tensorflow>=2.21,<2.22",
+#     "keras>=3.15.1,<4",
+#     "numpy>=2.0",
+#     "scipy>=1.14",
+#     "pillow>=13.0",
+#     "opencv-python>=4.10,<5",
+#     "av>=18",
+#     "matplotlib>=3.9",
+#     "pillow-heif>=1.0",
+#     "tqdm>=4.66",
+#     "filelock>=3.12",
+#     "defusedxml>=0.7",
+# ]
+# ///
 """Teach a ready-made network (InceptionV3) your own classes from folders of pictures.
 
     python train.py people model
@@ -180,7 +197,8 @@ def parse_arguments(argv=None):
         key = name.replace("-", "_")
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch"
         option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
-    option("unfreeze", "top blocks that are fine-tuned", type=number(int, 0, 10), default=UNFREEZE)
+    blocks = number(int, 0, len(model.BASE.blocks) - 1)
+    option("unfreeze", "top blocks that are fine-tuned", type=blocks, default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
     option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")

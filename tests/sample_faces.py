@@ -1,3 +1,20 @@
+# /// script
+# requires-python = ">=3.11,<3.14"
+# dependencies = [
+#     "tensorflow>=2.21,<2.22",
+#     "keras>=3.15.1,<4",
+#     "numpy>=2.0",
+#     "scipy>=1.14",
+#     "pillow>=13.0",
+#     "opencv-python>=4.10,<5",
+#     "av>=18",
+#     "matplotlib>=3.9",
+#     "pillow-heif>=1.0",
+#     "tqdm>=4.66",
+#     "filelock>=3.12",
+#     "defusedxml>=0.7",
+# ]
+# ///
 """Draws a training set of cartoon faces, and a film in which two of the people move about.
 
     python tests/sample_faces.py people
