@@ -254,7 +254,7 @@ def plot_history(axes, history):
     axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
     axes.set_title("Learning curves", loc="left")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="lower right")
+    axes.legend(loc="best")
 
 
 def plot_reliability(axes, actual, probabilities):
@@ -287,7 +287,7 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen):
     axes.axvline(chosen, color="#999999", linewidth=1, label=f"the model's own, {chosen:.3f}")
     axes.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
     axes.set_title("Strangers", loc="left")
-    axes.legend(loc="lower center")
+    axes.legend(loc="best")
 
 
 def plot_classes(axes, labels, recall, precision, class_count):

@@ -197,8 +197,8 @@ def parse_arguments(argv=None):
         key = name.replace("-", "_")
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch"
         option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
-    option("unfreeze", "top blocks that are fine-tuned", type=number(int, 0, len(model.BASE.blocks) - 1),
-           default=UNFREEZE)  # fmt: skip
+    blocks = number(int, 0, len(model.BASE.blocks) - 1)
+    option("unfreeze", "top blocks that are fine-tuned", type=blocks, default=UNFREEZE)
     option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
     option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")

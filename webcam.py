@@ -1211,7 +1211,10 @@ def print_summary(tagger, viewer):
         lines.append(smaller_face(tagger))
     if tagger.args.save_faces:
         crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
-        lines += [f"{utils.escape(tagger.args.save_faces)}: {crops}", next_step(tagger.args)]
+        lines += [
+            f"{utils.escape(tagger.args.save_faces)}: {crops}",
+            next_step(tagger.args, tagger.source),
+        ]
     print(*lines, sep="\n", file=sys.stderr)
 
 
@@ -1248,14 +1251,17 @@ def smaller_face(tagger):
     return f"{text}; the smallest there has {min(sides)} px: {option} would find it"
 
 
-def next_step(args):
+def next_step(args, source):
     """Return what to do with the crops: correct them, or collect other classes and train."""
     if args.model:  # never to train on what the model itself sorted
         todo = "look through it, correct it, copy it into your training set, and train on that"
         return f"next: {todo}: python train.py TRAINING_SET {shlex.quote(utils.escape(args.model))}"
     parent = args.save_faces.parent  # the current folder may hold anything
     data = "FOLDER" if parent == Path() else shlex.quote(utils.escape(parent))
-    return f"next: the same for the other classes, beside it, then python train.py {data} model"
+    # pictures have no folder for each occasion
+    grouped = " --group-by-folder" if source.films or source.kind in LIVE else ""
+    train = f"python train.py {data} model{grouped}"
+    return f"next: the same for the other classes, beside it, then {train}"
 
 
 def main():

@@ -56,7 +56,7 @@ def test_crops_of_a_film(tmp_path, tag_here, film):
         assert difference(Image.open(path), expected) < 4
     summary, advice = done.stderr.splitlines()[-2:]
     assert summary.startswith(f"people/Ann: {len(kept)} saved, ") and "too similar" in summary
-    assert advice.endswith("then python train.py people model")
+    assert advice.endswith("then python train.py people model --group-by-folder")
     before = {path: path.read_bytes() for path in kept}
     assert tag_here(*collect, "--context", 1.5).returncode == 0
     assert all(path.read_bytes() == data for path, data in before.items())  # nothing overwritten
