@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pillow_heif
 import pytest
+from conftest import run_here
 from photos_library import LIBRARIES, jpeg, make_library
 from PIL import Image, ImageOps
 
@@ -36,9 +37,8 @@ pillow_heif.register_heif_opener()
 
 
 def collect(library, out, *options, code=0):
-    """Run the script; return what it printed on stdout, and on stderr, as lists of lines."""
-    command = [sys.executable, SCRIPT, library, out, *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120)
+    """Run the script here; return what it printed on stdout, and on stderr, as lists of lines."""
+    done = run_here(SCRIPT.name, Path.cwd(), library, out, *options)
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout.splitlines(), done.stderr.splitlines()
