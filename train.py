@@ -1110,7 +1110,9 @@ def build_trained(run, head=None):
     with networks.settings.distribution_scope():
         side, has_grids = data.pixels.rows.shape[1], networks.settings.has_grids
         network = model.build_network(len(data.labels), side, has_grids)
-        network.set_weights(networks.base.get_weights())
+        for layer, same in zip(network.layers, networks.base.layers):
+            if layer.name != "probabilities":  # which the first process has filled to save it
+                layer.set_weights(same.get_weights())
         top, hidden = model.trainable_part(network, cut, None if cut else SCRATCH_MOMENTUM)
         if head is not None:
             top.get_layer("hidden").set_weights(head[:2])
