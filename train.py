@@ -417,9 +417,11 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
         inner = picture.path.relative_to(data_dir).parent
         if by_folder and len(inner.parts) > depth:
             own.append(inner)
-    pairs = find_near_copies(pictures)
+    first = {}
+    twins = ((first.setdefault(picture.digest, i), i) for i, picture in enumerate(pictures))
+    pairs = {*find_near_copies(pictures), *(pair for pair in twins if pair[0] != pair[1])}
     copies = {pair for pair in pairs if len({pictures[i].label for i in pair}) > 1}
-    near = [pair for pair in pairs if pair not in copies]
+    near = sorted(pairs - copies)
     groups = merge(keys, near)
     if by_folder:
         tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))

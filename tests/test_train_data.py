@@ -223,6 +223,21 @@ def test_near_copies_stay_together(copied, capsys):
     assert "near copies: 96 pictures stay with theirs" in capsys.readouterr().out
 
 
+def test_equal_bytes_under_two_classes_are_warned_about_whatever_they_show(tmp_path, capsys):
+    """Also of one colour, where no correlation tells, and where there are many."""
+    for label in "ab":
+        draw_classes(tmp_path / "data", {label: 4})
+        for n in range(20):
+            Image.new("RGB", (80, 80), (10 * n, 90, 90)).save(
+                tmp_path / "data" / label / f"f{n}.png"
+            )
+    read(tmp_path / "data")
+    told = capsys.readouterr().err
+    assert (
+        told.count("the same bytes as") == 20 and "more pairs of copies under two classes" in told
+    )
+
+
 def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
     """Two films of one person before the same wall; without folders, that class only trains."""
     for n in range(8):
