@@ -314,7 +314,7 @@ def crop_name(path, region):
     """Return the name of a face's file: the same in every run, another one for every face."""
     stem, place = path.stem[:40], " ".join(f"{number:.3f}" for number in region.box)
     digest = hashlib.sha256(os.fsencode(path.resolve()) + place.encode()).hexdigest()
-    return f"{utils.folder_names([stem])[stem]}-{digest[:10]}.jpg"
+    return f"{utils.folder_name(stem)}-{digest[:10]}.jpg"
 
 
 def save_crop(picture, box, context, target):

@@ -105,7 +105,6 @@ MAX_RATIO = 2  # longer side to shorter: beyond it a centre square shows too lit
 MAX_DIFFERING_BITS, MIN_CORRELATION = 4, 0.95  # of near copies
 THUMBNAIL = 16  # pixels
 FLAT = 20  # of 255: a picture with fewer shades of grey shows nothing
-FEW_PICTURES = 20  # a class with fewer is warned about
 FEW_VALIDATION = 30
 MAX_TABLE = 20  # classes that are listed before training
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
@@ -277,12 +276,13 @@ def find_files(data_dir):
     if loose:
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
-    if left_out:
-        links = utils.count(len(left_out), "link leads", "links lead")
-        are = "is" if len(left_out) == 1 else "are"
-        example = utils.escape(left_out[0])
+    outside = [path for path in left_out if not utils.is_clouded(path.name)]
+    clouded = len(left_out) - len(outside)
+    if outside:
+        links = utils.count(len(outside), "link leads", "links lead")
+        are = "is" if len(outside) == 1 else "are"
+        example = utils.escape(outside[0])
         utils.warn(f"{name}: {links} out of it or in a circle and {are} not followed: {example}")
-    clouded = sum(1 for _ in data_dir.rglob(".*.icloud"))
     if clouded:
         there = utils.count(clouded, "picture is", "pictures are")
         utils.warn(f"{name}: {there} in iCloud only: download them first")
@@ -512,9 +512,9 @@ def warn_about_data(args, pictures, validation):
     """Warn about what makes a result poor or its score too good."""
     sizes = Counter(picture.label for picture in pictures)
     for label, size in sorted(sizes.items()):
-        if size < FEW_PICTURES:
-            pictures_there = utils.count(size, "picture")
-            utils.warn(f"{label}: only {pictures_there}: {FEW_PICTURES} or more are reliable")
+        if size < utils.FEW_PICTURES:
+            there, enough = utils.count(size, "picture"), utils.FEW_PICTURES
+            utils.warn(f"{label}: only {there}: {enough} or more are reliable")
     (most, large), *_, (least, small) = sizes.most_common()
     if large > 20 * small:
         times = f"{large / small:.0f} times as many pictures as {least}"
@@ -1320,7 +1320,7 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
 def measure_strangers(run, made):
     """Return the Strangers of a Readout. Only frozen levels can tell: training has seen all."""
     labels = run.data.labels
-    nobody = labels.index("unknown") if "unknown" in labels else None
+    nobody = labels.index(utils.UNKNOWN) if utils.UNKNOWN in labels else None
     return readout.simulate_strangers(made.fit, made.rows, nobody, run.args.seed)
 
 
@@ -1804,7 +1804,7 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
         labels = info["labels"]
         most = ", ".join(labels[number] for number, _ in strangers.taken_for.most_common(3))
         lines.append(f"Strangers are taken most often for: {most}.")
-    if "unknown" not in info["labels"]:
+    if utils.UNKNOWN not in info["labels"]:
         lines.append("A class `unknown`, with pictures of many others, teaches it who is strange.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png, {name}-mistakes.csv. Then:")
     command = f"    python webcam.py {shlex.quote(name)}"
@@ -2021,10 +2021,10 @@ def rename_strange(args, files, labels):
         near = difflib.get_close_matches(strange.casefold(), [s.casefold() for s in labels], 1, 0.7)
         name = next((label for label in labels if [label.casefold()] == near), None)
         hint = f" (did you mean {name}?)" if name else ""
-        what = "counts as unknown" if "unknown" in labels else "is left out"
+        what = "counts as unknown" if utils.UNKNOWN in labels else "is left out"
         utils.warn(f"{utils.escape(args.data_dir)}/{strange}: no class of the model{hint}: {what}")
-    if "unknown" in labels:
-        return [(path, label if label in labels else "unknown") for path, label in files]
+    if utils.UNKNOWN in labels:
+        return [(path, label if label in labels else utils.UNKNOWN) for path, label in files]
     kept = [(path, label) for path, label in files if label in labels]
     if not kept:
         name = utils.escape(args.data_dir)
@@ -2076,11 +2076,11 @@ def train(args):
         check_state(args, state, recipe, data)
     number_format = state and state["number_format"]
     run = Run(args, recipe, data, build_networks(args, path, data, recipe, number_format), {}, {})
-    before = model.read_info(args.model)
+    before = None if args.resume else model.read_info(args.model)
     state = run_rounds(run, state)
     accuracy = None
     if args.process == 0:
-        accuracy = finish_run(run, state, None if args.resume else before)
+        accuracy = finish_run(run, state, before)
         remove_state(args.model)
     for line in warnings:
         utils.warn(line)

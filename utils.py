@@ -28,10 +28,9 @@ except ImportError as absent:
 
 CASCADE = "haarcascade_frontalface_default.xml"
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
-ENOUGH = 20  # pictures of a class; with fewer a model is often wrong
+FEW_PICTURES = 20  # of a class; with fewer a model is often wrong
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
-# What systems leave in folders, lower case.
 # What systems, NAS and recycle bins leave behind, in small letters.
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "recycler"}
 SKIPPED_NAMES |= {"#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp"}
@@ -264,11 +263,11 @@ def next_training_step(counts, folder, before=""):
 
     counts: {person: faces}; before: what is to be done first.
     """
-    few = sum(number < ENOUGH for number in counts.values())
+    few = sum(number < FEW_PICTURES for number in counts.values())
     if len(counts) < 2 or max(counts.values()) < 2:
         advice = "name more faces, or collect others with webcam.py --save-faces"
         return f"not enough to train on, which takes two persons with several faces each: {advice}"
-    less = f", but {few} of {len(counts)} have fewer than {ENOUGH} pictures: more would help"
+    less = f", but {few} of {len(counts)} have fewer than {FEW_PICTURES} pictures: more would help"
     command = f"python train.py {shlex.quote(escape(folder))} model"
     return f"enough to train on{less if few else ''}\nnext: {before}{command}"
 
@@ -303,6 +302,11 @@ def folder_names(names, taken=()):
     return folders
 
 
+def folder_name(text):
+    """Return a text as a name that all systems allow."""
+    return folder_names([text])[text]
+
+
 def is_utf8(name):
     """Say whether a name is proper Unicode, and not bytes of another encoding as surrogates."""
     return name.encode(errors="ignore").decode() == name
@@ -318,8 +322,8 @@ def list_files(root, left_out=None):
     """Return the files below the folder `root`, any depth, sorted, as paths.
 
     Left out: dot files and dot folders, what systems leave behind, links that leave `root` or loop;
-    these links are added to the list `left_out`. A folder that is reached twice keeps its own name:
-    links are followed last.
+    these links, and what is in iCloud only, are added to the list `left_out`. A folder that is
+    reached twice keeps its own name: links are followed last.
     """
     inside, found, seen = Path(root).resolve(), [], set()
     folders, links = [Path(root)] if Path(root).is_dir() else [], []
@@ -332,11 +336,12 @@ def list_files(root, left_out=None):
             continue
         seen.add(real)
         try:
-            names = sorted(name for name in os.listdir(folder) if not is_ignored(name))
+            everything = sorted(os.listdir(folder))
         except OSError as error:
             warn(advice(error))
             continue
-        for path in (folder / name for name in names):
+        left_out += [folder / name for name in everything if is_clouded(name)]
+        for path in (folder / name for name in everything if not is_ignored(name)):
             if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
                 (links if path.is_symlink() else folders).append(path)
             elif not path.is_symlink() or leads_into(path, inside):
@@ -351,6 +356,11 @@ def leads_into(link, folder):
     with contextlib.suppress(OSError, RuntimeError):
         return link.resolve(strict=True).is_relative_to(folder)
     return False
+
+
+def is_clouded(name):
+    """Say whether a file is the hidden one that stands for one which macOS has not downloaded."""
+    return name.startswith(".") and name.endswith(".icloud")
 
 
 def is_ignored(name):

@@ -669,7 +669,7 @@ def assign_labels(tracks, labels, threshold, unique):
     for track in sorted(known, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
         refused = track.probability < threshold or (unique and track.best in taken)
-        track.label = "unknown" if refused else track.best
+        track.label = utils.UNKNOWN if refused else track.best
         taken.add(track.label)
 
 
@@ -860,23 +860,18 @@ def save_crop(tagger, run, frame, track):
     """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
     folder, context = tagger.args.save_faces, tagger.args.context
     if tagger.args.model:
-        label = utils.folder_names([*tagger.labeller.labels, "unknown"])[track.label]
+        label = utils.folder_names([*tagger.labeller.labels, utils.UNKNOWN])[track.label]
         folder /= label
         run = run and f"{run}-{label}"
     if run:
-        folder /= folder_name(run)
+        folder /= utils.folder_name(run)
     folder.mkdir(parents=True, exist_ok=True)
     data = frame.encode_crop(track.box, context)
-    stem = folder_name(frame.path.stem[:40]) if frame.path else f"{frame.index:06d}"
+    stem = utils.folder_name(frame.path.stem[:40]) if frame.path else f"{frame.index:06d}"
     ending = frame.path.suffix.lower() if frame.path and not context else ".jpg"
     name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
     with utils.atomic_write(folder / name) as part:
         part.write_bytes(data)
-
-
-def folder_name(text):
-    """Return a text as a name that all systems allow."""
-    return utils.folder_names([text])[text]
 
 
 def run_name(source, path=None):
@@ -905,7 +900,7 @@ def draw_label(image, x, y, size, colour, text):
 
 def caption(track, whole):
     """Return what is written at a track."""
-    if track.label == "unknown" and not whole:
+    if track.label == utils.UNKNOWN and not whole:
         return track.label
     doubt = "?" if track.label != track.best else ""
     return f"{track.best}{doubt} {track.probability:.0%}"
@@ -922,7 +917,7 @@ def draw_tracks(frame, tracks, whole):
     size = text_size(image)
     thick = max(2, size // 7)
     for track in tracks:
-        colour, _ = report.ORANGE if track.label == "unknown" else report.BLUE
+        colour, _ = report.ORANGE if track.label == utils.UNKNOWN else report.BLUE
         x, y, w, h = track.box
         if not whole:
             place = x, y, x + w, y + h
@@ -1231,7 +1226,7 @@ def film_summary(tagger, rate):
 
 def photo_summary(tagger, rate):
     """Return the photos, how many of each label, and the speed."""
-    order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == "unknown")
+    order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
     found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
     return f"{utils.count(tagger.counts['photos'], 'photo')}: {found}; {rate:.1f} a second"
 
