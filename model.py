@@ -373,9 +373,9 @@ def may_replace_model(prefix):
 def load_model(prefix, network=None):
     """Load a model of ours: returns (compiled Keras model, info), info as given to `save_model`.
 
-    network: one that was built for this model, which is filled; building takes seconds.
     The network is built here: no class that a file names is ever looked up, and of the `.h5` only
     the arrays that the network wants are read. Raises UserError for anything that is not whole.
+    network: one that was built for this model before and is filled now; building takes seconds.
     """
     info = check_model(prefix)
     if network is None:

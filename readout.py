@@ -67,7 +67,7 @@ def fit_readout(rows, strength=None, seed=0):
 
     best = judge(strength) if strength else search_strength(judge)
     kernel, bias = fold_scales(rows, scales, coefficients(best))
-    temperature = fit_temperature(best.answers, rows.targets[judged[:plain]])
+    temperature = fit_temperature(best.answers, rows.targets[answered(best)])
     return best._replace(kernel=kernel, bias=bias, temperature=temperature)
 
 
@@ -120,10 +120,12 @@ def dual_form(rows, scales, roots, wanted):
     kernel *= roots * roots.T
 
     def solve(strength):
+        """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
         complement = strength * invert(kernel + strength * np.eye(count))
         return complement, complement @ (roots * wanted)
 
     def coefficients(fit):
+        """Return what all_units is multiplied with, (units + 1, classes)."""
         dual = roots * fit.residuals / fit.strength
         return sum(all_units(rows, scales, places).T @ dual[places] for places in in_chunks(count))
 
@@ -141,11 +143,13 @@ def primal_form(rows, scales, roots, wanted, judged):
     x = roots[judged] * all_units(rows, scales, judged)
 
     def solve(strength):
+        """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
         inverse = invert(gram + strength * np.eye(width))
         residuals = (roots * wanted)[judged] - x @ (inverse @ products)
         return np.eye(len(judged)) - x @ inverse @ x.T, residuals
 
     def coefficients(fit):
+        """Return what all_units is multiplied with, (units + 1, classes)."""
         return invert(gram + fit.strength * np.eye(width)) @ products
 
     return solve, coefficients
@@ -189,6 +193,11 @@ def leave_out(fit, places):
     block = fit.complement[np.ix_(places, places)]
     residuals = np.linalg.solve(block, fit.residuals[places])
     return fit.wanted[places] - residuals / fit.roots[places]
+
+
+def answered(fit):
+    """Return the places of the rows that the leave-one-out answers are about."""
+    return fit.judged[: len(fit.answers)]
 
 
 def search_strength(judge):

@@ -140,9 +140,10 @@ Trained = namedtuple("Trained", "network top hidden")
 # cut: last frozen layer, None from scratch; levels: of the base; augment: None on the cores
 Settings = namedtuple("Settings", "cut levels has_grids map_shape augment batch number_format "
                       "source devices distribution_scope")  # fmt: skip
-# views: {number: View}; readouts: {0 or 1: Readout}, as they are made
+# views: {number: View}; readouts: {0, 1 or "frozen": Readout}, as they are made
 Run = namedtuple("Run", "args recipe data networks views readouts")
-Readout = namedtuple("Readout", "fit rows pictures views")  # pictures: index of that of each row
+# pictures: index of that of each row; strangers: see measure_strangers
+Readout = namedtuple("Readout", "fit rows pictures views strangers", defaults=[None])
 # network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
 Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
 Prediction = namedtuple("Prediction", "file actual predicted probability")
@@ -868,6 +869,7 @@ def fill_view(run, view, array, indices, missing):
         batches = [b for part in (held, ~held) for b in in_batches(missing[part], settings.batch)]
 
     def compute(batch, pixels):
+        """Return the rows of a batch, computed."""
         exact = view == UNAUGMENTED and indices[batch[0]] in held_out
         values = np.zeros(len(batch), array.rows.dtype)
         digests = b"".join(data.pictures[i].digest for i in indices[batch])
@@ -1284,6 +1286,8 @@ def round_readout(run, round_number):
             # weights sum to one over twice the rows, so the error of the same answers is half
             if mirrored and 2 * mirrored.fit.error < chosen.fit.error:
                 chosen = mirrored
+        if chosen and not chosen.strangers:
+            chosen = chosen._replace(strangers=measure_strangers(run, chosen))
         run.readouts[number] = chosen
     return run.readouts[number]
 
@@ -1326,11 +1330,14 @@ def measure_strangers(run, made):
 
 def readout_candidate(run, made):
     """Return the Candidate of a Readout alone, with its temperature folded in."""
-    fit, data = made.fit, run.data
-    kernel, bias = fit.kernel / fit.temperature, fit.bias / fit.temperature
+    kernel, bias = made.fit.kernel / made.fit.temperature, made.fit.bias / made.fit.temperature
     probabilities = readout.softmax(read_validation(run) @ kernel + bias)
-    kernel = np.concatenate([kernel, np.zeros((model.HIDDEN, len(data.labels)))])
-    return Candidate(run.networks.base, kernel, bias, probabilities, 0.0)
+    return Candidate(run.networks.base, add_hidden(kernel), bias, probabilities, 0.0)
+
+
+def add_hidden(kernel):
+    """Return the kernel of a last layer that reads the levels and none of the hidden units."""
+    return np.concatenate([kernel, np.zeros((model.HIDDEN, kernel.shape[1]))])
 
 
 def read_validation(run):
@@ -1368,7 +1375,9 @@ def read_frozen(run, made):
         return kernel, 0.0
     last = blocks.index(settings.cut)
     frozen = [level for level in settings.levels if blocks.index(level.block) <= last]
-    fit = make_readout(run, made.views, frozen, strength=made.fit.strength).fit
+    if "frozen" not in run.readouts:
+        run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
+    fit = run.readouts["frozen"].fit
     kernel[: len(fit.kernel)] = fit.kernel / made.fit.temperature
     return kernel, fit.bias / made.fit.temperature
 
@@ -1454,7 +1463,7 @@ def score_round(run, number, rows, made, candidates, best):
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(line)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
-        known = made.rows.targets[made.fit.judged[: len(made.fit.answers)]]
+        known = made.rows.targets[readout.answered(made.fit)]
         loo = float((made.fit.answers.argmax(1) == known).mean())
         best = {"round": number, "right": right, "loss": loss, "loo": loo}
         save_candidate(run, number, right, made, chosen)
@@ -1505,8 +1514,7 @@ def save_candidate(run, number, right, made, chosen):
     """Save a network with its new last layer, and what must travel with it."""
     args, data, networks = run.args, run.data, run.networks
     settings, count = networks.settings, len(data.validation)
-    strangers = measure_strangers(run, made)
-    promise, threshold = None, 0.5
+    strangers, promise, threshold = made.strangers, None, 0.5
     if strangers:
         threshold, promise = strangers.chosen, readout.shares_at(strangers, strangers.chosen)
     if strangers and chosen.trained_share:
@@ -1697,7 +1705,7 @@ def finish_run(run, state, before):
     what = f"best: round {info['round']}, validation accuracy"
     found = score_saved(args, network, data, data.validation, what)
     made = round_readout(run, info["round"])
-    strangers = measure_strangers(run, made)
+    strangers = made.strangers
     if info["strangers"]:
         friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
         utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
@@ -1728,9 +1736,9 @@ def fit_all(run, network, info, fit, temperature):
     if info["trained_share"]:
         utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
         return
-    kernel = np.concatenate([fit.kernel, np.zeros((model.HIDDEN, len(run.data.labels)))])
     info["fit_all"] = True
-    save_network(args, network, kernel / temperature, fit.bias / temperature, info)
+    kernel, bias = add_hidden(fit.kernel / temperature), fit.bias / temperature
+    save_network(args, network, kernel, bias, info)
     utils.print_line(
         "fit-all: the saved model's readout knows all pictures now; every figure printed and "
         "stored is that of the model before"
@@ -1748,7 +1756,7 @@ def review_labels(data, everything, temperature):
     learning (Northcutt et al. 2021).
     """
     answers = readout.softmax(everything.fit.answers / temperature)
-    judged = everything.pictures[everything.fit.judged[: len(answers)]]
+    judged = everything.pictures[readout.answered(everything.fit)]
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
     for i, p in zip(judged.tolist(), answers):
         if p.argmax() != data.targets[i]:

@@ -31,6 +31,7 @@ def draw(folder, count):
         (folder / f"class{number:03d}").mkdir(parents=True)
 
     def picture(number):
+        """Draw one picture."""
         kind = np.random.default_rng(number % CLASSES)
         ground, colour = kind.integers(30, 200, 3), kind.integers(30, 226, 3).tolist()
         radius = int(kind.integers(8, 30))

@@ -95,6 +95,7 @@ def run_command(command, folder=None, field="RssAnon", **more):
         process = subprocess.Popen(command, cwd=folder, **pipes, **text, **more)
 
         def watch():
+            """Thread: note how much memory the process takes."""
             while process.poll() is None:
                 peaks.append(memory(process.pid, field))
                 time.sleep(0.05)
@@ -237,6 +238,7 @@ def ridge_readout(features, targets, fit, held):
     hot = np.eye(targets.max() + 1)[targets] - 1 / (targets.max() + 1)
 
     def accuracy(use, test, strength):
+        """Return the accuracy on `test` of a fit to `use`."""
         gram = features[use] @ features[use].T + strength * np.eye(len(use))
         weights = features[use].T @ np.linalg.solve(gram, hot[use])
         return float(((features[test] @ weights).argmax(1) == targets[test]).mean())

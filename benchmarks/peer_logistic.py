@@ -44,6 +44,7 @@ def main():
     hot = np.eye(targets.max() + 1)[targets]
 
     def accuracy(use, test, decay):
+        """Return the accuracy on `test` of a fit to `use` and its mirror images."""
         both = features[np.r_[use, use + every]]  # flipped pictures come last, in the same order
         weights = fit(both, hot[np.r_[use, use]], decay)
         return ((features[test] @ weights).argmax(1) == targets[test]).mean()
