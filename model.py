@@ -109,17 +109,18 @@ def join_processes(keras):
 
 @contextlib.contextmanager
 def silence_output():
-    """Send stdout and stderr nowhere while libraries in C++ introduce themselves."""
-    sys.stdout.flush(), sys.stderr.flush()
-    kept, nowhere = {fd: os.dup(fd) for fd in (1, 2)}, os.open(os.devnull, os.O_WRONLY)
-    for fd in kept:
-        os.dup2(nowhere, fd)
+    """Send stderr nowhere while libraries in C++ introduce themselves.
+
+    stdout stays: meanwhile another thread may print a line that a program reads.
+    """
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
-        for fd, copy in kept.items():
-            os.dup2(copy, fd)
-            os.close(copy)
+        os.dup2(kept, 2)
+        os.close(kept)
         os.close(nowhere)
 
 

@@ -1,6 +1,7 @@
 """The three files of a model, and other files of weights: what loads, and what people are told."""
 
 import json
+import os
 import shutil
 
 import h5py
@@ -189,3 +190,10 @@ def test_what_folding_does_not_understand_is_an_error():
     ):
         with pytest.raises(ValueError, match="odd: "):
             model.fold_normalisation(chain(*unknown))
+
+
+def test_what_other_threads_print_while_the_network_is_built_is_not_lost(capfd):
+    with model.silence_output():
+        os.write(1, b"a line that a program reads\n")
+        os.write(2, b"chatter of a library\n")
+    assert capfd.readouterr() == ("a line that a program reads\n", "")
