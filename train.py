@@ -427,7 +427,7 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
     if by_folder:
         tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))
         for label in sorted(tied):
-            utils.warn(f"{label}: near copies in all its folders, which flatters the accuracy")
+            utils.warn(f"{label}: all its folders share near copies: the accuracy is too good")
         near = [(i, j) for i, j in near
                 if pictures[i].label not in tied or keys[i][1:] == keys[j][1:]]  # fmt: skip
         groups = merge(keys, near)
@@ -500,8 +500,8 @@ def split(pictures, groups, fraction, seed):
                 left -= Counter(members[group].keys())
         if not taken[label]:
             utils.warn(
-                f"{label}: not tested, since its pictures are one group (near copies, or one "
-                "folder with --group-by-folder): add pictures of another occasion"
+                f"{label}: not tested, since all its pictures belong together (near copies, or "
+                "one folder with --group-by-folder): add pictures of another time or place"
             )
     if not chosen:
         raise utils.UserError("no class can be divided: add other pictures to each class")
@@ -1111,6 +1111,7 @@ def build_trained(run, head=None):
     train as one, only they together can compute with the twin.
     """
     data, networks, cut = run.data, run.networks, run.networks.settings.cut
+    model.import_keras().utils.set_random_seed(run.args.seed)  # --resume builds less before
     with networks.settings.distribution_scope():
         side, has_grids = data.pixels.rows.shape[1], networks.settings.has_grids
         network = model.build_network(len(data.labels), side, has_grids)
@@ -1126,8 +1127,8 @@ def build_trained(run, head=None):
 
 
 def variables_of(trained):
-    """Return what a round of training changes: weights, and the optimizer's variables."""
-    return [*trained.top.weights, *trained.top.optimizer.variables]
+    """Return what a round of training changes: weights, seeds, and the optimizer's variables."""
+    return [*trained.top.variables, *trained.top.optimizer.variables]
 
 
 # ---------------------------------------------------------------- training

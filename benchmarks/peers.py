@@ -18,7 +18,8 @@ from PIL import Image
 
 READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # by image_dataset_from_directory
 MARKS = (0.8, 0.9, 0.95)
-COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#000000")  # told apart by all
+# told apart by all
+COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#000000")
 
 
 def make_readable(folder):
@@ -43,6 +44,7 @@ def list_ways(args, folder, options):
         "train.py": ours,
         "train.py --float32": [*ours, "--float32"],
         "Keras's guide": peer("guide", args.max_minutes),
+        "recipe of 2016": peer("2016", args.max_minutes),
         "logistic regression, last layer": peer("logistic", "mixed10"),
         "logistic regression, mixed8": peer("logistic", "mixed8"),
         "ridge regression, mixed8": peer("ridge", "mixed8"),
@@ -76,7 +78,7 @@ def main():
     parser.add_argument("weights", type=Path)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--image-size", default="224")
-    parser.add_argument("--max-minutes", default="15", help="cut the guide (default: 15)")
+    parser.add_argument("--max-minutes", default="15", help="cut the guide and 2016 (default: 15)")
     parser.add_argument("--figure", default="peers.png", help="(default: %(default)s)")
     args, options = parser.parse_known_args()
     options = common.absolute(options)

@@ -178,7 +178,7 @@ def test_folders_stay_together_and_loose_files_are_groups_of_one(capsys):
     fit, validation = divide(pictures_of(spec), by_folder=True)
     held = Counter(spec[i][:2] for i in validation)
     assert held.pop(("b", "")) == 8 and list(held.values()) == [10] and len(fit) == 72
-    assert "c: not tested, since its pictures are one group" in capsys.readouterr().err
+    assert "c: not tested, since all its pictures belong together" in capsys.readouterr().err
 
 
 def test_no_class_ever_loses_its_last_group_to_twins_in_another():
@@ -246,7 +246,7 @@ def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{n}.jpg", quality=70 + n)
     data = read(tmp_path / "data", "--group-by-folder")
-    assert "a: near copies in all its folders" in capsys.readouterr().err
+    assert "a: all its folders share near copies" in capsys.readouterr().err
     held = {
         str(data.pictures[i].path.parent.relative_to(tmp_path / "data")) for i in data.validation
     }

@@ -30,6 +30,8 @@ def build(weights, include_top, input_tensor):
     for block, filters in zip(BASE.blocks, (8, 8, 16, 64)):
         output = layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False)(output)
         output = layers.BatchNormalization(scale=False)(output)
+        if block == BASE.blocks[-1]:  # chances of the network's own, for --resume
+            output = layers.Dropout(0.1)(output)
         output = layers.Activation("relu", name=block)(output)
     return keras.Model(keras.utils.get_source_inputs(input_tensor), output)
 
