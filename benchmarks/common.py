@@ -23,6 +23,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import dataset  # noqa: E402
+import features  # noqa: E402, F401
 import model  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
@@ -147,7 +149,7 @@ def read_split(data_dir, folder, *options):
     """Read and divide a folder as train.py does, silently. Returns (its arguments, its Data)."""
     args = train.parse_arguments([str(data_dir), f"{folder}/m", *map(str, options)])
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return args, train.read_data(args, args.image_size or 224)
+        return args, dataset.read_data(args, args.image_size or 224)
 
 
 def divide(data_dir, folder, *options):
@@ -172,8 +174,8 @@ def read_folder(folder, side):
 
     Returns uint8 (n, side, side, 3), labels (n,), paths (n,); what gives no picture is left out.
     """
-    files = train.find_files(Path(folder))
-    squares = utils.ordered_parallel_map(lambda file: train.read_picture(file[0], side)[0], files)
+    files = dataset.find_files(Path(folder))
+    squares = utils.ordered_parallel_map(lambda file: dataset.read_picture(file[0], side)[0], files)
     found = [(square, *file) for square, file in zip(squares, files) if square is not None]
     pixels, paths, labels = zip(*found)
     return np.stack(pixels), np.array(labels), paths

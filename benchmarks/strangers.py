@@ -32,8 +32,8 @@ def divide(data_dir, folder, friends, seed):
 
 def divide_by_folder(data_dir, folder, number):
     """Copy class `number` into strangers/; of the others the last folder into held/, else fit/."""
-    for n, path in enumerate(sorted(common.train.list_folders(data_dir)), 1):
-        inner = sorted(common.train.list_folders(path))
+    for n, path in enumerate(sorted(common.dataset.list_folders(data_dir)), 1):
+        inner = sorted(common.dataset.list_folders(path))
         for place in inner:
             is_held = len(inner) > 1 and place == inner[-1]
             part = "strangers" if n == number else "held" if is_held else "fit"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import common
 import numpy as np
-from common import train
+from common import dataset, features, train
 
 SHARES = (0.02, 0.05, 0.1)
 
@@ -25,7 +25,7 @@ def build_run(name, weights, side, folder):
     options = "--weights", weights, "--image-size", side, "--rounds", 0
     args, data = common.read_split(name, folder, *options)
     recipe = train.make_recipe(args, False, len(data.train), len(data.labels))
-    networks = train.build_networks(args, weights, data, recipe, None)
+    networks = features.build_networks(args, weights, data, recipe, None)
     return train.Run(args, recipe, data, networks, {}, {})
 
 
@@ -39,7 +39,7 @@ def plant(args, data, share, rng):
     targets[wrong] = (targets[wrong] + rng.integers(1, classes, count)) % classes
     pictures = [picture._replace(label=data.labels[target])
                 for picture, target in zip(data.pictures, targets)]  # fmt: skip
-    together, copies, _ = train.group_pictures(pictures, args.data_dir, args.group_by_folder)
+    together, copies, _ = dataset.group_pictures(pictures, args.data_dir, args.group_by_folder)
     groups = np.zeros(len(pictures), int)
     for number, group in enumerate(together):
         groups[list(group)] = number
@@ -77,7 +77,7 @@ def main():
     for name in args.sets:
         with tempfile.TemporaryDirectory() as folder:
             run = build_run(name, args.weights, args.image_size, folder)
-            train.get_view(run, train.UNAUGMENTED)
+            features.get_view(run, features.UNAUGMENTED)
             for share in SHARES:
                 lots = (np.random.default_rng([n, round(100 * share)]) for n in range(args.draws))
                 figures = np.array([one_draw(run, share, rng) for rng in lots])

@@ -260,13 +260,13 @@ def serve(certificate=None):
 # Asks for weights at one address after the other, waiting for two seconds at most.
 ONE_BY_ONE = """
 import json, sys
-import model, train, utils
-train.DOWNLOAD_SECONDS = 2
+import features, model, train, utils
+features.DOWNLOAD_SECONDS = 2
 args = train.parse_arguments(["data", "model", "--weights", "imagenet"])
 for address, md5 in json.loads(sys.argv[1]):
     model.BASE = model.BASE._replace(address=address, md5=md5)
     try:
-        print("had", train.find_weights(args)[0])
+        print("had", features.find_weights(args)[0])
     except utils.UserError as error:
         print(error)
 """

@@ -22,13 +22,13 @@ RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 2 --round-epochs 1 --views 
 TELLING = """
 import hashlib, sys
 sys.path.insert(0, {root!r})
-import train, utils
+import features, train, utils
 train_top = train.train_top
 def train_and_tell(run, trained, number):
     rows, top = train_top(run, trained, number), trained.top
     weights = hashlib.sha256(b"".join(w.tobytes() for w in top.get_weights())).hexdigest()
     devices = len(top.weights[0].value.sharding.device_set)
-    print("weights", weights, len(run.views[train.FIRST_RANDOM].rows), devices, file=sys.stderr)
+    print("weights", weights, len(run.views[features.FIRST_RANDOM].rows), devices, file=sys.stderr)
     return rows
 train.train_top = train_and_tell
 if __name__ == "__main__":

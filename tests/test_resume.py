@@ -17,8 +17,8 @@ import tiny_network
 from conftest import ROOT, TINY, draw_classes, error_line, run_process, run_tiny, train_here
 from PIL import Image
 
+import features
 import model
-import train
 import utils
 
 pytestmark = pytest.mark.slow
@@ -173,7 +173,7 @@ def add_class(folder):
 
 def move_pictures(folder):
     """Turn augmentation into another one, as an edited script would have."""
-    train.HEAVY = train.HEAVY._replace(shift=0.3)
+    features.HEAVY = features.HEAVY._replace(shift=0.3)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def move_pictures(folder):
     ],
 )
 def test_another_run_is_not_gone_on_with(copy, command, tiny, monkeypatch, change, options, reason):
-    monkeypatch.setattr(train, "HEAVY", train.HEAVY)
+    monkeypatch.setattr(features, "HEAVY", features.HEAVY)
     if change:
         change(copy)
     before = numbers(copy / "m")

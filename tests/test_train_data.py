@@ -13,6 +13,8 @@ import pytest
 from conftest import draw_classes, error_line, train_here
 from PIL import Image
 
+import dataset
+import features
 import model
 import train
 import utils
@@ -21,7 +23,7 @@ import utils
 def read(data, *options):
     """Read and divide a folder as a dry run does, in this process. Returns Data."""
     words = [str(data), str(data.parent / "model"), "--dry-run", *map(str, options)]
-    return train.read_data(train.parse_arguments(words), 75)
+    return dataset.read_data(train.parse_arguments(words), 75)
 
 
 def dry_run(data, *options):
@@ -134,13 +136,13 @@ def pictures_of(spec):
         dhash = int.from_bytes(digest[:8], "little")
         thumbnail = np.frombuffer(hashlib.shake_128(digest).digest(256), "uint8")
         path = Path("data", label, folder, f"{n}.png")
-        pictures.append(train.Picture(path, label, digest, dhash, thumbnail, n))
+        pictures.append(dataset.Picture(path, label, digest, dhash, thumbnail, n))
     return pictures
 
 
 def divide(pictures, by_folder=False, fraction=0.2, seed=1):
-    groups, _, _ = train.group_pictures(pictures, Path("data"), by_folder)
-    return train.split(pictures, groups, fraction, seed)
+    groups, _, _ = dataset.group_pictures(pictures, Path("data"), by_folder)
+    return dataset.split(pictures, groups, fraction, seed)
 
 
 @pytest.mark.parametrize(
@@ -481,7 +483,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(capsys):
 
 def parameters(side, digests, view, *options):
     args = train.parse_arguments(["data", "m", *options])
-    return train.augmentation_parameters(args, side, digests, view)
+    return features.augmentation_parameters(args, side, digests, view)
 
 
 @pytest.mark.parametrize("kind", ["--heavy-augmentation", "--no-heavy-augmentation"])
@@ -489,15 +491,15 @@ def test_views_depend_on_seed_picture_and_view_alone(kind):
     picture = np.random.default_rng(0).integers(0, 255, (75, 75, 3)).astype("uint8")
     a, b = b"a" * 32, b"b" * 32
     third = parameters(75, [a, b], 3, kind)
-    one, other = (train.augment(picture, row) for row in third)
+    one, other = (features.augment(picture, row) for row in third)
     assert one.shape == (75, 75, 3) and one.dtype == np.uint8
     assert np.array_equal(third[1:], parameters(75, [b], 3, kind))
     for options in ([3, kind, "--seed", "6"], [4, kind]):
         assert not np.isclose(third, parameters(75, [a, b], *options)).all(1).any()
     assert not np.array_equal(one, other)
     plain, mirrored = (
-        train.augment(picture, parameters(75, [a], view, kind)[0])
-        for view in (train.UNAUGMENTED, train.MIRRORED)
+        features.augment(picture, parameters(75, [a], view, kind)[0])
+        for view in (features.UNAUGMENTED, features.MIRRORED)
     )
     assert np.array_equal(plain, picture) and np.array_equal(mirrored, picture[:, ::-1])
 
@@ -507,7 +509,7 @@ def test_light_views_are_not_turned_and_heavy_ones_are():
     stripes[::8] = stripes[1::8] = stripes[2::8] = stripes[3::8] = 200
     rows_vary = []
     for kind in ("--no-heavy-augmentation", "--heavy-augmentation"):
-        views = [train.augment(stripes, parameters(80, [b"a" * 32], view, kind)[0])
+        views = [features.augment(stripes, parameters(80, [b"a" * 32], view, kind)[0])
                  for view in range(2, 22)]  # fmt: skip
         rows_vary.append(np.mean([view.std(1).mean() for view in views]))
     assert rows_vary[0] < 1 < 20 < rows_vary[1]
@@ -519,8 +521,8 @@ def test_a_device_changes_pictures_as_the_cores_do():
     wave = 128 + 100 * np.sin(x / 9) * np.cos(y / 7)
     picture = np.stack([x * 2, y * 2, wave], axis=2).astype("uint8")
     changes = np.concatenate([parameters(96, [b"a" * 32], view) for view in range(12)])
-    cores = np.stack([train.augment(picture, row) for row in changes])
-    network = train.build_augmentation(96)
+    cores = np.stack([features.augment(picture, row) for row in changes])
+    network = features.build_augmentation(96)
     device = np.asarray(model.predict_batch(network, [np.stack([picture] * 12), changes]))
     assert device.dtype == np.uint8 and np.array_equal(device[0], picture)
     assert np.abs(cores.astype(int) - device).mean() < 1

@@ -13,6 +13,8 @@ import tiny_network
 from conftest import ROOT, TINY, draw_classes, error_line, run_process, train_here
 from PIL import Image
 
+import dataset
+import features
 import model
 import train
 import utils
@@ -95,7 +97,7 @@ def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
 
     folder, done = scratch_run
     words = [str(folder / "data"), str(folder / "model")]
-    data = train.read_data(train.parse_arguments(words), 75)
+    data = dataset.read_data(train.parse_arguments(words), 75)
     pixels = data.pixels.rows[[data.pictures[i].row for i in data.validation]]
     whole = keras.models.load_model(folder / "model.h5", compile=False)
     parts = keras.models.model_from_json((folder / "model.json").read_text())
@@ -251,13 +253,13 @@ def test_a_gpu_does_what_the_cores_do(tiny, tmp_path, small, tiny_weights, monke
     words = [small, "m", *TINY, "--weights", tiny_weights, "--float32", "--views", 3]
     (tmp_path / "cores").mkdir()
     outputs = [run_noting(tmp_path / "cores", *words)]
-    monkeypatch.setattr(train, "on_device", lambda: True)
+    monkeypatch.setattr(features, "on_device", lambda: True)
     outputs.append(run_noting(tmp_path, *words))
     for line in ("best", "round 1"):
         assert len({str(accuracy_counts(seen.stdout, line)) for seen in outputs}) == 1
     one, two = ([c.probabilities for c in seen.candidates] for seen in outputs)
     assert np.allclose(one, two, atol=0.05)
-    assert [train.inference_batch(side) for side in (75, 224, 299, 1024)] == [256, 256, 128, 16]
+    assert [features.inference_batch(side) for side in (75, 224, 299, 1024)] == [256, 256, 128, 16]
 
 
 def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small, tiny_weights):
@@ -273,13 +275,13 @@ def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small
 
 
 def test_sixteen_bits_in_the_frozen_pass(tiny, monkeypatch, tmp_path, small, tiny_weights):
-    monkeypatch.setattr(train, "fastest_format", lambda args: "mixed_bfloat16")
+    monkeypatch.setattr(features, "fastest_format", lambda args: "mixed_bfloat16")
     words = [small, "m", *TINY, "--weights", tiny_weights, "--rounds", 0]
     seen = run_noting(tmp_path, *words)
     network, info = model.load_model(tmp_path / "m")
     assert info["number_format"] == "mixed_bfloat16" and network.dtype == "float32"
     assert "number format: mixed_bfloat16" in seen.stdout
-    data, view = seen.run.data, train.get_view(seen.run, train.UNAUGMENTED)
+    data, view = seen.run.data, features.get_view(seen.run, features.UNAUGMENTED)
     everything = np.arange(len(data.pictures))
     exact = model.predict(seen.run.networks.exact, pixels_of(seen.run, everything), 16)
     distance = np.abs(exact - view.rows["levels"][view.row_of]).max(1)
@@ -288,10 +290,10 @@ def test_sixteen_bits_in_the_frozen_pass(tiny, monkeypatch, tmp_path, small, tin
 
 def test_the_trial_of_number_formats_survives_a_machine_without_them(monkeypatch):
     args = train.parse_arguments(["data", "m"])
-    assert train.fastest_format(args) in ("float32", "mixed_bfloat16")
+    assert features.fastest_format(args) in ("float32", "mixed_bfloat16")
     monkeypatch.setattr(model, "compiled", lambda network: 1 / 0)
-    assert train.fastest_format(args) == "float32"
-    assert train.fastest_format(train.parse_arguments(["data", "m", "--float32"])) == "float32"
+    assert features.fastest_format(args) == "float32"
+    assert features.fastest_format(train.parse_arguments(["data", "m", "--float32"])) == "float32"
 
 
 def test_features_too_large_for_the_cache_are_told(tiny, tmp_path, small, tiny_weights):
