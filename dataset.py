@@ -303,7 +303,7 @@ def split(pictures, groups, fraction, seed):
     digests = [min(pictures[i].digest for i in group) for group in groups]
     rank = [hashlib.sha256(f"{seed}:{digest.hex()}".encode()).digest() for digest in digests]
     members = [Counter(pictures[i].label for i in group) for group in groups]
-    sizes = sum(members, Counter())
+    sizes = Counter(picture.label for picture in pictures)
     left = Counter(label for counts in members for label in counts)  # groups that still train
     of_class = defaultdict(list)
     for group, counts in enumerate(members):
@@ -313,14 +313,16 @@ def split(pictures, groups, fraction, seed):
     for label in sorted(sizes):
         wanted = max(1, round(sizes[label] * fraction))
         for group in sorted(of_class[label], key=rank.__getitem__):
+            if taken[label] >= wanted:
+                break
             is_free = group not in chosen and all(
                 left[other] > 1 and 2 * number <= sizes[other]
                 for other, number in members[group].items()
             )
-            if taken[label] < wanted and is_free:
+            if is_free:
                 chosen.add(group)
-                taken += members[group]
-                left -= Counter(members[group].keys())
+                taken.update(members[group])
+                left.subtract(members[group].keys())
         if not taken[label]:
             utils.warn(
                 f"{label}: not tested, since all its pictures belong together (near copies, or "
