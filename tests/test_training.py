@@ -158,7 +158,7 @@ def run_noting(folder, *words):
             lambda _, network, info, *__: seen.saved.append((kernel(network), info)),
         )
         noting(
-            train,
+            features,
             "compute_features",
             lambda _, __, values, *more: keep(None, computed=seen.computed + len(values)),
         )
