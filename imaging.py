@@ -31,6 +31,8 @@ MAX_LINES = 20  # of one kind of warning
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
+THREADS = 2  # pictures in work at once for a training set: one of 12 megapixels takes 90 MB
+SHAPE_TOLERANCE = 0.02  # of width / height
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
 # Texts of a PNG that may say how it is turned: as ImageMagick and GraphicsMagick write it, and XMP.
@@ -268,6 +270,11 @@ def apply_orientation(image):
     with contextlib.suppress(Exception):  # a broken EXIF block: the pixels are there
         ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def is_other_shape(a, b):
+    """Say whether two sizes (width, height) have different ratios; one with 0 or nan has not."""
+    return abs(a[0] * b[1] - a[1] * b[0]) > SHAPE_TOLERANCE * a[1] * b[0]
 
 
 def crop_square(picture, center_x, center_y, side):

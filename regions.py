@@ -44,8 +44,6 @@ PNG_KEYWORD = b"XML:com.adobe.xmp\0"
 MAX_XMP, MAX_DEPTH = 2**22, 100  # bytes; elements in each other. Real ones have 20 kB and 12
 MAX_REGIONS = 1000  # of a picture
 UNTOLD = (math.nan, math.nan)  # a size
-THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
-SHAPE_TOLERANCE = 0.02  # of width / height
 MIN_SIDE = 48  # pixels of a box, as in the collector
 HAAR_BOX = 1.1  # a Haar box of webcam.py is so many times as large as a photo program's
 ORIENTATION = 0x0112  # the EXIF tag
@@ -263,11 +261,6 @@ def turn(box, orientation):
     return x, y, w, h
 
 
-def is_other_shape(a, b):
-    """Say whether two sizes (width, height) have different ratios; one with nan has not."""
-    return abs(a[0] * b[1] - a[1] * b[0]) > SHAPE_TOLERANCE * a[1] * b[0]
-
-
 def place(region, orientation, size):
     """Return (box, None) or (None, the reason why there is no face of use).
 
@@ -279,8 +272,8 @@ def place(region, orientation, size):
     if region.kind != "face":
         kind = region.kind if region.kind in ("pet", "focus", "barcode") else "something else"
         return None, f"no face but {kind}" if region.kind else "not said to be a face"
-    if is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
-        if is_other_shape(region.drawn_on, size):
+    if imaging.is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
+        if imaging.is_other_shape(region.drawn_on, size):
             return None, "the picture was cropped or turned after the face was named"
         orientation = 1
     x, y, w, h = turn(region.box, orientation)
@@ -333,14 +326,16 @@ def save_named_faces(files, out, context):
     """
     files = [path for path in files if path.suffix != ".xmp"]
     picasa = read_picasa(files)
-    work = utils.ordered_parallel_map(lambda path: read_regions(path, picasa), files, THREADS)
+    work = utils.ordered_parallel_map(
+        lambda path: read_regions(path, picasa), files, imaging.THREADS
+    )
     work = utils.progress(zip(files, work), len(files), "files")
     tagged = [(path, regions) for path, regions in work if regions]
     names = {region.name for _, regions in tagged for region in regions} - {""}
     folders = utils.folder_names(names, taken=[utils.UNKNOWN]) | {"": utils.UNKNOWN}
     counts, skipped = collections.Counter(), collections.Counter()
     work = utils.ordered_parallel_map(
-        lambda one: save_faces(*one, folders, out, context), tagged, THREADS
+        lambda one: save_faces(*one, folders, out, context), tagged, imaging.THREADS
     )
     for results in utils.progress(work, len(tagged), "pictures"):
         for folder, reason in results:
