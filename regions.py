@@ -287,20 +287,31 @@ def place(region, orientation, size):
 # ---------------------------------------------------------------- boxes → crops
 
 
-def save_faces(path, regions, folders, out, context):
-    """Cut the faces out of a picture. Returns (folder, None) or (None, reason) for each Region."""
+def cut_faces(path, picasa, context):
+    """Return triples (Region, square around the face or None, reason why there is none) of a file.
+
+    context: side of the square in Haar boxes. The square is uint8 (n, n, 3).
+    """
+    regions = read_regions(path, picasa)
+    if not regions:
+        return []
     try:
         image = imaging.read_picture(path)[1]
         orientation, picture = find_orientation(image), imaging.upright(image)
     except imaging.PictureError as error:
-        return [(None, f"the picture cannot be read: {error}") for _ in regions]
-    results = []
+        return [(region, None, f"the picture cannot be read: {error}") for region in regions]
+    faces = []
     for region in regions:
         box, reason = place(region, orientation, picture.size)
-        if not reason:
-            save_crop(picture, box, context, out / folders[region.name] / crop_name(path, region))
-        results.append((None if reason else folders[region.name], reason))
-    return results
+        faces.append((region, None if reason else crop_face(picture, box, context), reason))
+    return faces
+
+
+def crop_face(picture, box, context):
+    """Return the square that the tagger would cut around a face, `context` Haar boxes wide."""
+    x, y, w, h = box
+    side = min(context * HAAR_BOX * math.sqrt(w * h), imaging.MAX_PIXELS**0.5 - 1)
+    return imaging.crop_square(picture, x, y, side)
 
 
 def crop_name(path, region):
@@ -310,15 +321,6 @@ def crop_name(path, region):
     return f"{utils.folder_name(stem)}-{digest[:10]}.jpg"
 
 
-def save_crop(picture, box, context, target):
-    """Save the square that the tagger would cut around a face, `context` Haar boxes wide."""
-    x, y, w, h = box
-    side = min(context * HAAR_BOX * math.sqrt(w * h), imaging.MAX_PIXELS**0.5 - 1)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with utils.atomic_write(target) as part:
-        imaging.save_jpeg(part, imaging.crop_square(picture, x, y, side))
-
-
 def save_named_faces(files, out, context):
     """Cut the faces that are named in `files` into `out`/<name>/, unnamed ones into `out`/unknown/.
 
@@ -326,21 +328,23 @@ def save_named_faces(files, out, context):
     """
     files = [path for path in files if path.suffix != ".xmp"]
     picasa = read_picasa(files)
+    folders, counts, skipped = {"": utils.UNKNOWN}, collections.Counter(), collections.Counter()
     work = utils.ordered_parallel_map(
-        lambda path: read_regions(path, picasa), files, imaging.THREADS
+        lambda path: cut_faces(path, picasa, context), files, imaging.THREADS
     )
-    work = utils.progress(zip(files, work), len(files), "files")
-    tagged = [(path, regions) for path, regions in work if regions]
-    names = {region.name for _, regions in tagged for region in regions} - {""}
-    folders = utils.folder_names(names, taken=[utils.UNKNOWN]) | {"": utils.UNKNOWN}
-    counts, skipped = collections.Counter(), collections.Counter()
-    work = utils.ordered_parallel_map(
-        lambda one: save_faces(*one, folders, out, context), tagged, imaging.THREADS
-    )
-    for results in utils.progress(work, len(tagged), "pictures"):
-        for folder, reason in results:
-            (skipped if reason else counts)[reason or folder] += 1
-    if not tagged:
+    for path, faces in utils.progress(zip(files, work), len(files), "files"):
+        for region, crop, reason in faces:
+            if reason:
+                skipped[reason] += 1
+                continue
+            if region.name not in folders:
+                folders |= utils.folder_names([region.name], taken=folders.values())
+            folder = folders[region.name]
+            (out / folder).mkdir(parents=True, exist_ok=True)
+            with utils.atomic_write(out / folder / crop_name(path, region)) as part:
+                imaging.save_jpeg(part, crop)
+            counts[folder] += 1
+    if not counts and not skipped:
         utils.print_line("no faces: no photo program has left names in these pictures")
     utils.print_people(counts, skipped)
     print(utils.next_training_step(counts, out), file=sys.stderr)
