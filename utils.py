@@ -97,13 +97,14 @@ def csv_cell(name):
 
 def advice(error):
     """Return one line for an OSError: what failed with which file, and what to do."""
-    space, permission = "free some space", "check the permissions"
+    space = "free some space or choose another folder"
+    permission = "check the permissions or choose another folder"
     hints = {
-        errno.ENOSPC: f"{space} or choose another folder",
-        errno.EDQUOT: f"{space} or choose another folder",
+        errno.ENOSPC: space,
+        errno.EDQUOT: space,
         errno.EFBIG: "files may not be so large here: choose another folder",
-        errno.EACCES: f"{permission} or choose another folder",
-        errno.EPERM: f"{permission} or choose another folder",
+        errno.EACCES: permission,
+        errno.EPERM: permission,
         errno.EROFS: "choose a folder that can be written",
         errno.ENOENT: "check that the path is right and was not moved meanwhile",
         errno.EMFILE: "close other programs or raise `ulimit -n`",
@@ -283,7 +284,7 @@ def folder_names(names, taken=()):
     ` (3)`… `taken`: folder names that are in use already.
     """
     used = {unicodedata.normalize("NFC", name).casefold() for name in taken}
-    folders, last = {}, {}
+    folders = {}
     for name in sorted(set(names)):
         text = unicodedata.normalize("NFC", name)
         text = "".join("_" if c in '/\\:*?"<>|' or not is_shown(c) else c for c in text)[:80]
@@ -292,11 +293,10 @@ def folder_names(names, taken=()):
             text = "_" + text[1:]
         if not text or text.split(".")[0].rstrip().lower() in RESERVED_NAMES:
             text = "_" + text
-        folder, number = text, last.get(text.casefold(), 1)
+        folder, number = text, 1
         while folder.casefold() in used:
             number += 1
             folder = f"{text} ({number})"
-        last[text.casefold()] = number
         used.add(folder.casefold())
         folders[name] = folder
     return folders
@@ -326,24 +326,25 @@ def list_files(root, left_out=None):
     reached twice keeps its own name: links are followed last.
     """
     inside, found, seen = Path(root).resolve(), [], set()
-    folders, links = [Path(root)] if Path(root).is_dir() else [], []
+    # folders in front, links to folders behind them
+    queue = collections.deque([Path(root)] if os.path.isdir(root) else ())
     left_out = [] if left_out is None else left_out
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
+    while queue:
+        folder = queue.popleft()
         real = folder.resolve()
         if real in seen or not real.is_relative_to(inside):
             left_out.append(folder)
             continue
         seen.add(real)
         try:
-            everything = sorted(os.listdir(folder))
+            everything = os.listdir(folder)
         except OSError as error:
             warn(advice(error))
             continue
         left_out += [folder / name for name in everything if is_clouded(name)]
-        for path in (folder / name for name in everything if not is_ignored(name)):
+        for path in (folder / name for name in sorted(everything) if not is_ignored(name)):
             if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
-                (links if path.is_symlink() else folders).append(path)
+                (queue.append if path.is_symlink() else queue.appendleft)(path)
             elif not path.is_symlink() or leads_into(path, inside):
                 found.append(path)
             else:
