@@ -267,10 +267,14 @@ def crop_square(picture, center_x, center_y, side):
     is_image = isinstance(picture, Image.Image)
     width, height = picture.size if is_image else picture.shape[1::-1]
     rows, columns = pixel_range(center_y, n, height), pixel_range(center_x, n, width)
+    top, left = rows[0], columns[0]
     if is_image:
-        picture = picture.crop((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-        rows, columns = rows - rows[0], columns - columns[0]
-    return np.asarray(picture)[np.ix_(rows, columns)]
+        cut = np.asarray(picture.crop((left, top, columns[-1] + 1, rows[-1] + 1)))
+    else:
+        cut = picture[top : rows[-1] + 1, left : columns[-1] + 1]
+    if cut.shape[:2] == (n, n):
+        return cut
+    return cut[rows - top][:, columns - left]
 
 
 def pixel_range(center, n, size):
