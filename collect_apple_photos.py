@@ -30,9 +30,10 @@ import collections
 import contextlib
 import math
 import os
+import re
 import shutil
 import sqlite3
-import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -43,9 +44,6 @@ import utils  # first: it says which Python and packages are needed
 # isort: split
 from PIL import Image
 
-THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
-# A picture whose width / height differs more from Photos' own is another rendition.
-SHAPE_TOLERANCE = 0.02
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours; locked while in use
 # Other endings are films, or RAW files of which Pillow would give a preview.
 ENDINGS = {end for end, name in Image.registered_extensions().items() if name in imaging.FORMATS}
@@ -69,7 +67,7 @@ class Face(NamedTuple):
     stem: str  # of the file to write
     pictures: tuple  # paths where the full picture may be, the best first
     derivatives: tuple  # paths of smaller copies of it
-    thumbnail: Path | int | None  # Photos' own picture of the face: path, or key in ZFACECROP
+    thumbnail: Path | bytes | None  # Photos' own picture of the face
     is_film: bool
     hidden: str | None  # why the user does not want to see it
     x: float  # the box's centre as a fraction of the picture's width,
@@ -102,13 +100,13 @@ def read_library(library, folder, include_hidden):
 
 def find_faces(library, folder, include_hidden):
     """Return the faces by the first reader whose database is there and has a table of faces."""
-    root = {path.name.lower(): path for path in library.iterdir()}.get("database")
-    files = {path.name.lower(): path for path in (root.iterdir() if root and root.is_dir() else ())}
+    roots = [path for path in library.iterdir() if path.name.lower() == "database"]
+    files = {path.name.lower(): path for root in roots if root.is_dir() for path in root.iterdir()}
     # Photos.sqlite before photos.db, for its libraries also hold a photos.db, without faces.
     for reader, table, *names in (
         (read_photos_5, "ZDETECTEDFACE", "photos.sqlite"),
-        (read_photos_2, "RKFace", "photos.db"),
-        (read_photos_1, "RKFace", "person.db", "imageproxies.apdb", "library.apdb"),
+        (read_photos_1_to_4, "RKFace", "photos.db"),
+        (read_photos_1_to_4, "RKFace", "person.db", "imageproxies.apdb", "library.apdb"),
     ):
         if names[0] in files:
             with contextlib.closing(open_copies(files, names, folder)) as db:
@@ -129,11 +127,10 @@ def open_copies(files, names, folder):
 
     All that is new may lie in the -wal.
     """
-    folder.mkdir(exist_ok=True)
-    for name in [name + end for name in names for end in ("", "-wal")]:
-        (folder / name).unlink(missing_ok=True)
-        if name in files:
-            shutil.copyfile(files[name], folder / name)
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    wanted = {name + end for name in names for end in ("", "-wal")}
+    for name in sorted(wanted & files.keys()):  # a database before its -wal
+        shutil.copyfile(files[name], folder / name)
     db = sqlite3.connect(folder / names[0])
     db.row_factory = sqlite3.Row
     db.text_factory = lambda data: data.decode(errors="replace")
@@ -147,9 +144,13 @@ def columns(db, table):
     return {row["name"] for row in db.execute(f"PRAGMA table_info({table})")}
 
 
-def optional(db, table, name):
-    """Return `name` (alias.column) for a query, or NULL where the table lacks the column."""
-    return name if name.partition(".")[2] in columns(db, table) else "NULL"
+def add_missing(db, table, names):
+    """Add the columns that this version of Photos lacks to a table, with NULL in all rows.
+
+    The databases are copies, so one query does for all versions.
+    """
+    for name in set(names.split()) - columns(db, table):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN {name}")
 
 
 def find_persons(rows):
@@ -160,7 +161,7 @@ def find_persons(rows):
         while key in rows and rows[key][2] and key not in passed:
             passed.add(key)
             key = rows[key][2]
-        full, shown, merged, kind = rows.get(key, (None, None, None, None))
+        full, shown, merged, kind = rows.get(key, (None,) * 4)
         name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
         # merged in a circle: unknown
         persons[start] = name if name and not merged else None, kind == HIDDEN
@@ -173,39 +174,39 @@ def index_by_name(folders, pattern, place):
     place: which of the parts between underscores.
     """
     found = collections.defaultdict(list)
-    for path in (path for folder in folders for path in sorted(folder.rglob(pattern))):
-        if path.suffix.lower() in ENDINGS:
-            found[path.stem.split("_")[place]].append(path)
+    for folder in folders:
+        for path in sorted(folder.rglob(pattern)):
+            if path.suffix.lower() in ENDINGS:
+                found[path.stem.split("_")[place]].append(path)
     return found
 
 
 def read_photos_5(library, db, include_hidden):
     """Yield the faces of Photos 5 to 11. Columns are looked up: even beta versions differ."""
     photos = "ZASSET" if columns(db, "ZASSET") else "ZGENERICASSET"
-    is_new = "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE")
-    to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
-    has_states = "ZADJUSTMENTSSTATE" in columns(db, photos)
-    edited = "ZADJUSTMENTSSTATE" if has_states else "ZHASADJUSTMENTS"
-    kind = optional(db, "ZPERSON", "p.ZTYPE")
-    query = f"SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, {kind} FROM ZPERSON p"
+    suffix = "FORFACE" if "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE") else ""
+    edited = "ZADJUSTMENTSSTATE"
+    if edited not in columns(db, photos):
+        edited = "ZHASADJUSTMENTS"
+    add_missing(db, photos, "ZAVALANCHEPICKTYPE ZVISIBILITYSTATE")
+    add_missing(db, "ZDETECTEDFACE", "ZDETECTIONTYPE")
+    add_missing(db, "ZPERSON", "ZTYPE")
+    query = "SELECT Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZTYPE FROM ZPERSON"
     persons = find_persons(db.execute(query))
-    query = "SELECT ZASSET, ZPERSON, Z_PK FROM ZFACECROP"
-    thumbnails = db.execute(query) if columns(db, "ZFACECROP") else ()
-    thumbnails = {(photo, persons.get(person, NOBODY)[0]): key for photo, person, key in thumbnails}
+    query = "SELECT ZASSET, ZPERSON, CAST(ZRESOURCEDATA AS BLOB) FROM ZFACECROP"
+    thumbnails = {(of, persons.get(key, NOBODY)[0]): data for of, key, data in db.execute(query)}
     copies = index_by_name([library / name / "derivatives" for name in DERIVATIVES], "*_*", 0)
-    pick = optional(db, photos, "p.ZAVALANCHEPICKTYPE")
-    visibility = optional(db, photos, "p.ZVISIBILITYSTATE")
     query = f"""
-        SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
+        SELECT f.ZUUID AS uuid, f.ZPERSON{suffix} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
                p.{edited} AS edited, p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
                p.ZSAVEDASSETTYPE = 10 AS referenced, p.ZKIND = 1 AS is_film,
-               {pick} & {SPARE} OR IFNULL({visibility}, 0) <> 0 AS is_spare,
+               p.ZAVALANCHEPICKTYPE & {SPARE} OR IFNULL(p.ZVISIBILITYSTATE, 0) <> 0 AS is_spare,
                f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
                f.ZSOURCEWIDTH AS width, f.ZSOURCEHEIGHT AS height
-        FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.{to_photo}
+        FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.ZASSET{suffix}
         WHERE f.ZSIZE > 0 AND IFNULL(f.ZISINTRASH, 0) = 0 AND IFNULL(f.ZHIDDEN, 0) = 0
           AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
-          AND IFNULL({optional(db, "ZDETECTEDFACE", "f.ZDETECTIONTYPE")}, 1) IN (0, 1)"""
+          AND IFNULL(f.ZDETECTIONTYPE, 1) IN (0, 1)"""
     for row in db.execute(query):
         person = persons.get(row["person"], NOBODY)
         thumbnail = person[0] and thumbnails.pop((row["photo"], person[0]), None)
@@ -216,87 +217,22 @@ def read_photos_5(library, db, include_hidden):
 def picture_paths(row, library):
     """Return the paths where Photos 5 to 11 may keep a photo at full size."""
     uuid, file = str(row["asset"]), f"{row['folder']}/{row['file']}"
-    pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
     if row["edited"]:  # never the original: the box belongs to the edited picture
-        pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
-    elif row["referenced"] and file.startswith("/"):
-        pictures = [file]
-    return pictures
+        return [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
+    if row["referenced"] and file.startswith("/"):
+        return [file]
+    return [f"{library}/{folder}/{file}" for folder in ORIGINALS]
 
 
-def read_photos_2(library, db, include_hidden):
-    """Return the faces of Photos 2 to 4."""
-    thumbnails, edits = {}, {}
-    # by name: some lie in another folder than their number says
-    edited_pictures = index_by_name([library / "resources/media/version"], "fullsizeoutput_*", 1)
-    query = """
-        SELECT attachedModelType, resourceType, attachedModelId, resourceTag,
-               CAST(modelId AS INTEGER)
-        FROM RKModelResource WHERE modelId IS NOT NULL"""
-    for of_type, kind, of, tag, number in db.execute(query):
-        if (of_type, kind) == (5, 6):  # of a face; photos (type 2) have the same numbers as faces
-            digits = f"{number:04x}"
-            place = f"{digits[-4:-2]}/{digits[:-4]:0>2}/facetile_{number:x}.jpeg"
-            thumbnails[of] = library / "resources/media/face" / place
-        elif (of_type, kind) == (2, 4):
-            edits[of, tag] = edited_pictures[f"{number:x}"]
-    link = "v.modelId = f.imageModelId"
-    return faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
-
-
-def read_photos_1(library, db, include_hidden):
-    """Return the faces of Photos 1: Person.db, with ImageProxies.apdb and Library.apdb attached."""
-    found, edits = [], {}
-    query = f"""
-        SELECT attachedModelId, {optional(db, "RKModelResource", "r.attachedModelType")},
-               resourceType, resourceTag, resourceUuid, filename
-        FROM RKModelResource r"""
-    for of, of_type, kind, tag, uuid, file in db.execute(query):
-        if len(str(uuid)) > 1 and Path(str(file)).suffix.lower() in ENDINGS:
-            codes = f"{ord(str(uuid)[0])}/{ord(str(uuid)[1])}"
-            path = Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}")
-            found.append((of, of_type, path))
-            if (of_type, kind) == (2, 4):
-                edits[of, tag] = [path]
-    thumbnails = {of: path for of, path in choose_thumbnails(found, library)}
-    link = "v.uuid = f.imageId"
-    return faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
-
-
-def choose_thumbnails(found, library):
-    """Return pairs (face, path) of those pictures that show a face.
-
-    found: triples (number of a face or photo, type of that number if known, path).
-    """
-    of_faces = [(of, path) for of, of_type, path in found if of_type == 5]
-    named = [(of, path) for of, _, path in found if "face" in path.name.lower()]
-    if of_faces or named or not found:
-        return of_faces or named
-    problem = "does not say which of its pictures are faces: look through the result"
-    utils.warn(f"{utils.escape(library)}: {problem}")
-    times = collections.Counter(of for of, _, _ in found)
-    # of several, one may show somebody else
-    return [(of, path) for of, _, path in found if times[of] == 1]
-
-
-def faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden):
-    """Yield the faces of an RKFace table.
-
-    link: SQL that joins a face to its version v of a photo. thumbnails: {face: path}.
-    edits: {(version, tag): paths}.
-    """
-    has_photos = bool(columns(db, "RKVersion"))
-    if not has_photos:  # Photos 1 without its Library.apdb, which holds them: only thumbnails
-        db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
-        db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
-    shown = optional(db, "RKPerson", "p.displayName")
-    merged = optional(db, "RKPerson", "p.mergeTargetPersonId")
-    kind = optional(db, "RKPerson", "p.personType")
-    query = f"SELECT modelId, name, {shown}, {merged}, {kind} FROM RKPerson p"
+def read_photos_1_to_4(library, db, include_hidden):
+    """Yield the faces of Photos 1, whose other two databases are attached, and of Photos 2 to 4."""
+    add_missing(db, "RKPerson", "displayName mergeTargetPersonId personType")
+    query = "SELECT modelId, name, displayName, mergeTargetPersonId, personType FROM RKPerson"
     persons = find_persons(db.execute(query))
+    thumbnails, edits = find_resources(library, db)
     # without the small ones, _mini_
     previews = index_by_name([library / "resources/proxies/derivatives"], "*_[lt]*_*", -1)
-    for row in db.execute(faces_query(db, link, has_photos, include_hidden)):
+    for row in db.execute(faces_query(db, include_hidden)):
         pictures, is_edited = [f"{library}/Masters/{row['file']}"], bool(row["edited"])
         if is_edited:
             pictures = edits.get((row["version"], row["tag"]), ())
@@ -308,31 +244,59 @@ def faces_of_photos_1_to_4(library, db, link, thumbnails, edits, include_hidden)
         yield make_face(row, person, pictures, copies, thumbnails.get(row["face"]))
 
 
-def faces_query(db, link, has_photos, include_hidden):
+def find_resources(library, db):
+    """Return {face: path} of Photos' own pictures of faces, {(version, tag): paths} of edited ones.
+
+    Photos 1 names their files; those of Photos 2 to 4 bear the number of their row.
+    """
+    add_missing(db, "RKModelResource", "attachedModelType resourceUuid filename")
+    # by name: some lie in another folder than their number says
+    numbered = index_by_name([library / "resources/media"], "f*_*", 1)
+    thumbnails, edits = {}, {}
+    query = """
+        SELECT attachedModelId, attachedModelType, resourceType, resourceTag,
+               printf('%x', modelId), resourceUuid, filename
+        FROM RKModelResource"""
+    for of, of_type, kind, tag, number, uuid, file in db.execute(query):
+        paths = numbered[number]
+        if uuid:
+            codes = "/".join(str(ord(letter)) for letter in str(uuid)[:2])
+            paths = [Path(f"{library}/resources/modelresources/{codes}/{uuid}/{file}")]
+        # of a face, not of a photo with the same number
+        if of_type == 5 or (of_type is None and "face" in str(file).lower()):
+            thumbnails[of] = next(iter(paths), None)
+        elif (of_type, kind) == (2, 4):
+            edits[of, tag] = paths
+    return thumbnails, edits
+
+
+def faces_query(db, include_hidden):
     """Return the SQL that gives the faces of an RKFace table with their photos."""
-    tag = optional(db, "RKVersion", "v.adjustmentUuid")
-    edited = optional(db, "RKVersion", "v.hasAdjustments")
-    hidden = optional(db, "RKVersion", "v.isHidden")
-    kind = optional(db, "RKVersion", "v.type")
-    pick = optional(db, "RKVersion", "v.burstPickType")
-    visible = optional(db, "RKVersion", "v.showInLibrary")
-    jpeg = optional(db, "RKVersion", "v.nonRawMasterUuid")  # of a RAW and a JPEG
-    referenced = optional(db, "RKMaster", "m.fileIsReference")
-    unedited = "('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')"
+    if not columns(db, "RKVersion"):  # Photos 1 without its Library.apdb: only thumbnails
+        db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
+        db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
+    add_missing(db, "RKVersion", "adjustmentUuid hasAdjustments isHidden type nonRawMasterUuid")
+    add_missing(db, "RKVersion", "burstPickType showInLibrary")
+    add_missing(db, "RKMaster", "fileIsReference")
+    is_first = "imageId" in columns(db, "RKFace")
+    key, image = ("uuid", "imageId") if is_first else ("modelId", "imageModelId")
     return f"""
         SELECT IFNULL(f.uuid, '') || '-' || f.modelId AS uuid, f.modelId AS face,
-               f.personId AS person, IFNULL(v.uuid, f.{link.rpartition(".")[2]}) AS asset,
-               v.modelId AS version, printf('%x', v.modelId) AS hex, {tag} AS tag,
-               IFNULL({edited}, IFNULL({tag}, '') NOT IN {unedited}) AS edited,
-               m.imagePath AS file, {referenced} AS referenced, {kind} = 8 AS is_film,
-               {pick} & {SPARE} OR (IFNULL({pick}, 0) <> 0 AND {visible} = 0) AS is_spare,
+               f.personId AS person, IFNULL(v.uuid, f.{image}) AS asset, v.modelId AS version,
+               printf('%x', v.modelId) AS hex, v.adjustmentUuid AS tag,
+               IFNULL(v.hasAdjustments, IFNULL(v.adjustmentUuid, '') NOT IN
+                      ('', 'UNADJUSTEDNONRAW', 'UNADJUSTEDRAW')) AS edited,
+               m.imagePath AS file, m.fileIsReference AS referenced, v.type = 8 AS is_film,
+               v.burstPickType & {SPARE}
+               OR (IFNULL(v.burstPickType, 0) <> 0 AND v.showInLibrary = 0) AS is_spare,
                f.centerX AS x, f.centerY AS y, f.size, f.sourceWidth AS width,
                f.sourceHeight AS height
-        FROM RKFace f LEFT JOIN RKVersion v ON {link}
-             LEFT JOIN RKMaster m ON m.uuid = IFNULL(NULLIF({jpeg}, ''), v.masterUuid)
+        FROM RKFace f LEFT JOIN RKVersion v ON v.{key} = f.{image}
+             LEFT JOIN RKMaster m  -- of a RAW and a JPEG, the JPEG
+             ON m.uuid = IFNULL(NULLIF(v.nonRawMasterUuid, ''), v.masterUuid)
         WHERE f.size > 0 AND IFNULL(f.isInTrash, 0) = 0 AND IFNULL(f.hidden, 0) = 0
-          AND IFNULL(v.isInTrash, 0) = 0 AND (IFNULL({hidden}, 0) = 0 OR {include_hidden:d})
-          AND (v.modelId IS NOT NULL OR NOT {has_photos:d})"""
+          AND IFNULL(v.isInTrash, 0) = 0 AND (IFNULL(v.isHidden, 0) = 0 OR {include_hidden:d})
+          AND (v.modelId IS NOT NULL OR NOT EXISTS (SELECT 1 FROM RKVersion))"""
 
 
 def make_face(row, person, pictures, derivatives, thumbnail):
@@ -342,8 +306,7 @@ def make_face(row, person, pictures, derivatives, thumbnail):
     size, in shares of the picture; width and height of the picture in pixels; is_film; is_spare
     for an unpicked picture of a burst. Whatever else a Face is to know comes in here.
     """
-    name = f"{row['asset']}-{row['uuid']}"
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in name)[:150]
+    stem = re.sub(r"[^a-zA-Z0-9_+%-]", "_", f"{row['asset']}-{row['uuid']}")[:150]
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
     numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
     hidden = "of a person hidden in People" if person[1] else None
@@ -353,16 +316,16 @@ def make_face(row, person, pictures, derivatives, thumbnail):
     return Face(person[0], stem, *paths, thumbnail, is_film, hidden, *numbers)
 
 
-def collect(faces, library, folder, args):
-    """Cut the faces out into `folder`/dataset/<person>.
+def collect(faces, library, dataset, args):
+    """Cut the faces out into `dataset`/<person>.
 
     Returns {person's folder: pictures} and {reason: faces that were skipped}.
     """
     counts, skipped, smaller = collections.Counter(), collections.Counter(), 0
-    (folder / "dataset").mkdir()
-    groups = group_by_picture(faces, folder / "dataset", skipped, args)
+    dataset.mkdir()
+    groups = group_by_picture(faces, dataset, skipped, args)
     work = utils.ordered_parallel_map(
-        lambda group: collect_picture(group, library, folder, args), groups, THREADS
+        lambda group: collect_picture(group, library, args), groups, imaging.THREADS
     )
     for results in utils.progress(work, len(groups), "pictures"):
         for target, reason, is_smaller in results:
@@ -380,7 +343,7 @@ def group_by_picture(faces, dataset, skipped, args):
     folders = utils.folder_names(persons, taken=[utils.UNKNOWN]) | {None: utils.UNKNOWN}
     targets, groups = set(), collections.defaultdict(list)
     for face in faces:
-        target = dataset / folders[face.person or None] / f"{face.stem}.jpg"
+        target = dataset / folders[face.person] / f"{face.stem}.jpg"
         if face.hidden and not args.include_hidden:
             skipped[f"{face.hidden} (--include-hidden)"] += 1
         elif args.no_unknown and not face.person:
@@ -394,23 +357,22 @@ def group_by_picture(faces, dataset, skipped, args):
     return list(groups.values())
 
 
-def collect_picture(faces, library, folder, args):
+def collect_picture(faces, library, args):
     """Cut out one picture's faces, pairs (Face, file).
 
     Returns triples (file, reason or None, from a smaller copy).
     """
+    image, is_smaller, problem = None, True, None
     try:
         image, is_smaller = read_photo(faces[0][0], library)
     except imaging.PictureError as error:
-        reason = str(error)
-        return [
-            (target, save_thumbnail(face, reason, library, folder, target, args), True)
-            for face, target in faces
-        ]
-    return [
-        (target, save_crop(face, image, args.context, target, args), is_smaller)
-        for face, target in faces
-    ]
+        problem = str(error)
+    results = []
+    for face, target in faces:
+        found = (face, image, args.context) if image else read_thumbnail(face, library)
+        reason = save_crop(*found, target, args) if found else problem
+        results.append((target, reason, is_smaller))
+    return results
 
 
 def read_photo(face, library):
@@ -426,12 +388,10 @@ def read_photo(face, library):
             image = imaging.upright(open_photo(Path(path), library))
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, MemoryError, imaging.PictureError):
+        except (MemoryError, imaging.PictureError):
             reason = "the picture cannot be read (RAW, damaged or of an unknown format)"
             continue
-        width, height = image.size
-        is_known = face.width > 0 and face.height > 0
-        if not is_known or abs(width * face.height / (height * face.width) - 1) <= SHAPE_TOLERANCE:
+        if not imaging.is_other_shape(image.size, (face.width, face.height)):
             return image, path in face.derivatives
         reason = "the picture has another shape than Photos says"
     raise imaging.PictureError(reason)
@@ -440,49 +400,41 @@ def read_photo(face, library):
 def candidates(face, library):
     """Yield the paths where the picture of a face may be, the best first."""
     yield from face.pictures
-    yield from sorted(face.derivatives, key=lambda path: -count_pixels(path, library))
+    yield from sorted(face.derivatives, key=lambda path: count_pixels(path, library), reverse=True)
 
 
 def count_pixels(path, library):
     """Return how many pixels a picture has, 0 if it cannot be read."""
-    with contextlib.suppress(OSError, ValueError, imaging.PictureError):
+    with contextlib.suppress(FileNotFoundError, imaging.PictureError):
         return math.prod(open_photo(path, library).size)
     return 0
 
 
 def open_photo(path, library):
-    """Return a picture as a PIL image of which only the header has been read.
+    """Return a picture, a Path or its bytes, as a PIL image: only the header has been read.
 
     Raises FileNotFoundError also for one that leaves the library by a link.
     """
+    if isinstance(path, bytes):
+        return imaging.open_picture(path)
     is_outside = not path.is_relative_to(library)
-    if not path.is_file() or not (is_outside or utils.leads_into(path, library)):
+    if not os.path.isfile(path) or not (is_outside or utils.leads_into(path, library)):
         raise FileNotFoundError(path)
     if path.suffix.lower() not in ENDINGS:
         raise imaging.PictureError("not a kind of picture that can be opened")
     return imaging.read_picture(path)[1]
 
 
-def save_thumbnail(face, reason, library, folder, target, args):
-    """Save Photos' own picture of a face; return None, or why not: `reason` if there is none."""
+def read_thumbnail(face, library):
+    """Return Photos' own picture of a face, None if there is none: what save_crop takes."""
     if face.thumbnail is None:
-        return reason
+        return None
     try:
-        if isinstance(face.thumbnail, Path):
-            image = imaging.upright(open_photo(face.thumbnail, library))
-        else:
-            image = read_face_crop(folder / "databases" / "photos.sqlite", face.thumbnail)
-    except (OSError, ValueError, TypeError, MemoryError, sqlite3.Error, imaging.PictureError):
-        return reason
+        image = imaging.upright(open_photo(face.thumbnail, library))
+    except (FileNotFoundError, MemoryError, imaging.PictureError):
+        return None
     size = min(image.size) / max(image.size) / 2  # they are about twice as large as the box
-    return save_crop(face._replace(x=0.5, y=0.5, size=size), image, 2, target, args)
-
-
-def read_face_crop(database, key):
-    """Return the picture of a row of ZFACECROP as an upright PIL image."""
-    with contextlib.closing(sqlite3.connect(database)) as db:
-        query = "SELECT ZRESOURCEDATA FROM ZFACECROP WHERE Z_PK = ?"
-        return imaging.upright(imaging.open_picture(db.execute(query, (key,)).fetchone()[0]))
+    return face._replace(x=0.5, y=0.5, size=size), image, 2
 
 
 def save_crop(face, image, context, target, args):
@@ -492,8 +444,7 @@ def save_crop(face, image, context, target, args):
     """
     width, height = image.size
     side = face.size * max(width, height)
-    is_inside = 0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1
-    if not is_inside or (side * context) ** 2 > imaging.MAX_PIXELS:
+    if not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1):
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
@@ -506,17 +457,18 @@ def save_crop(face, image, context, target, args):
 
 def merge_rare(counts, skipped, dataset, args):
     """Move persons with too few pictures into unknown, or leave them out, on disk and in counts."""
-    for name in [
-        name for name in counts if name != utils.UNKNOWN and counts[name] < args.min_images
-    ]:
+    unknown = dataset / utils.UNKNOWN
+    for name in [*counts.keys() - {utils.UNKNOWN}]:
+        if counts[name] >= args.min_images:
+            continue
         count = counts.pop(name)
         if args.no_unknown:
             skipped[f"of a person with fewer than {args.min_images} (--min-images)"] += count
         else:
             counts[utils.UNKNOWN] += count
             for path in list((dataset / name).glob("*.jpg")):
-                (dataset / utils.UNKNOWN).mkdir(exist_ok=True)
-                path.rename(dataset / utils.UNKNOWN / path.name)
+                unknown.mkdir(exist_ok=True)
+                path.rename(unknown / path.name)
         shutil.rmtree(dataset / name, ignore_errors=True)
 
 
@@ -544,16 +496,17 @@ def working_folder(out):
     is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not is_ours):
         fail(folder, "stands in the way and is not from here: move it elsewhere")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
+    work = folder / "work"
     try:
         with utils.file_lock(folder / LOCK):
-            shutil.rmtree(folder / "work", ignore_errors=True)
-            (folder / "work").mkdir()
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
             try:
-                yield folder / "work"
+                yield work
             finally:
-                shutil.rmtree(folder / "work", ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):  # another run is at work in it
             folder.rmdir()
@@ -602,8 +555,8 @@ def main():
     library, out = (Path(os.path.realpath(path)) for path in (args.library, args.out_dir))
     check_folders(library, out, args.dry_run)
     with working_folder(out) as folder:
-        faces = read_library(library, folder / "databases", args.include_hidden)
-        counts, skipped = collect(faces, library, folder, args)
+        faces = read_library(library, folder, args.include_hidden)
+        counts, skipped = collect(faces, library, folder / "dataset", args)
         warn_rare(counts, args)
         merge_rare(counts, skipped, folder / "dataset", args)
         if counts and not args.dry_run:
@@ -611,11 +564,9 @@ def main():
             with contextlib.suppress(FileNotFoundError):
                 out.rmdir()
             (folder / "dataset").rename(out)
-    if not faces:
-        utils.print_line("no faces: Photos has found none in this library, so nothing was written")
-    utils.print_people(counts, skipped)
+    nobody = "no faces: Photos has found none in this library, so nothing was written"
     before = "the same without --dry-run, then " if args.dry_run else ""
-    print(utils.next_training_step(counts, args.out_dir, before), file=sys.stderr)
+    utils.print_people(counts, skipped, nobody, args.out_dir, before)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ os.environ.setdefault("PILLOW_BLOCKS_MAX", str(8 * (os.cpu_count() or 1)))
 try:
     import numpy as np
     import pillow_heif
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, PngImagePlugin
 except ImportError as absent:
     raise SystemExit(f"error: {absent}: {utils.INSTALL}") from None
 
@@ -31,17 +31,21 @@ MAX_LINES = 20  # of one kind of warning
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
+THREADS = 2  # pictures in work at once for a training set: one of 12 megapixels takes 90 MB
+SHAPE_TOLERANCE = 0.02  # of width / height
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
-# Texts of a PNG that may say how it is turned: as ImageMagick and GraphicsMagick write it, and XMP.
-PNG_TURNS = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
-MAX_TEXT = 2**18  # bytes of such a text; Pillow refuses the picture for one that is very long
+PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+# How texts begin that may say how a PNG is turned: as ImageMagick and GraphicsMagick write it, and
+# XMP that is not packed.
+PNG_TURNS = (b"Raw profile type exif\0", b"Raw profile type APP1\0", b"XML:com.adobe.xmp\0\0")
 TIFF_SUBFILE_TYPE, TIFF_PHOTOMETRIC = 254, 262
 TIFF_RANGE = 280, 281  # tags of the smallest and the largest value
 STRIPE = 2**20  # pixels that are computed with at once
 DARKEST, BRIGHTEST = 0.1, 99.9  # percentiles of a grey picture of many bits: black, white
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # a long text costs no picture
 pillow_heif.register_heif_opener()
 warnings.filterwarnings("ignore", module="PIL")  # remarks on metadata that is not used
 
@@ -85,7 +89,9 @@ def open_picture(data):
     with picture_errors():
         file = io.BytesIO(drop_png_metadata(data)) if isinstance(data, bytes) else data
         image = Image.open(file, formats=FORMATS)
-        limit = MAX_ANIMATED if is_animation(image) else MAX_PIXELS
+        # of these, the decoder keeps several frames at once
+        is_animation = image.format in ("WEBP", "AVIF") and image.is_animated
+        limit = MAX_ANIMATED if is_animation else MAX_PIXELS
         if image.width * image.height > limit:
             raise RefusedError(f"larger than {limit:,} pixels")
         if getattr(image, "tag_v2", {}).get(TIFF_SUBFILE_TYPE, 0) & 1:
@@ -93,39 +99,22 @@ def open_picture(data):
         return image
 
 
-def is_animation(image):
-    """Say whether a PIL image is one whose decoder keeps several frames at once."""
-    return image.format in ("WEBP", "AVIF") and getattr(image, "is_animated", False)
-
-
 def drop_png_metadata(data):
     """Return a PNG without what Pillow would refuse it for; other data as they are.
 
-    That is all optional chunks but transparency, EXIF, the frames of an animation and short texts
-    that may hold the orientation: others may be long, misnamed or broken.
+    That is all optional chunks but transparency, EXIF, the frames of an animation and texts that
+    may hold the orientation: others may be long, misnamed or broken.
     """
     if not data.startswith(PNG_SIGNATURE):
         return data
     kept = [PNG_SIGNATURE]
     for kind, chunk in png_chunks(data):
         is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])
-        is_used = kind in PNG_OPTIONAL or may_turn(kind, chunk[8:-4])
+        may_turn = kind in PNG_TEXTS and chunk[8:].startswith(PNG_TURNS)
+        is_used = kind in PNG_OPTIONAL or may_turn
         if kind[:1].isupper() or (is_used and is_whole):
             kept.append(chunk)
     return b"".join(kept)
-
-
-def may_turn(kind, content):
-    """Say whether a text chunk of a PNG may hold its orientation, and is sound and short."""
-    keyword, _, text = content.partition(b"\0")
-    if keyword not in PNG_TURNS or (kind == b"iTXt" and text[:1] != b"\0"):
-        return False
-    if kind == b"zTXt":
-        try:
-            text = zlib.decompressobj().decompress(text[1:], MAX_TEXT)
-        except zlib.error:
-            return False
-    return len(text) < MAX_TEXT
 
 
 def png_chunks(data):
@@ -182,9 +171,7 @@ def to_model_input(image, side):
     Returns uint8 of shape (side, side, 3), 0..255. Raises PictureError for broken or cut data.
     """
     with picture_errors():
-        image.draft(
-            None, (2 * side, 2 * side)
-        )  # large JPEGs: decoded at an eighth of the size, say
+        image.draft(None, (2 * side, 2 * side))  # JPEGs may be decoded at an eighth of the size
         # upright before it is resized, as others do it, to the same bits
         image = apply_orientation(normalise_mode(image))
         return np.asarray(rgb(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)))
@@ -209,24 +196,20 @@ def normalise_mode(image):
 
 
 def grey_8_bit(image):
-    """Scale a grey image of integers or floats to 8 bits, and LA where a value is transparent."""
+    """Scale a grey image of integers or floats to 8 bits. What is transparent becomes white."""
     low, high = grey_range(image)
-    transparent = image.info.get("transparency")
-    grey, mask = Image.new("L", image.size), Image.new("L", image.size)
+    transparent = image.info.pop("transparency", None)
+    grey = Image.new("L", image.size)
     rows = max(1, STRIPE // image.width)
     for top in range(0, image.height, rows):  # in stripes, which take little memory
         part = image.crop((0, top, image.width, min(top + rows, image.height)))
         numbers = np.array(part, "float32")
-        if transparent is not None:
-            mask.paste(Image.fromarray(np.uint8(255) * (numbers != transparent)), (0, top))
-        numbers -= low
-        numbers *= 255 / (high - low)
-        np.clip(numbers, 0, 255, out=numbers)
-        numbers[np.isnan(numbers)] = 0
-        grey.paste(Image.fromarray((numbers + 0.5).astype("uint8")), (0, top))
-    result = grey if transparent is None else Image.merge("LA", (grey, mask))
-    result.info.update(image.info)  # what tells how to turn it
-    return result
+        scaled = np.clip((numbers - low) * (255 / (high - low)), 0, 255)
+        scaled[np.isnan(scaled)] = 0
+        scaled[numbers == transparent] = 255
+        grey.paste(Image.fromarray((scaled + 0.5).astype("uint8")), (0, top))
+    grey.info.update(image.info)  # what tells how to turn it
+    return grey
 
 
 def grey_range(image):
@@ -237,16 +220,14 @@ def grey_range(image):
     Swapped where a TIFF says that white is zero.
     """
     tags = getattr(image, "tag_v2", {})
-    limits = np.array([next(iter(np.ravel(tags.get(tag))), None) for tag in TIFF_RANGE])
+    limits = np.ravel([tags.get(tag) for tag in TIFF_RANGE])
     if image.format == "PPM" and image.mode == "I":
         limits = np.array([0, 65535])  # Pillow has scaled it
     if limits.dtype.kind not in "iuf":
         small = image.resize([min(size, 1024) for size in image.size], Image.Resampling.NEAREST)
         numbers = np.asarray(small).astype("float32")
-        numbers = numbers[np.isfinite(numbers)] if np.isfinite(numbers).any() else np.zeros(1)
-        limits = np.percentile(numbers, (DARKEST, BRIGHTEST))
-        if limits[0] == limits[1]:
-            limits = numbers.min(), numbers.max()
+        numbers = numbers[np.isfinite(numbers)]
+        limits = np.percentile(numbers, (DARKEST, BRIGHTEST)) if numbers.size else (0, 0)
     low, high = map(float, limits)
     if low == high:  # flat
         high = low + 1
@@ -270,29 +251,38 @@ def apply_orientation(image):
     return image
 
 
+def is_other_shape(a, b):
+    """Say whether two sizes (width, height) have different ratios; one with 0 or nan has not."""
+    return abs(a[0] * b[1] - a[1] * b[0]) > SHAPE_TOLERANCE * a[1] * b[0]
+
+
 def crop_square(picture, center_x, center_y, side):
     """Cut a square out of a picture.
 
     picture: a PIL image, or uint8 (height, width, 3); centre and side in pixels, rounded to whole
     ones. A square that leaves the picture is shifted inside if it fits, else padded with the edge.
-    Returns uint8 (n, n, 3) with n = round(side), at least 1.
+    Returns uint8 (n, n, 3) with n = round(side), at least 1, and at most what can be read again.
     """
-    n, is_image = max(1, round(side)), isinstance(picture, Image.Image)
+    n = round(min(max(1, side), MAX_PIXELS**0.5 - 1))
+    is_image = isinstance(picture, Image.Image)
     width, height = picture.size if is_image else picture.shape[1::-1]
-    spans, pads = [], []
-    for center, size in ((center_y, height), (center_x, width)):
-        start = round(center - n / 2)
-        if n <= size:
-            start = min(max(start, 0), size - n)
-        first, last = min(max(start, 0), size - 1), max(min(start + n, size), 1)
-        spans.append((first, last))
-        pads.append((first - start, start + n - last))
-    (top, bottom), (left, right) = spans
+    rows, columns = pixel_range(center_y, n, height), pixel_range(center_x, n, width)
+    top, left = rows[0], columns[0]
     if is_image:
-        cut = np.asarray(picture.crop((left, top, right, bottom)))
+        cut = np.asarray(picture.crop((left, top, columns[-1] + 1, rows[-1] + 1)))
     else:
-        cut = picture[top:bottom, left:right]
-    return np.pad(cut, [*pads, (0, 0)], mode="edge") if any(map(any, pads)) else cut
+        cut = picture[top : rows[-1] + 1, left : columns[-1] + 1]
+    if cut.shape[:2] == (n, n):
+        return cut
+    return cut[rows - top][:, columns - left]
+
+
+def pixel_range(center, n, size):
+    """Return the n pixels of 0..size-1 around a centre; past the edge, its pixel again."""
+    start = round(center - n / 2)
+    if n <= size:
+        start = min(max(start, 0), size - n)
+    return np.clip(np.arange(start, start + n), 0, size - 1)
 
 
 def save_jpeg(path, pixels):

@@ -23,7 +23,7 @@ import io
 import math
 import os
 import re
-import sys
+import struct
 import unicodedata
 import zlib
 from typing import NamedTuple
@@ -39,13 +39,12 @@ AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
 DIMENSIONS = "{http://ns.adobe.com/xap/1.0/sType/Dimensions#}"
 PEOPLE = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 PERSON = "{http://ns.microsoft.com/photo/1.2/t/Region#}"
-PNG_KEYWORD = b"XML:com.adobe.xmp\0"
+# A text chunk of a PNG: whether it is packed, names of two languages, the packet.
+PNG_XMP = re.compile(rb"XML:com\.adobe\.xmp\0(.).[^\0]*\0[^\0]*\0(.*)", re.DOTALL)
 
 MAX_XMP, MAX_DEPTH = 2**22, 100  # bytes; elements in each other. Real ones have 20 kB and 12
 MAX_REGIONS = 1000  # of a picture
 UNTOLD = (math.nan, math.nan)  # a size
-THREADS = 2  # pictures in work at once: one of 12 megapixels takes about 90 MB
-SHAPE_TOLERANCE = 0.02  # of width / height
 MIN_SIDE = 48  # pixels of a box, as in the collector
 HAAR_BOX = 1.1  # a Haar box of webcam.py is so many times as large as a photo program's
 ORIENTATION = 0x0112  # the EXIF tag
@@ -72,7 +71,8 @@ def read_regions(path, picasa):
     """
     found = []
     for name in (f"{path.name}.xmp", f"{path.stem}.xmp"):
-        found += parse_xmp(read_beside(path.with_name(name)), path.with_name(name))
+        sidecar = path.with_name(name)
+        found += parse_xmp(read_beside(sidecar), sidecar)
     with contextlib.suppress(imaging.PictureError):
         found += parse_xmp(embedded_xmp(*imaging.read_picture(path)), path)
     found += picasa.get(str(path).casefold(), ())
@@ -103,11 +103,9 @@ def embedded_xmp(data, image):
         packet = image.info.get("xmp", b"")  # a TIFF may have anything here
         return packet if isinstance(packet, bytes) else str(packet).encode("latin-1", "replace")
     for kind, chunk in imaging.png_chunks(data):  # open_picture leaves its texts out
-        text = chunk[8:-4]
-        if kind == b"iTXt" and text.startswith(PNG_KEYWORD):
-            flags = text.removeprefix(PNG_KEYWORD)
-            packet = flags[2:].split(b"\0", 2)[-1]  # behind two names of languages
-            if flags.startswith(b"\1"):
+        if kind == b"iTXt" and (text := PNG_XMP.fullmatch(chunk[8:-4])):
+            is_packed, packet = text.groups()
+            if is_packed == b"\1":
                 with contextlib.suppress(zlib.error):
                     packet = zlib.decompressobj().decompress(packet, MAX_XMP + 1)
             return packet
@@ -191,22 +189,19 @@ def read_picasa(files):
     """Return {casefolded path: Regions} of the .picasa.ini files beside `files`."""
     names, faces, found = {}, [], collections.defaultdict(list)
     for folder in sorted({path.parent for path in files}):
-        section = ""
-        for line in read_beside(folder / ".picasa.ini").decode(errors="replace").splitlines():
-            key, _, value = line.partition("=")
-            if line.startswith("["):
-                section = line.strip().removeprefix("[").removesuffix("]")
-            elif section == "Contacts2":
-                names[key.lstrip("0")] = value.partition(";")[0].strip()
-            elif key == "faces":
-                faces.append((str(folder / section).casefold(), value))
-    for key, value in faces:
-        for sides, person in re.findall(r"rect64\(([0-9a-f]{1,16})\),([0-9a-f]*)", value):
-            digits = sides.zfill(16)
-            left, top, right, bottom = (int(digits[i : i + 4], 16) / 65535 for i in (0, 4, 8, 12))
+        text = read_beside(folder / ".picasa.ini").decode(errors="replace")
+        _, *parts = re.split(r"^\[(.*)\]\s*$", text, flags=re.MULTILINE)
+        for section, lines in zip(parts[::2], parts[1::2]):
+            if section == "Contacts2":
+                names |= re.findall("^0*([0-9a-f]+)=([^;\r\n]*)", lines, re.MULTILINE)
+            for line in re.findall("^faces=(.*)", lines, re.MULTILINE):
+                faces.append((str(folder / section).casefold(), line))
+    for path, line in faces:
+        for sides, person in re.findall(r"rect64\(([0-9a-f]{1,16})\),0*([0-9a-f]*)", line):
+            corners = struct.unpack(">4H", bytes.fromhex(sides.zfill(16)))
+            left, top, right, bottom = (number / 65535 for number in corners)
             box = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-            name = names.get(person.lstrip("0"), "")
-            found[key].append(Region(name, "face", box, UNTOLD))
+            found[path].append(Region(names.get(person, "").strip(), "face", box, UNTOLD))
     return found
 
 
@@ -218,11 +213,12 @@ def distinct(regions):
     kept = []
     for region in regions:
         region = region._replace(name=unicodedata.normalize("NFC", region.name))
-        same = [i for i, other in enumerate(kept) if is_same_face(region, other)]
-        if not same:
+        for place, other in enumerate(kept):
+            if is_same_face(region, other):
+                kept[place] = other._replace(name=other.name or region.name)
+                break
+        else:
             kept.append(region)
-        elif not kept[same[0]].name:
-            kept[same[0]] = kept[same[0]]._replace(name=region.name)
     return kept
 
 
@@ -231,8 +227,7 @@ def is_same_face(a, b):
 
     They may be of a pet, for Microsoft's format does not tell pets from persons.
     """
-    ax, ay, aw, ah = a.box
-    bx, by, bw, bh = b.box
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a.box, b.box
     is_near = abs(ax - bx) < min(aw, bw) / 2 and abs(ay - by) < min(ah, bh) / 2
     return a == b or (is_near and {a.kind, b.kind} <= {"face", "pet"})
 
@@ -263,11 +258,6 @@ def turn(box, orientation):
     return x, y, w, h
 
 
-def is_other_shape(a, b):
-    """Say whether two sizes (width, height) have different ratios; one with nan has not."""
-    return abs(a[0] * b[1] - a[1] * b[0]) > SHAPE_TOLERANCE * a[1] * b[0]
-
-
 def place(region, orientation, size):
     """Return (box, None) or (None, the reason why there is no face of use).
 
@@ -279,8 +269,8 @@ def place(region, orientation, size):
     if region.kind != "face":
         kind = region.kind if region.kind in ("pet", "focus", "barcode") else "something else"
         return None, f"no face but {kind}" if region.kind else "not said to be a face"
-    if is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
-        if is_other_shape(region.drawn_on, size):
+    if imaging.is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
+        if imaging.is_other_shape(region.drawn_on, size):
             return None, "the picture was cropped or turned after the face was named"
         orientation = 1
     x, y, w, h = turn(region.box, orientation)
@@ -294,20 +284,28 @@ def place(region, orientation, size):
 # ---------------------------------------------------------------- boxes → crops
 
 
-def save_faces(path, regions, folders, out, context):
-    """Cut the faces out of a picture. Returns (folder, None) or (None, reason) for each Region."""
+def cut_faces(path, picasa, context):
+    """Return triples (Region, square around the face or None, reason why there is none) of a file.
+
+    context: side of the square in Haar boxes. The square is uint8 (n, n, 3).
+    """
+    regions = read_regions(path, picasa)
+    if not regions:
+        return []
     try:
         image = imaging.read_picture(path)[1]
         orientation, picture = find_orientation(image), imaging.upright(image)
     except imaging.PictureError as error:
-        return [(None, f"the picture cannot be read: {error}") for _ in regions]
-    results = []
+        return [(region, None, f"the picture cannot be read: {error}") for region in regions]
+    faces = []
     for region in regions:
         box, reason = place(region, orientation, picture.size)
-        if not reason:
-            save_crop(picture, box, context, out / folders[region.name] / crop_name(path, region))
-        results.append((None if reason else folders[region.name], reason))
-    return results
+        crop = None
+        if box:
+            x, y, w, h = box
+            crop = imaging.crop_square(picture, x, y, context * HAAR_BOX * math.sqrt(w * h))
+        faces.append((region, crop, reason))
+    return faces
 
 
 def crop_name(path, region):
@@ -317,15 +315,6 @@ def crop_name(path, region):
     return f"{utils.folder_name(stem)}-{digest[:10]}.jpg"
 
 
-def save_crop(picture, box, context, target):
-    """Save the square that the tagger would cut around a face, `context` Haar boxes wide."""
-    x, y, w, h = box
-    side = min(context * HAAR_BOX * math.sqrt(w * h), imaging.MAX_PIXELS**0.5 - 1)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with utils.atomic_write(target) as part:
-        imaging.save_jpeg(part, imaging.crop_square(picture, x, y, side))
-
-
 def save_named_faces(files, out, context):
     """Cut the faces that are named in `files` into `out`/<name>/, unnamed ones into `out`/unknown/.
 
@@ -333,19 +322,21 @@ def save_named_faces(files, out, context):
     """
     files = [path for path in files if path.suffix != ".xmp"]
     picasa = read_picasa(files)
-    work = utils.ordered_parallel_map(lambda path: read_regions(path, picasa), files, THREADS)
-    work = utils.progress(zip(files, work), len(files), "files")
-    tagged = [(path, regions) for path, regions in work if regions]
-    names = {region.name for _, regions in tagged for region in regions} - {""}
-    folders = utils.folder_names(names, taken=[utils.UNKNOWN]) | {"": utils.UNKNOWN}
-    counts, skipped = collections.Counter(), collections.Counter()
+    folders, counts, skipped = {"": utils.UNKNOWN}, collections.Counter(), collections.Counter()
     work = utils.ordered_parallel_map(
-        lambda one: save_faces(*one, folders, out, context), tagged, THREADS
+        lambda path: cut_faces(path, picasa, context), files, imaging.THREADS
     )
-    for results in utils.progress(work, len(tagged), "pictures"):
-        for folder, reason in results:
-            (skipped if reason else counts)[reason or folder] += 1
-    if not tagged:
-        utils.print_line("no faces: no photo program has left names in these pictures")
-    utils.print_people(counts, skipped)
-    print(utils.next_training_step(counts, out), file=sys.stderr)
+    for path, faces in utils.progress(zip(files, work), len(files), "files"):
+        for region, crop, reason in faces:
+            if reason:
+                skipped[reason] += 1
+                continue
+            if region.name not in folders:
+                folders |= utils.folder_names([region.name], taken=folders.values())
+            folder = folders[region.name]
+            (out / folder).mkdir(parents=True, exist_ok=True)
+            with utils.atomic_write(out / folder / crop_name(path, region)) as part:
+                imaging.save_jpeg(part, crop)
+            counts[folder] += 1
+    nobody = "no faces: no photo program has left names in these pictures"
+    utils.print_people(counts, skipped, nobody, out)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -35,6 +36,7 @@ def import_matplotlib():
     import matplotlib
 
     matplotlib.rcdefaults()
+    matplotlib.rcParams.update({"axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.3})
 
 
 @functools.cache
@@ -46,16 +48,12 @@ def font_file(text):
     import_matplotlib()
     from matplotlib import font_manager
 
-    best = font_manager.findfont("DejaVu Sans")
-    most = count_characters(best, text)
-    if most == len(set(text)):
-        return best
-    paths = font_manager.findSystemFonts()  # takes long
-    for path in sorted(paths, key=lambda path: ("CJK" not in path, "Bold" in path, path)):
-        count = count_characters(path, text)
-        if count > most:
-            best, most = path, count
-    return best
+    standard = font_manager.findfont("DejaVu Sans")
+    if count_characters(standard, text) == len(set(text)):
+        return standard
+    others = font_manager.findSystemFonts()  # takes long
+    others.sort(key=lambda path: ("CJK" not in path, "Bold" in path, path))
+    return max([standard, *others], key=lambda path: count_characters(path, text))
 
 
 def count_characters(path, text):
@@ -70,22 +68,19 @@ def count_characters(path, text):
     return 0
 
 
-def draw_text(draw, xy, text, size, fill, anchor="la", width=None):
-    """Write one line of any script on a PIL drawing, cut to `width` pixels if given."""
-    font = ImageFont.truetype(font_file(text), size)
-    if width is not None and font.getlength(text) > width:
+def load_font(text, size):
+    """Return a PIL font that has the characters of a text, `size` pixels high."""
+    return ImageFont.truetype(font_file(text), size)
+
+
+def draw_text(canvas, xy, text, size, fill, anchor="la", width=math.inf):
+    """Write one line of any script on a PIL image, cut to `width` pixels."""
+    font = load_font(text, size)
+    if font.getlength(text) > width:
         while text and font.getlength(text + "…") > width:
             text = text[:-1]
         text += "…"
-    draw.text(xy, text, fill, font, anchor)
-
-
-def save_png(image, path, maker):
-    """Save a PIL image whole, with a note of what made it."""
-    note = PngInfo()
-    note.add_text("Software", maker)
-    with utils.atomic_write(path) as part:
-        image.save(part, "PNG", pnginfo=note)
+    ImageDraw.Draw(canvas).text(xy, text, fill, font, anchor)
 
 
 # ---------------------------------------------------------------- confusion matrix
@@ -97,79 +92,86 @@ def draw_confusion_matrix(path, prefix, title, labels, actual, predicted, pictur
     labels: class names. actual, predicted: int arrays (n,). pictures: a function from 0..n-1 to
     uint8 (side, side, 3). With over MATRIX_CLASSES classes, those with most mistakes are shown.
     """
-    wrong = actual != predicted
-    mistakes = np.bincount(np.r_[actual[wrong], predicted[wrong]], minlength=len(labels))
-    shown = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX_CLASSES])
+    shown = most_confused(actual, predicted, len(labels))
     cell = int(np.clip(2400 // len(shown), 93, 560))
     size = int(np.clip(cell // 15, 20, 32))  # of the class names, in pixels
-    widest = max(text_width(labels[i], size) for i in shown)
-    is_turned = cell - 8 <= widest and cell < TURNED * size  # to stand above the columns
+    widest = max(load_font(labels[i], size).getlength(labels[i]) for i in shown)
+    is_turned = cell < min(widest + 8, TURNED * size)  # names stand above the columns
     left = round(np.clip(widest + 40, 6.5 * size, 17 * size))
     top = 120 + size * (TURNED if is_turned else 2)
     span = cell * len(shown) + 20
     canvas = Image.new("RGB", (left + span, top + span), "white")
     draw_heading(canvas, title, len(shown), len(labels))
     for row, a in enumerate(shown):
-        y, x = top + row * cell, left + row * cell
-        right, total = ((actual == a) & ~wrong).sum(), (actual == a).sum()
-        draw_row_name(canvas, (left - 12, y + cell // 2), labels[a], f"{right} of {total}", size)
-        draw_column_name(canvas, (x, top - 12), labels[a], size, cell, is_turned)
+        of_class, y = actual == a, top + row * cell
+        score = f"{(predicted[of_class] == a).sum()} of {of_class.sum()}"
+        draw_row_name(canvas, (left - 12, y + cell // 2), labels[a], score, size)
+        draw_column_name(canvas, (left + row * cell, top - 12), labels[a], size, cell, is_turned)
         for column, p in enumerate(shown):
-            inside = np.flatnonzero((actual == a) & (predicted == p))
-            draw_cell(canvas, (left + column * cell, y), cell, pictures, inside, a == p)
-    save_png(canvas, path, f"{utils.KIT}: {prefix}")
+            inside = np.flatnonzero(of_class & (predicted == p))
+            drawn = draw_cell(cell, pictures, inside, a == p)
+            canvas.paste(drawn, (left + column * cell, y))
+    note = PngInfo()
+    note.add_text("Software", f"{utils.KIT}: {prefix}")
+    with utils.atomic_write(path) as part:
+        canvas.save(part, "PNG", pnginfo=note)
 
 
-def text_width(text, size):
-    """Return the width of one line of text in pixels."""
-    return ImageFont.truetype(font_file(text), size).getlength(text)
+def most_confused(actual, predicted, class_count):
+    """Return the classes, at most MATRIX_CLASSES, that have a part in most mistakes, in order."""
+    wrong = actual != predicted
+    mistakes = np.bincount(np.r_[actual[wrong], predicted[wrong]], minlength=class_count)
+    return np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX_CLASSES])
 
 
 def draw_heading(canvas, title, shown, classes):
     """Write the title, and what rows and columns are."""
-    draw, width = ImageDraw.Draw(canvas), canvas.width - 40
+    width = canvas.width - 40
     note = "" if shown == classes else f", the {shown} most confused of {classes} classes"
     line = f"rows: what it is; columns: what it was taken for{note}"
-    draw_text(draw, (20, 18), title, 30, INK, width=width)
-    draw_text(draw, (20, 60), line, 18, GREY, width=width)
+    draw_text(canvas, (20, 18), title, 30, INK, width=width)
+    draw_text(canvas, (20, 60), line, 18, GREY, width=width)
 
 
 def draw_row_name(canvas, corner, name, score, size):
     """Write a class name, and its score below, to the left of its row."""
-    draw, (x, y) = ImageDraw.Draw(canvas), corner
-    draw_text(draw, (x, y - 2), name, size, INK, "rs", x - 12)
-    draw_text(draw, (x, y + size), score, size - 4, GREY, "rs")
+    x, y = corner
+    draw_text(canvas, (x, y - 2), name, size, INK, "rs", x - 12)
+    draw_text(canvas, (x, y + size), score, size - 4, GREY, "rs")
 
 
 def draw_column_name(canvas, corner, name, size, cell, is_turned):
     """Write a class name above its column, upright or turned."""
     x, bottom = corner
-    if not is_turned:
-        draw_text(ImageDraw.Draw(canvas), (x + cell // 2, bottom), name, size, INK, "ms", cell - 8)
-        return
-    length = TURNED * size
-    strip = Image.new("RGB", (length, 2 * size), "white")
-    draw_text(ImageDraw.Draw(strip), (0, size), name, size, INK, "lm", length)
-    canvas.paste(strip.rotate(90, expand=True), (x + cell // 2 - size, bottom - length))
+    strip = Image.new("RGB", (TURNED * size if is_turned else cell - 8, 2 * size), "white")
+    if is_turned:
+        draw_text(strip, (0, size), name, size, INK, "lm", strip.width)
+        strip = strip.rotate(90, expand=True)
+    else:
+        draw_text(strip, (strip.width // 2, size), name, size, INK, "mm", strip.width)
+    canvas.paste(strip, (x + (cell - strip.width) // 2, bottom - strip.height))
 
 
-def draw_cell(canvas, corner, cell, pictures, inside, correct):
-    """Fill one cell with the pictures whose indices are `inside`, their number on a badge."""
-    draw, (x, y) = ImageDraw.Draw(canvas), corner
-    frame, (strong, pale) = (x + 1, y + 1, x + cell - 2, y + cell - 2), BLUE if correct else ORANGE
+def draw_cell(side, pictures, inside, is_correct):
+    """Return a cell: the pictures whose indices are `inside`, and their number on a badge."""
+    cell = Image.new("RGB", (side, side), "white")
+    draw, frame = ImageDraw.Draw(cell), (1, 1, side - 2, side - 2)
+    strong, pale = BLUE if is_correct else ORANGE
     if not len(inside):
-        draw.rectangle(frame, fill=pale if correct else "white", outline=LINE)
-        return
+        draw.rectangle(frame, fill=pale if is_correct else "white", outline=LINE)
+        return cell
     draw.rectangle(frame, fill=pale, outline=strong, width=3)
-    across = min(int(np.ceil(np.sqrt(len(inside)))), max(1, cell // 40))
-    thumb = (cell - 10) // across
+    across = min(math.ceil(math.sqrt(len(inside))), side // 40)
+    thumb = (side - 10) // across
     for n, index in enumerate(inside[: across * across]):
-        place = (x + 6 + n % across * thumb, y + 6 + n // across * thumb)
-        canvas.paste(thumbnail(pictures(index), thumb - 2), place)
-    text, size = str(len(inside)), int(np.clip(cell // 18, 13, 26))
+        row, column = divmod(n, across)
+        cell.paste(thumbnail(pictures(index), thumb - 2), (6 + column * thumb, 6 + row * thumb))
+    text = str(len(inside))
+    size = int(np.clip(side // 18, 13, 26))
     width = size * len(text) * 0.65 + 8
-    draw.rectangle((x + 1, y + 1, x + 1 + width, y + 5 + size), fill=strong)
-    draw_text(draw, (x + 1 + width / 2, y + 3 + size // 2), text, size, "white", "mm")
+    draw.rectangle((1, 1, 1 + width, 5 + size), fill=strong)
+    draw_text(cell, (1 + width / 2, 3 + size // 2), text, size, "white", "mm")
+    return cell
 
 
 def thumbnail(picture, side):
@@ -183,18 +185,18 @@ def draw_review_sheet(path, pictures, labels, suggested):
     pictures: list of uint8 (side, side, 3). labels, suggested: lists of class names as long.
     """
     pictures = pictures[:REVIEW_PICTURES]
-    side, height, gap = 160, 220, 12
+    side, step_x, step_y, gap = 160, 172, 232, 12
     columns = min(REVIEW_COLUMNS, max(1, len(pictures)))
-    rows = -(-len(pictures) // columns)
-    size = (gap + columns * (side + gap), gap + max(1, rows) * (height + gap))
-    canvas = Image.new("RGB", size, "white")
-    draw = ImageDraw.Draw(canvas)
+    rows = math.ceil(max(1, len(pictures)) / columns)
+    canvas = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
     for n, (picture, label, other) in enumerate(zip(pictures, labels, suggested)):
-        x, y = gap + n % columns * (side + gap), gap + n // columns * (height + gap)
+        row, column = divmod(n, columns)
+        x, y = gap + column * step_x, gap + row * step_y
         canvas.paste(thumbnail(picture, side), (x, y))
-        draw_text(draw, (x, y + side + 6), label, 18, INK, width=side)
-        draw_text(draw, (x, y + side + 30), f"{other}?", 18, ORANGE[0], width=side)
-    save_png(canvas, path, utils.KIT)
+        draw_text(canvas, (x, y + side + 6), label, 18, INK, width=side)
+        draw_text(canvas, (x, y + side + 30), f"{other}?", 18, ORANGE[0], width=side)
+    with utils.atomic_write(path) as part:
+        canvas.save(part, "PNG")
 
 
 # ---------------------------------------------------------------- report
@@ -210,26 +212,20 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
     import_matplotlib()
     from matplotlib.figure import Figure
 
-    recall, precision = class_scores(actual, probabilities.argmax(1), len(labels))
-    order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MATRIX_CLASSES]
-    weakest = [labels[i] for i in order], recall[order], precision[order]
-    panels = [  # (height in inches, function that plots it, arguments)
-        (3.2, plot_reliability, (actual, probabilities)),
-        (1.2 + 0.24 * len(order), plot_classes, (*weakest, len(labels))),
-    ]
+    plots = {plot_history: (history,)} if history else {}  # {function: arguments after the axes}
+    plots[plot_reliability] = (actual, probabilities)
     if strangers:
-        panels.insert(1, (3.2, plot_strangers, strangers))
-    if history:
-        panels.insert(0, (3.2, plot_history, (history,)))
-    heights = [height for height, _, _ in panels]
-    figure = Figure(figsize=(9, sum(heights) + 0.3), layout="constrained")
+        plots[plot_strangers] = strangers
+    plots[plot_classes] = (labels, actual, probabilities.argmax(1))
+    inches = [3.2] * len(plots)
+    inches[-1] = 1.2 + 0.24 * min(len(labels), MATRIX_CLASSES)
+    figure = Figure(figsize=(9, sum(inches) + 0.3), layout="constrained")
     figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
-    rows = figure.subplots(len(panels), 1, height_ratios=heights)
-    for axes, (_, plot, arguments) in zip(rows, panels):
+    panels = figure.subplots(len(plots), 1, height_ratios=inches)
+    for axes, (plot, arguments) in zip(panels, plots.items()):
         plot(axes, *arguments)
-        axes.grid(alpha=0.3)
     with utils.atomic_write(path) as part:
-        figure.savefig(part, dpi=110, metadata={"Software": utils.KIT})
+        figure.savefig(part, dpi=110)
 
 
 def class_scores(actual, predicted, class_count):
@@ -251,10 +247,9 @@ def plot_history(axes, history):
     for key, label, color, line in curves:
         points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
         axes.plot(*zip(*points), line, color=color, label=label)
-    axes.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
-    axes.set_title("Learning curves", loc="left")
+    axes.set(title="Learning curves", xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(loc="best")
+    axes.legend()
 
 
 def plot_reliability(axes, actual, probabilities):
@@ -264,16 +259,16 @@ def plot_reliability(axes, actual, probabilities):
     """
     sure, right = probabilities.max(1), probabilities.argmax(1) == actual
     bins = np.array_split(np.argsort(sure), np.clip(len(sure) // 10, 1, RELIABILITY_BINS))
-    x, y = ([values[some].mean() for some in bins] for values in (sure, right))
-    error = [np.sqrt(max(p * (1 - p), 0.01) / len(some)) for p, some in zip(y, bins)]
-    low = max(0, min(*x, *(p - e for p, e in zip(y, error)), 0.9) - 0.02)
+    x = np.array([sure[some].mean() for some in bins])
+    y = np.array([right[some].mean() for some in bins])
+    error = np.sqrt(np.maximum(y * (1 - y), 0.01) / [len(some) for some in bins])
+    low = max(0, min(x.min(), (y - error).min(), 0.9) - 0.02)
+    limits = (low, 1 + (1 - low) / 30)
     label = f"bins of about {round(len(sure) / len(bins))} pictures, one standard error"
     axes.plot([0, 1], [0, 1], color="#999999", linewidth=1, label="as sure as correct")
     axes.errorbar(x, y, error, fmt="o-", color=BLUE[0], capsize=3, label=label)
-    margin = (1 - low) / 30
-    axes.set(xlim=(low, 1 + margin), ylim=(low, 1 + margin))
+    axes.set(title="Reliability of the probabilities", xlim=limits, ylim=limits)
     axes.set(xlabel="probability given", ylabel="share that is correct")
-    axes.set_title("Reliability of the probabilities", loc="left")
     axes.legend(loc="upper left")
 
 
@@ -285,22 +280,22 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen):
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
     axes.plot(thresholds, strangers, "--", color=ORANGE[0], label="strangers unknown")
     axes.axvline(chosen, color="#999999", linewidth=1, label=f"the model's own, {chosen:.3f}")
-    axes.set(xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
-    axes.set_title("Strangers", loc="left")
-    axes.legend(loc="best")
+    axes.set(title="Strangers", xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
+    axes.legend()
 
 
-def plot_classes(axes, labels, recall, precision, class_count):
-    """Plot recall and precision of classes, the weakest on top."""
-    y = np.arange(len(labels))
-    axes.barh(y, recall, color="#56b4e9", height=0.7, label="recall (pictures found)")
+def plot_classes(axes, labels, actual, predicted):
+    """Plot recall and precision of the classes, at most MATRIX_CLASSES, the weakest on top."""
+    recall, precision = class_scores(actual, predicted, len(labels))
+    order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MATRIX_CLASSES]
+    names, y = [labels[i] for i in order], np.arange(len(order))
+    axes.barh(y, recall[order], color="#56b4e9", height=0.7, label="recall (pictures found)")
     marks = {"color": ORANGE[0], "markersize": 5, "label": "precision (labels that are correct)"}
-    axes.plot(precision, y, "D", **marks)
-    axes.set_yticks(y, [label if len(label) < 30 else label[:29] + "…" for label in labels])
-    for tick, label in zip(axes.get_yticklabels(), labels):
-        tick.set(font=Path(font_file(label)), parse_math=False)
-    axes.set(xlim=(0, 1.02), ylim=(len(labels) - 0.5, -0.5))
-    is_whole = len(labels) == class_count
-    title = "Classes" if is_whole else f"The weakest {len(labels)} of {class_count} classes"
-    axes.set_title(title, loc="left")
+    axes.plot(precision[order], y, "D", **marks)
+    axes.set_yticks(y, [name if len(name) < 30 else name[:29] + "…" for name in names])
+    for tick, name in zip(axes.get_yticklabels(), names):
+        tick.set(font=Path(font_file(name)), parse_math=False)
+    is_whole = len(order) == len(labels)
+    title = "Classes" if is_whole else f"The weakest {len(order)} of {len(labels)} classes"
+    axes.set(title=title, xlim=(0, 1.02), ylim=(len(order) - 0.5, -0.5))
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)

@@ -30,7 +30,6 @@ CASCADE = "haarcascade_frontalface_default.xml"
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 FEW_PICTURES = 20  # of a class; with fewer a model is often wrong
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
-ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
 # What systems, NAS and recycle bins leave behind, in small letters.
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "recycler"}
 SKIPPED_NAMES |= {"#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp"}
@@ -97,13 +96,14 @@ def csv_cell(name):
 
 def advice(error):
     """Return one line for an OSError: what failed with which file, and what to do."""
-    space, permission = "free some space", "check the permissions"
+    space = "free some space or choose another folder"
+    permission = "check the permissions or choose another folder"
     hints = {
-        errno.ENOSPC: f"{space} or choose another folder",
-        errno.EDQUOT: f"{space} or choose another folder",
+        errno.ENOSPC: space,
+        errno.EDQUOT: space,
         errno.EFBIG: "files may not be so large here: choose another folder",
-        errno.EACCES: f"{permission} or choose another folder",
-        errno.EPERM: f"{permission} or choose another folder",
+        errno.EACCES: permission,
+        errno.EPERM: permission,
         errno.EROFS: "choose a folder that can be written",
         errno.ENOENT: "check that the path is right and was not moved meanwhile",
         errno.EMFILE: "close other programs or raise `ulimit -n`",
@@ -172,38 +172,19 @@ def progress(items, total, label):
     A bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays short.
     """
     is_terminal, told = sys.stderr.isatty(), time.monotonic()
-    marks = collections.deque()  # (seconds, items done): begins with the end of the first item
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-    bar = tqdm.tqdm(
-        desc=label, total=total, leave=False, file=sys.stderr, dynamic_ncols=True,
-        bar_format=shape, disable=not is_terminal,
-    )  # fmt: skip
-    with bar:
+    shown = {"desc": label, "leave": False, "dynamic_ncols": True, "disable": not is_terminal}
+    with tqdm.tqdm(total=total, **shown) as bar:
         for done, item in enumerate(items, 1):
             yield item
             now = time.monotonic()
-            marks.append((now, done))
-            while marks[0][0] < now - RECENT:
-                marks.popleft()
-            left = time_left(marks, total)
-            bar.set_postfix_str(left, refresh=False)
-            bar.update()
-            if not is_terminal and now - told > 10 and done < total:
-                told = now
-                line = ", ".join(filter(None, [f"{label}: {done} of {total}", left]))
+            if done == 1:  # what it takes to start up is not the rate of the others
+                bar.unpause()
+                begin = now
+            elif not is_terminal and now - told > 10 and done < total:
+                told, left = now, (now - begin) / (done - 1) * (total - done)
+                line = f"{label}: {done} of {total}, about {left:.0f} s left"
                 print(line, file=sys.stderr, flush=True)
-
-
-def time_left(marks, total):
-    """Return `about 7 s left` by the rate between the first and last of `marks`, "" if too early.
-
-    marks: pairs (seconds, items done). That is after a tenth of the work or after ten seconds.
-    """
-    (start, before), (now, done) = marks[0], marks[-1]
-    is_early = done < total / 10 and now - start < ESTIMATE_AFTER
-    if is_early or done == before:
-        return ""
-    return f"about {(now - start) / (done - before) * (total - done):.0f} s left"
+            bar.update()
 
 
 def number(kind, low, high):
@@ -242,27 +223,28 @@ def ordered_parallel_map(function, items, workers=None):
         pool.shutdown(cancel_futures=True)
 
 
-def print_people(counts, skipped):
-    """Print a table of persons, the reasons for which faces were skipped, and the sum.
+def print_people(counts, skipped, nobody, folder, before=""):
+    """Print a table of persons, why faces were skipped, the sum, and on stderr what to do next.
 
-    counts: Counter {person: faces}; skipped: Counter {reason: faces}.
+    counts: Counter {person: faces}; skipped: Counter {reason: faces}. nobody: the first line where
+    both are empty. folder: where the faces are; before: what is to be done before training.
     """
+    if not counts and not skipped:
+        print_line(nobody)
     print_line("images  person")
     for name in sorted(counts, key=lambda name: (name == UNKNOWN, name.casefold())):
         print_line(f"{counts[name]:6}  {escape(name)}")
     for reason, number in sorted(skipped.items()):
         print_line(f"{number} skipped: {reason}")
-    persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
-    named = f"{counts.total() - unknown} named ({persons} persons)"
+    unknown, left_out = counts[UNKNOWN], skipped.total()
+    named = f"{counts.total() - unknown} named ({len(counts.keys() - {UNKNOWN})} persons)"
     total = counts.total() + left_out
     print_line(f"{total} faces: {named}, {unknown} unknown, {left_out} skipped")
+    print(next_training_step(counts, folder, before), file=sys.stderr)
 
 
-def next_training_step(counts, folder, before=""):
-    """Return whether so many faces are enough to train on, and with which command.
-
-    counts: {person: faces}; before: what is to be done first.
-    """
+def next_training_step(counts, folder, before):
+    """Return whether so many faces are enough to train on, and with which command."""
     few = sum(number < FEW_PICTURES for number in counts.values())
     if len(counts) < 2 or max(counts.values()) < 2:
         advice = "name more faces, or collect others with webcam.py --save-faces"
@@ -283,7 +265,7 @@ def folder_names(names, taken=()):
     ` (3)`… `taken`: folder names that are in use already.
     """
     used = {unicodedata.normalize("NFC", name).casefold() for name in taken}
-    folders, last = {}, {}
+    folders = {}
     for name in sorted(set(names)):
         text = unicodedata.normalize("NFC", name)
         text = "".join("_" if c in '/\\:*?"<>|' or not is_shown(c) else c for c in text)[:80]
@@ -292,11 +274,10 @@ def folder_names(names, taken=()):
             text = "_" + text[1:]
         if not text or text.split(".")[0].rstrip().lower() in RESERVED_NAMES:
             text = "_" + text
-        folder, number = text, last.get(text.casefold(), 1)
+        folder, number = text, 1
         while folder.casefold() in used:
             number += 1
             folder = f"{text} ({number})"
-        last[text.casefold()] = number
         used.add(folder.casefold())
         folders[name] = folder
     return folders
@@ -326,24 +307,25 @@ def list_files(root, left_out=None):
     reached twice keeps its own name: links are followed last.
     """
     inside, found, seen = Path(root).resolve(), [], set()
-    folders, links = [Path(root)] if Path(root).is_dir() else [], []
+    # folders in front, links to folders behind them
+    queue = collections.deque([Path(root)] if os.path.isdir(root) else ())
     left_out = [] if left_out is None else left_out
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
+    while queue:
+        folder = queue.popleft()
         real = folder.resolve()
         if real in seen or not real.is_relative_to(inside):
             left_out.append(folder)
             continue
         seen.add(real)
         try:
-            everything = sorted(os.listdir(folder))
+            everything = os.listdir(folder)
         except OSError as error:
             warn(advice(error))
             continue
         left_out += [folder / name for name in everything if is_clouded(name)]
-        for path in (folder / name for name in everything if not is_ignored(name)):
+        for path in (folder / name for name in sorted(everything) if not is_ignored(name)):
             if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
-                (links if path.is_symlink() else folders).append(path)
+                (queue.append if path.is_symlink() else queue.appendleft)(path)
             elif not path.is_symlink() or leads_into(path, inside):
                 found.append(path)
             else:

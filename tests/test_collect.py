@@ -461,18 +461,6 @@ def test_tiles_without_a_type_are_told_by_their_names(tmp_path):
     )
 
 
-def test_tiles_that_nothing_tells_apart_are_used_only_if_single_and_warned_about(tmp_path):
-    library = LIBRARIES["1 untyped"](tmp_path / "Test.photoslibrary")
-    for name, count in (("Ann", 1), ("Ben", 2)):
-        face = library.face(library.photo(), library.person(name), (640, 480), IN_FRAME)
-        for number in range(count):
-            library.resource_of(face, None, texture(number, (240, 240)), f"IMG_{number}.jpg")
-    lines, errors = collect(library.finish(), tmp_path / "people")
-    assert lines[-1] == "2 faces: 1 named (1 persons), 0 unknown, 1 skipped"
-    assert [folder.name for folder in (tmp_path / "people").iterdir()] == ["Ann"]
-    assert any("look through the result" in line for line in errors)
-
-
 def test_photos_1_without_its_library_database_still_has_tiles(tmp_path):
     library = LIBRARIES[1](tmp_path / "Test.photoslibrary")
     library.tile(
