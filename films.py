@@ -66,7 +66,7 @@ class Film:
     def frames(self):
         """Yield (timestamp, image) as a player shows them: deinterlaced, upright, square pixels.
 
-        image: uint8 BGR (height, width, 3).
+        image: uint8 RGB (height, width, 3).
         """
         timestamp = None
         for frame in deinterlace(self.decode()):
@@ -98,11 +98,11 @@ class Film:
             utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
 
     def to_image(self, frame):
-        """Return a decoded frame as uint8 BGR (height, width, 3)."""
+        """Return a decoded frame as uint8 RGB (height, width, 3)."""
         ratio = float(self.stream.sample_aspect_ratio or 1)  # width of its pixels, in heights
         width = round(frame.width * ratio) if 0.1 < ratio < 10 else frame.width
         has_alpha = any(part.is_alpha for part in frame.format.components)
-        image = frame.to_ndarray(format="bgra" if has_alpha else "bgr24", width=width)
+        image = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width)
         if has_alpha:
             if not image[..., 3].any():  # some files leave it empty
                 image[..., 3] = 255

@@ -126,12 +126,12 @@ class Frame:
 
     index: int  # 0, 1, …; on a camera those that came too fast are left out
     timestamp: float  # seconds from the start
-    image: np.ndarray  # uint8 BGR (height, width, 3), upright, of square pixels
+    image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
     files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
 
     def crop_face(self, box, context):
-        """Return the square of `context` boxes around a face, BGR; None: the whole frame."""
+        """Return the square of `context` boxes around a face; None: the whole frame."""
         if not context:
             return self.image
         x, y, w, h = box
@@ -144,7 +144,7 @@ class Frame:
             return self.path.read_bytes()
         if box not in self.files:
             file = io.BytesIO()
-            imaging.save_jpeg(file, cv2.cvtColor(self.crop_face(box, context), cv2.COLOR_BGR2RGB))
+            imaging.save_jpeg(file, self.crop_face(box, context))
             self.files[box] = file.getvalue()
         return self.files[box]
 
@@ -351,8 +351,7 @@ def load_picture(path):
         _, image = imaging.read_picture(path)
         if is_animated(image):
             utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
-        pixels = cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
-        return Frame(0, 0.0, pixels, path)
+        return Frame(0, 0.0, np.asarray(imaging.upright(image)), path)
     except imaging.PictureError as error:
         return error
 
@@ -422,7 +421,7 @@ def camera_images(capture, stop):
         while not stop.is_set():
             good, image = capture.read()
             if good:
-                yield image
+                yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
                 last = time.monotonic()
             elif not capture.isOpened() or time.monotonic() - last > READ_TIMEOUT:
                 return
@@ -476,7 +475,7 @@ def shrink(image, smallest):
     if scale < 1:
         size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), scale
+    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), scale
 
 
 def detect(grey, scale, smallest, largest=0):
@@ -844,7 +843,7 @@ def judge_crop(frame, track, context):
     if min(frame.crop_face(track.box, context).shape[:2]) < MIN_CROP:
         return "too small"
     x, y, w, h = track.box
-    face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
+    face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_RGB2GRAY)
     face = cv2.resize(face, (SHARP_SIDE, SHARP_SIDE), interpolation=cv2.INTER_AREA)
     if cv2.Laplacian(face, cv2.CV_64F).var() < MIN_SHARPNESS:
         return "too blurred"
@@ -913,7 +912,7 @@ def text_size(image):
 
 def draw_tracks(frame, tracks, whole):
     """Draw boxes and captions on a Frame. Returns an RGB PIL image. whole: draw no boxes."""
-    image = Image.fromarray(cv2.cvtColor(frame.image, cv2.COLOR_BGR2RGB))
+    image = Image.fromarray(frame.image)
     size = text_size(image)
     thick = max(2, size // 7)
     for track in tracks:

@@ -40,7 +40,7 @@ def loop_2016(network, side, frames):
     found, searching, start = [], 0.0, time.perf_counter()
     cascade = imaging.load_cascade()
     for frame in frames:
-        begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+        begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         boxes, neighbors = cascade.detectMultiScale2(grey, 1.1, 3, minSize=(30, 30))
         searching += time.perf_counter() - begin
         found.append([(tuple(map(int, box)), int(n)) for box, n in zip(boxes, neighbors)])

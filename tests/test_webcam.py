@@ -68,8 +68,11 @@ def make_film(path, frames, times=None, codec="libx264", rate=25, sar=None, **op
 
 
 def frames_of(path):
-    """Return [(timestamp, image)] that webcam.py makes of a film."""
-    return list(films.Film(str(path), path.name).frames())
+    """Return [(timestamp, BGR image)] that webcam.py makes of a film."""
+    film = films.Film(str(path), path.name)
+    return [
+        (timestamp, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)) for timestamp, image in film.frames()
+    ]
 
 
 def difference(one, other):
@@ -713,7 +716,7 @@ def test_of_equally_sure_boxes_of_one_face_it_is_always_the_same():
 
 def test_two_tracks_never_share_one_face(frames):
     """Where people cross, one of them is hidden: only one track goes on."""
-    image = frames[0][:, :300]  # one person
+    image = cv2.cvtColor(frames[0][:, :300], cv2.COLOR_BGR2RGB)  # one person
     tracker = webcam.Tracker(min_face=60)
     x, y, w, h = tracker.update(webcam.Frame(0, 0.0, image))[0].box
     boxes = [(x + shift, y, w, h) for shift in (w // 5, -w // 5)]
