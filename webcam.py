@@ -128,7 +128,6 @@ class Frame:
     timestamp: float  # seconds from the start
     image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
-    files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
 
     def crop_face(self, box, context):
         """Return the square of `context` boxes around a face; None: the whole frame."""
@@ -142,11 +141,9 @@ class Frame:
         """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
         if self.path and not context:
             return self.path.read_bytes()
-        if box not in self.files:
-            file = io.BytesIO()
-            imaging.save_jpeg(file, self.crop_face(box, context))
-            self.files[box] = file.getvalue()
-        return self.files[box]
+        file = io.BytesIO()
+        imaging.save_jpeg(file, self.crop_face(box, context))
+        return file.getvalue()
 
 
 @dataclass(eq=False)
