@@ -302,10 +302,12 @@ def check_arguments(args, source):
     if args.events and not source.films and source.kind not in LIVE:
         raise utils.UserError("--events: there is no film in the source: leave it out")
     if args.model:
-        args.model = without_ending(args.model)
+        args.model = re.sub(r"(\.h5|(-labels)?\.json)$", "", args.model)
         info = model.check_model(args.model)
         if args.whole_picture is None:  # as the model was trained
             args.whole_picture = info.get("face_crops", 1.0) < 0.5
+        if args.threshold is None:
+            args.threshold = info["threshold"]
     if args.whole_picture:
         args.context = None
     else:
@@ -329,14 +331,6 @@ def check_output(option, path, source):
     if option == "--output" and path.exists():
         what = "files of the same names in it are" if is_folder else "is"
         utils.warn(f"{utils.escape(path)}: {what} replaced")
-
-
-def without_ending(name):
-    """Return the prefix of a model of which the prefix or one file is named."""
-    for ending in (".h5", "-labels.json", ".json"):
-        if name.endswith(ending) and Path(name).is_file():
-            return name.removesuffix(ending)
-    return name
 
 
 # ---------------------------------------------------------------- films and pictures → frames
@@ -611,18 +605,17 @@ class Labeller:
     """The model, and what it says about tracks. Without a model nobody has a label."""
 
     def __init__(self, args, live):
-        self.prefix, self.live = args.model, live
-        self.threshold, self.context = args.threshold, args.context
-        self.network, self.labels, self.side = None, [], 0
+        self.args, self.live = args, live
+        self.network = self.info = None  # Keras model, and what travels with it
 
     def load(self):
-        """Load the model. A camera is shown meanwhile, and tagged from then on."""
-        network, info = model.load_model(self.prefix)
-        self.labels, self.side = info["labels"], info["image_size"]
-        if self.threshold is None:
-            self.threshold = info["threshold"]
+        """Load the model, if there is one."""
+        if not self.args.model or self.network:
+            return
+        network, self.info = model.load_model(self.args.model)
+        side = self.info["image_size"]
         for n in (1, 2) if self.live else ():  # ready for one face and for several
-            model.predict(network, np.zeros((n, self.side, self.side, 3), "uint8"), n)
+            model.predict(network, np.zeros((n, side, side, 3), "uint8"), n)
         self.network = network
 
     def update(self, frame, tracks):
@@ -634,8 +627,9 @@ class Labeller:
         before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
-            unique = self.threshold > 0 and self.context is not None
-            assign_labels(tracks, self.labels, self.threshold, unique)
+            threshold = self.args.threshold
+            unique = threshold > 0 and self.args.context is not None
+            assign_labels(tracks, self.info["labels"], threshold, unique)
         for track, label in zip(due, before):
             track.agreeing = track.agreeing + 1 if track.label == label else 1
             track.classified, track.classified_at = frame.index, frame.timestamp
@@ -647,8 +641,10 @@ class Labeller:
         The batch is filled up to a power of two: backends that compile for each size do so seldom.
         """
         # decoded again, so that the network gets just what training would read
-        crops = [imaging.open_picture(frame.encode_crop(t.box, self.context)) for t in tracks]
-        inputs = np.stack([imaging.to_model_input(crop, self.side) for crop in crops])
+        files = [frame.encode_crop(track.box, self.args.context) for track in tracks]
+        crops = [imaging.open_picture(file) for file in files]
+        side = self.info["image_size"]
+        inputs = np.stack([imaging.to_model_input(crop, side) for crop in crops])
         # a batch of one differs in the last bits from what evaluation computes
         least = 2 if frame.path else 1
         size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
@@ -704,7 +700,8 @@ class Tagger:
             events.close()
 
     def handle(self, frame):
-        """Find, label, print and save the faces of a Frame."""
+        """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
+        self.labeller.load()
         start, counts = time.perf_counter(), self.counts
         tracks = self.tracker.update(frame)
         found = time.perf_counter()
@@ -856,7 +853,8 @@ def save_crop(tagger, run, frame, track):
     """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
     folder, context = tagger.args.save_faces, tagger.args.context
     if tagger.args.model:
-        label = utils.folder_names([*tagger.labeller.labels, utils.UNKNOWN])[track.label]
+        labels = tagger.labeller.info["labels"]
+        label = utils.folder_names([*labels, utils.UNKNOWN])[track.label]
         folder /= label
         run = run and f"{run}-{label}"
     if run:
@@ -947,7 +945,7 @@ class Viewer:
 
     def __init__(self, tagger):
         self.tagger = tagger
-        self.window = not tagger.args.no_display and open_window()
+        self.window = not tagger.args.no_display and can_open_window()
         self.write = None  # function that takes a drawn PIL image and its timestamp
         # a single picture stays until a key says go on or end
         self.paused = tagger.source.kind == "picture"
@@ -988,10 +986,9 @@ class Viewer:
 
         A new key is one more `if` here. Returns whether the user wants to end.
         """
-        if self.count == 1:  # else it would have 400x300 whatever the picture
-            scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
-            cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
         shown, text = image.copy(), self.status()
+        if self.count == 1:
+            open_window(image)
         if text:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
@@ -1013,10 +1010,10 @@ class Viewer:
             self.stop.set()
 
 
-def open_window():
-    """Open the window, or warn and return False.
+def can_open_window():
+    """Say whether a window can be opened, and warn if not.
 
-    A child process tries first: Qt ends a process that has no display.
+    A child process tries: Qt ends a process that has no display.
     """
     # -P: not a cv2.py of the current folder
     trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
@@ -1026,8 +1023,15 @@ def open_window():
         reason = "no display, or a headless OpenCV"
         utils.warn(f"no window can be opened ({reason}): going on as with --no-display")
         return False
-    cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
     return True
+
+
+def open_window(image):
+    """Open the window in the shape of a PIL image; by itself it would have 400 x 300 pixels."""
+    cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+    small = image.copy()
+    small.thumbnail(WINDOW)
+    cv2.resizeWindow(TITLE, *small.size)
 
 
 def wait_for_key(milliseconds):
@@ -1174,13 +1178,10 @@ def tag_live(source, tagger, viewer):
 
 
 def work_live(newest, tagger, viewer):
-    """Thread: handle the newest frame, again and again. A camera's first has the model loaded."""
+    """Thread: handle the newest frame, again and again."""
     try:
         for frame in newest.frames(viewer.stop):
-            # only now: where no camera is, this is told at once
-            if tagger.args.model and not tagger.labeller.network:
-                tagger.labeller.load()
-            elif not viewer.paused:
+            if not viewer.paused:
                 tagger.handle(frame)
     except BaseException:
         viewer.stop.set()
@@ -1265,7 +1266,7 @@ def main():
 
         return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
-    if args.model and source.kind != "camera":  # a camera is shown while the model is loaded
+    if source.kind != "camera":  # it is shown meanwhile; other threads are not heard then
         tagger.labeller.load()
     viewer = Viewer(tagger)
     if not args.events:

@@ -53,10 +53,11 @@ def loop_2016(network, side, frames):
 def new_tagger(network, side, kind):
     """Return webcam.py's tagger with our network, for a source of this kind."""
     args = webcam.parse_arguments(["model"])
+    args.threshold = 0.0
     tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
-    labeller = tagger.labeller
-    labeller.network, labeller.side, labeller.threshold = network, side, 0.0
-    labeller.labels = [f"person {n}" for n in range(5)]
+    labels = [f"person {n}" for n in range(5)]
+    tagger.labeller.network = network
+    tagger.labeller.info = {"labels": labels, "image_size": side}
     return tagger
 
 

@@ -889,7 +889,7 @@ def test_only_the_window_shows_how_fast_it_is(monkeypatch):
     _, _, viewer = live_parts(monkeypatch, [])
     written, shown = [], []
     viewer.write, viewer.window = lambda image, _: written.append(image), True
-    monkeypatch.setattr(webcam.cv2, "resizeWindow", lambda *_: None)
+    monkeypatch.setattr(webcam, "open_window", lambda _: None)
     monkeypatch.setattr(webcam.cv2, "imshow", lambda _, image: shown.append(image))
     monkeypatch.setattr(webcam, "wait_for_key", lambda _: ("s", False))
     monkeypatch.setattr(webcam, "save_snapshot", written.append)
@@ -1085,7 +1085,7 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
         raise subprocess.TimeoutExpired(command, 60)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert not webcam.open_window()
+    assert not webcam.can_open_window()
     assert capsys.readouterr().err.startswith("warning: no window can be opened")
 
 
