@@ -954,7 +954,7 @@ class Viewer:
         self.latest = collections.deque(maxlen=30)  # times of the last ones
 
     def show(self, frame, left=0.0):
-        """Show and write a Frame; left: seconds until the next. Returns whether to end."""
+        """Show and write a Frame; left: seconds until the next."""
         self.latest.append(time.monotonic())
         self.first = self.first or self.latest[0]
         self.count += 1
@@ -962,12 +962,12 @@ class Viewer:
         if not frame.path:
             ages = [frame.timestamp - track.classified_at for track in tracks if track.label]
             self.tagger.times["label age"] += ages
-        if not (self.window or self.write):
-            return False
-        image = draw_tracks(frame, tracks, whole=not self.tagger.args.context)
+        if self.window or self.write:
+            image = draw_tracks(frame, tracks, whole=not self.tagger.args.context)
         if self.write:
             self.write(image, frame.timestamp)
-        return self.window and self.display(image, left)
+        if self.window:
+            self.display(image, left)
 
     def status(self):
         """Return the line that only the window shows."""
@@ -984,7 +984,7 @@ class Viewer:
     def display(self, image, left):
         """Show a picture for `left` seconds, and while it is paused, and obey the keys.
 
-        A new key is one more `if` here. Returns whether the user wants to end.
+        A new key is one more `if` here.
         """
         shown, text = image.copy(), self.status()
         if self.count == 1:
@@ -993,21 +993,31 @@ class Viewer:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
         cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
-        while True:
-            key, ends = wait_for_key(50 if self.paused else round(1000 * left))
-            if ends or self.stop.is_set():
-                return True
+        while not self.stop.is_set():
+            key = self.wait_for_key(50 if self.paused else round(1000 * left))
             if key == "s":
                 save_snapshot(image)
             self.paused ^= key == " "
             if not self.paused:
-                return False
+                return
 
     def keep_alive(self):
         """Let the window be closed though no frame comes for long."""
         waiting = self.count and time.monotonic() - self.latest[-1] > WINDOW_POLL_AFTER
-        if self.window and waiting and wait_for_key(5)[1]:
+        if self.window and waiting:
+            self.wait_for_key(5)
+
+    def wait_for_key(self, milliseconds):
+        """Let the window live. Returns the key pressed, a small letter; q, Esc and a click end."""
+        # the low byte of an arrow's code is a Q or S
+        key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()
+        try:
+            closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
+        except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
+            closed = True
+        if closed or key in ("q", "\x1b"):
             self.stop.set()
+        return key
 
 
 def can_open_window():
@@ -1032,17 +1042,6 @@ def open_window(image):
     small = image.copy()
     small.thumbnail(WINDOW)
     cv2.resizeWindow(TITLE, *small.size)
-
-
-def wait_for_key(milliseconds):
-    """Let the window live. Returns (the key pressed, a small letter; whether it is to end)."""
-    # the low byte of an arrow's code is a Q or S
-    key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()
-    try:
-        closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
-    except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
-        closed = True
-    return key, closed or key in ("q", "\x1b")
 
 
 def save_snapshot(image):
@@ -1090,13 +1089,14 @@ def tag_files(source, tagger, viewer):
     skipped = collections.defaultdict(list)
     for path, picture in zip(source.files, pictures):
         try:
-            if tag_file(path, picture, tagger, viewer):
-                break
+            tag_file(path, picture, tagger, viewer)
         except imaging.PictureError as error:
             if source.kind == "film":
                 name = utils.escape(path)
                 raise utils.UserError(f"--source {name}: {error}: give another file") from None
             skipped[imaging.skip_reason(error, path)].append(path)
+        if viewer.stop.is_set():
+            break
     imaging.warn_about_skipped(skipped)
     if not viewer.count:
         name = f"--source {utils.escape(source.name)}"
@@ -1106,7 +1106,7 @@ def tag_files(source, tagger, viewer):
 def tag_file(path, picture, tagger, viewer):
     """Handle a picture, a Frame, or a film, frame by frame, so that two runs print the same lines.
 
-    Returns whether the user wants to end. Raises PictureError, the one that is given as a picture.
+    Raises PictureError, the one that is given as a picture.
     """
     if isinstance(picture, imaging.PictureError):
         raise picture
@@ -1124,9 +1124,9 @@ def tag_file(path, picture, tagger, viewer):
     with tagger.session(path), open_output(output, rate) as viewer.write:
         for frame in frames:
             tagger.handle(frame)
-            if viewer.show(frame, clock.seconds_until(frame.timestamp)):
-                return True
-    return False
+            viewer.show(frame, clock.seconds_until(frame.timestamp))
+            if viewer.stop.is_set():
+                break
 
 
 @functools.cache
@@ -1164,8 +1164,7 @@ def tag_live(source, tagger, viewer):
         worker = pool.submit(work_live, newest, tagger, viewer)
         try:
             for frame in newest.frames(stop, viewer.keep_alive):
-                if viewer.show(frame):
-                    stop.set()
+                viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:
             stop.set()
