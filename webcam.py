@@ -361,13 +361,11 @@ def live_frames(source, stop, opened=None):
     while True:
         images, ends = opened or open_live(source, stop)
         opened = None
-        for image in images:
+        for image in itertools.takewhile(lambda _: not stop.is_set(), images):
             now, tries = time.monotonic(), 0
             start = start or now
             yield Frame(index, now - start, image)
             index += 1
-            if stop.is_set():
-                return
         if stop.is_set() or (ends and index):
             return
         if not index:
@@ -429,32 +427,23 @@ def other_cameras(number):
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
-class Newest:
-    """The newest of the Frames that a thread reads."""
+def newest_frames(newest, reader, stop, meanwhile=lambda: None):
+    """Yield the newest Frame, again and again, until there are no more.
 
-    def __init__(self, frames, pool):
-        self.frame = None
-        self.reader = pool.submit(self.read, frames)
-
-    def read(self, frames):
-        """Thread: keep the newest frame."""
-        for frame in frames:
-            self.frame = frame
-
-    def frames(self, stop, meanwhile=lambda: None):
-        """Yield the newest Frame until there are no more. meanwhile: called while there is none."""
-        done = None
-        while not stop.is_set():
-            # in this order: a frame may come before the end
-            ended, frame = self.reader.done(), self.frame
-            if frame is not done:
-                done = frame
-                yield frame
-            elif ended:
-                return
-            else:
-                time.sleep(0.005)
-                meanwhile()
+    newest: [the last one that came]; reader: the future of the thread that puts it there.
+    meanwhile: called while there is no new one.
+    """
+    done = None
+    while not stop.is_set():
+        ended, frame = reader.done(), newest[-1]  # in this order: a frame may come before the end
+        if frame is not done:
+            done = frame
+            yield frame
+        elif ended:
+            return
+        else:
+            time.sleep(0.005)
+            meanwhile()
 
 
 # ---------------------------------------------------------------- frames → boxes → tracks
@@ -1159,27 +1148,28 @@ def tag_live(source, tagger, viewer):
     pool, stop = ThreadPoolExecutor(2), viewer.stop
     # macOS asks for permission in the main thread only
     opened = open_live(source, stop) if source.kind == "camera" else None
+    newest = collections.deque([None], 1)
     with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
-        newest = Newest(live_frames(source, stop, opened), pool)
-        worker = pool.submit(work_live, newest, tagger, viewer)
+        reader = pool.submit(newest.extend, live_frames(source, stop, opened))
+        worker = pool.submit(work_live, newest_frames(newest, reader, stop), tagger, viewer)
         try:
-            for frame in newest.frames(stop, viewer.keep_alive):
+            for frame in newest_frames(newest, reader, stop, viewer.keep_alive):
                 viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:
             stop.set()
             wait([worker])  # after the frame at hand nothing more is printed or saved
-            wait([newest.reader], 0.4)  # it may hang in a dead stream
+            wait([reader], 0.4)  # it may hang in a dead stream
             pool.shutdown(wait=False)
     worker.result()
-    if newest.reader.done():
-        newest.reader.result()
+    if reader.done():
+        reader.result()
 
 
-def work_live(newest, tagger, viewer):
+def work_live(frames, tagger, viewer):
     """Thread: handle the newest frame, again and again."""
     try:
-        for frame in newest.frames(viewer.stop):
+        for frame in frames:
             if not viewer.paused:
                 tagger.handle(frame)
     except BaseException:
