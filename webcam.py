@@ -226,7 +226,7 @@ class Source:
     films: set = field(default_factory=set)  # those of them that are films
 
     def shown(self, path):
-        """Return the name that lines and events give to one of the files."""
+        """Return the name that lines and events give to one of the files, None without one."""
         folder = self.kind == "folder"
         return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
 
@@ -674,19 +674,15 @@ class Tagger:
     @contextlib.contextmanager
     def session(self, path=None):
         """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
-        source, run = self.source, run_name(self.source, path)
-        file = source.shown(path) if path else ""
-        self.tracker, self.tracks = Tracker(not self.args.context, self.args.min_face), []
-        self.sinks = [functools.partial(print_lines, columns(source), file)]
-        events = EventWriter(file if source.kind == "folder" else "")
-        if self.args.events:
-            self.sinks = [events.write] if run else []  # in a picture nobody comes or goes
-        if self.args.save_faces:
-            self.sinks.append(functools.partial(save_crops, self, run))
-        try:
+        args, names, file = self.args, columns(self.source), self.source.shown(path)
+        self.tracker, self.tracks = Tracker(not args.context, args.min_face), []
+        with contextlib.closing(EventWriter(file if "file" in names else "")) as events:
+            lines = functools.partial(print_lines, names, file)
+            self.sinks = [events.write if args.events else lines]
+            if args.save_faces:
+                run = run_name(self.source, path)
+                self.sinks.append(functools.partial(save_crops, self, run))
             yield
-        finally:
-            events.close()
 
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
@@ -732,10 +728,16 @@ def columns(source):
 def print_lines(columns, file, frame, tracks):
     """Print a line for each face of a frame. file: its name, for the column of that name."""
     for track in tracks:
-        cells = {"file": file, "frame": frame.index, "time": f"{frame.timestamp:.6f}"}
-        cells |= {"track": track.id, "face": track.id, **dict(zip("xywh", track.box))}
-        cells |= {"label": track.label, "best": track.best}
-        cells["probability"] = f"{track.probability:.6f}" if track.label else ""
+        cells = dict(zip("xywh", track.box)) | {
+            "file": file,
+            "frame": frame.index,
+            "time": f"{frame.timestamp:.6f}",
+            "track": track.id,
+            "face": track.id,
+            "label": track.label,
+            "probability": f"{track.probability:.6f}" if track.label else "",
+            "best": track.best,
+        }
         utils.print_line("\t".join(str(cells[column]) for column in columns))
 
 
@@ -743,7 +745,7 @@ class EventWriter:
     """Prints a JSON object when somebody appeared and when somebody left."""
 
     def __init__(self, file=""):
-        self.file = file
+        self.file = {"file": file} if file else {}
         self.present = []  # tracks reported, in sight or lost a moment ago
 
     def write(self, frame, tracks):
@@ -751,14 +753,11 @@ class EventWriter:
         for track in tracks:
             if track.agreeing >= AGREEING and track.label not in track.reported:
                 self.appear(track, tracks, frame.timestamp)
-        for track in self.present[:]:
-            if frame.timestamp - track.seen > LEFT_AFTER:
-                self.leave(track)
+        self.leave([one for one in self.present if frame.timestamp - one.seen > LEFT_AFTER])
 
     def appear(self, track, tracks, timestamp):
         """Report a track that has a new label, if it is not somebody who was lost for a moment."""
-        if track in self.present:
-            self.leave(track)
+        self.leave([one for one in self.present if one is track])
         track.reported = track.label, track.probability
         lost = [one for one in self.present if one not in tracks]
         same = [one for one in lost if one.reported[0] == track.label]
@@ -769,25 +768,28 @@ class EventWriter:
             self.print_event("appeared", track, timestamp)
         self.present.append(track)
 
-    def leave(self, track):
-        """Report that somebody has left."""
-        self.present.remove(track)
-        self.print_event("left", track, track.seen)
+    def leave(self, tracks):
+        """Report that these have left."""
+        for track in tracks:
+            self.present.remove(track)
+            self.print_event("left", track, track.seen)
 
     def print_event(self, event, track, timestamp):
         """Print one JSON object; `seconds` is how long somebody has been seen until then."""
-        cells = {"file": self.file} if self.file else {}
-        cells |= {"event": event, "time": round(timestamp, 6), "track": track.id}
         label, probability = track.reported
-        known = {"label": label, "probability": round(probability, 6)}
-        cells |= known if label else dict.fromkeys(known)
-        cells["seconds"] = round(timestamp - track.since, 6)
+        cells = self.file | {
+            "event": event,
+            "time": round(timestamp, 6),
+            "track": track.id,
+            "label": label or None,
+            "probability": round(probability, 6) if label else None,
+            "seconds": round(timestamp - track.since, 6),
+        }
         utils.print_line(json.dumps(cells, ensure_ascii=False))
 
     def close(self):
         """Let everybody leave."""
-        for track in self.present[:]:
-            self.leave(track)
+        self.leave(self.present[:])
 
 
 # ---------------------------------------------------------------- labels → crops
