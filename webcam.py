@@ -316,20 +316,21 @@ def check_arguments(args, source):
 
 def check_output(option, path, source):
     """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
-    kind, name = source.kind, f"{option} {utils.escape(path)}"
-    endings = PICTURES if kind == "picture" else tuple(films.CODECS)
-    is_folder = kind == "folder" or option == "--save-faces"
+    kind, problem, what = source.kind, None, "is"
+    endings = PICTURES if kind == "picture" else films.CODECS
     if kind not in LIVE and utils.is_inside(path, Path(source.name)):
-        raise utils.UserError(f"{name}: is or lies in the source: choose another place")
-    if is_folder and path.is_file():
-        raise utils.UserError(f"{name}: is a file: give a folder")
-    if not is_folder and path.suffix.lower() not in endings:
-        wanted = " or ".join(endings)
-        raise utils.UserError(f"{name}: cannot hold what a {kind} gives: give a name with {wanted}")
-    if not is_folder and (path.is_dir() or not path.parent.is_dir()):
-        raise utils.UserError(f"{name}: is a folder, or lies in none: choose another place")
+        problem = "is or lies in the source: choose another place"
+    elif kind == "folder" or option == "--save-faces":
+        what = "files of the same names in it are"
+        if path.is_file():
+            problem = "is a file: give a folder"
+    elif path.suffix.lower() not in endings:
+        problem = f"cannot hold what a {kind} gives: give a name with {' or '.join(endings)}"
+    elif path.is_dir() or not path.parent.is_dir():
+        problem = "is a folder, or lies in none: choose another place"
+    if problem:
+        raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
     if option == "--output" and path.exists():
-        what = "files of the same names in it are" if is_folder else "is"
         utils.warn(f"{utils.escape(path)}: {what} replaced")
 
 
