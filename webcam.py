@@ -55,7 +55,7 @@ import time
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -222,8 +222,9 @@ class Source:
 
     kind: str  # camera, stream, folder, film or picture
     name: str  # number, address or path
-    files: list = field(default_factory=list)  # paths
-    films: set = field(default_factory=set)  # those of them that are films
+    title: str = ""  # what messages call it, never with a password
+    files: list = ()  # paths
+    films: set = ()  # those of them that are films
 
     def shown(self, path):
         """Return the name that lines and events give to one of the files, None without one."""
@@ -238,17 +239,18 @@ def find_source(text):
     if text.startswith("file:///"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
     if "://" in text:
-        host_of(text)
-        return Source("stream", text)
+        return Source("stream", text, f"stream {host_of(text)}")
     for name in (text, os.path.realpath(text)):  # /dev/v4l/by-id/… leads to /dev/video0
         if number := re.fullmatch(r"(?:/dev/video)?([0-9]{1,5})", name):
-            return Source("camera", number[1])
-    path = Path(text)
+            return Source("camera", number[1], f"camera {number[1]}")
+    path, title = Path(text), f"--source {utils.escape(text)}"
     if path.is_dir():
         files = utils.list_files(path)
-        return Source("folder", text, files, {p for p in files if p.suffix.lower() in FILM_ENDINGS})
-    film = is_film(path)
-    return Source("film" if film else "picture", text, [path], {path} if film else set())
+        named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}
+        return Source("folder", text, title, files, named_so)
+    if is_film(path):
+        return Source("film", text, title, [path], {path})
+    return Source("picture", text, title, [path])
 
 
 def host_of(address):
@@ -295,7 +297,7 @@ def is_animated(image):
 def check_arguments(args, source):
     """Check all that can be checked before any work, and settle what is left to the model."""
     if args.by_name and source.kind != "folder":
-        raise utils.UsageError(f"--source {utils.escape(source.name)}: --by-name takes a folder")
+        raise utils.UsageError(f"{source.title}: --by-name takes a folder")
     for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
         if path:
             check_output(option, path, source)
@@ -357,7 +359,6 @@ def live_frames(source, stop, opened=None):
     stop: an event, everything is to end. opened: what `open_live` gave. A lost source is tried
     again after each of RECONNECT_DELAYS. Raises UserError where none comes (back).
     """
-    name = f"{source.kind} {source.name if source.kind == 'camera' else host_of(source.name)}"
     index, start, tries = 0, None, 0
     while True:
         images, ends = opened or open_live(source, stop)
@@ -372,12 +373,11 @@ def live_frames(source, stop, opened=None):
         if not index:
             others = other_cameras(source.name) if source.kind == "camera" else ""
             problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
-            raise utils.UserError(f"{name}: {problem}")
+            raise utils.UserError(f"{source.title}: {problem}")
         if tries == len(RECONNECT_DELAYS):
-            raise utils.UserError(
-                f"{name}: lost, and {tries} tries did not bring it back: check it"
-            )
-        utils.warn(f"{name}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+            problem = f"lost, and {tries} tries did not bring it back: check it"
+            raise utils.UserError(f"{source.title}: {problem}")
+        utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
         stop.wait(RECONNECT_DELAYS[tries])
         tries += 1
 
@@ -388,7 +388,7 @@ def open_live(source, stop):
         capture = cv2.VideoCapture(int(source.name))
         return camera_images(capture, stop), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
     try:
-        film = films.Film(source.name, f"stream {host_of(source.name)}", live=True)
+        film = films.Film(source.name, source.title, live=True)
     except imaging.PictureError:
         return (), False
     return stream_images(film, stop), film.is_finite()
@@ -865,9 +865,8 @@ def run_name(source, path=None):
     if path:
         digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         return f"{path.stem[:40]}-{digest}" if path in source.films else ""
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    where = source.name if source.kind == "camera" else f"-{host_of(source.name)}"
-    return f"{source.kind}{where}-{now}"
+    where = source.title.replace("camera ", "camera").replace(" ", "-")
+    return f"{where}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 # ---------------------------------------------------------------- drawing
@@ -1084,15 +1083,14 @@ def tag_files(source, tagger, viewer):
             tag_file(path, picture, tagger, viewer)
         except imaging.PictureError as error:
             if source.kind == "film":
-                name = utils.escape(path)
-                raise utils.UserError(f"--source {name}: {error}: give another file") from None
+                raise utils.UserError(f"{source.title}: {error}: give another file") from None
             skipped[imaging.skip_reason(error, path)].append(path)
         if viewer.stop.is_set():
             break
     imaging.warn_about_skipped(skipped)
     if not viewer.count:
-        name = f"--source {utils.escape(source.name)}"
-        raise utils.UserError(f"{name}: no picture or film in it can be read: give another one")
+        problem = "no picture or film in it can be read: give another one"
+        raise utils.UserError(f"{source.title}: {problem}")
 
 
 def tag_file(path, picture, tagger, viewer):

@@ -832,7 +832,8 @@ def test_a_lost_camera_is_tried_three_times(monkeypatch, capsys):
     monkeypatch.setattr(webcam, "open_live", lambda *_: (next(images), False))
     got, lost = [], "camera 0: lost, and 3 tries did not bring it back"
     with pytest.raises(webcam.utils.UserError, match=lost):
-        for frame in webcam.live_frames(webcam.Source("camera", "0"), threading.Event()):
+        source = webcam.Source("camera", "0", "camera 0")
+        for frame in webcam.live_frames(source, threading.Event()):
             got.append(frame.index)
     assert got == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
