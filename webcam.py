@@ -502,19 +502,16 @@ def detect_near(grey, scale, box):
 
 def iou(a, b):
     """Return intersection over union of two boxes (x, y, w, h)."""
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     both = max(0, width) * max(0, height)
     return both / (a[2] * a[3] + b[2] * b[3] - both)
 
 
 def distinct_faces(found):
     """Return [(box, neighbors)] without those that overlap a surer one."""
-    kept = []
-    for box, n in sorted(found, key=lambda face: (-face[1], face[0])):
-        if all(iou(box, other) < MIN_IOU for other, _ in kept):
-            kept.append((box, n))
-    return kept
+    found = sorted(found)  # of equally sure ones always the same is kept
+    boxes, neighbors = [box for box, _ in found], [n for _, n in found]
+    return [found[n] for n in cv2.dnn.NMSBoxes(boxes, neighbors, 0, MIN_IOU)]
 
 
 def match_boxes(old, new):
@@ -537,24 +534,24 @@ class Tracker:
     def __init__(self, whole=False, min_face=None):
         self.whole, self.min_face = whole, min_face
         self.tracks, self.ids = [], itertools.count()
-        self.size = ()
+        self.size = ()  # of the last frame
         self.smallest = 0  # face looked for, pixels
         self.scanned = 0  # index of the frame of which the whole was searched last
         self.previous = 0.0  # timestamp of the last frame
 
     def update(self, frame):
         """Return the tracks after a Frame."""
-        height, width = frame.image.shape[:2]
-        if self.size != (width, height):  # the first frame, or a film that changes its size
-            self.size, self.tracks = (width, height), []
-            self.scanned = frame.index - SCAN_EVERY
-            self.smallest = self.min_face or max(40, height // 8)
-        everything = [((0, 0, width, height), MIN_NEIGHBORS_START)]
-        self.update_tracks(everything if self.whole else self.detect(frame), frame.timestamp)
+        size = frame.image.shape[1::-1]
+        if self.size != size:  # the first frame, or a film that changes its size
+            self.size, self.tracks = size, []
+            self.smallest = self.min_face or max(40, size[1] // 8)
+        self.update_tracks(self.detect(frame), frame.timestamp)
         return self.tracks
 
     def detect(self, frame):
         """Find faces: now all over the picture, now only near the tracks."""
+        if self.whole:
+            return [((0, 0, *self.size), MIN_NEIGHBORS_START)]
         grey, scale = shrink(frame.image, self.smallest)
         if frame.path:
             found = detect_with_flip(grey, scale, self.smallest)
