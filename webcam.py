@@ -653,14 +653,12 @@ def assign_labels(tracks, labels, threshold, unique):
 
 
 class Tagger:
-    """Does all that is done with a frame: tracker, labeller, and the sinks that print and save."""
+    """Does all that is done with a frame: finds and labels its faces, prints and saves them."""
 
     def __init__(self, args, source):
         self.args, self.source = args, source
         self.labeller = Labeller(args, source.kind in LIVE)
-        self.tracker = None
-        self.tracks = []  # to be shown
-        self.sinks = []  # functions that print or save what a frame shows
+        self.tracker = Tracker()
         # what the summary tells
         self.counts = collections.Counter()
         self.labels = collections.Counter()  # of photos
@@ -672,15 +670,16 @@ class Tagger:
     @contextlib.contextmanager
     def session(self, path=None):
         """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
-        args, names, file = self.args, columns(self.source), self.source.shown(path)
-        self.tracker, self.tracks = Tracker(not args.context, args.min_face), []
-        with contextlib.closing(EventWriter(file if "file" in names else "")) as events:
-            lines = functools.partial(print_lines, names, file)
-            self.sinks = [events.write if args.events else lines]
-            if args.save_faces:
-                run = run_name(self.source, path)
-                self.sinks.append(functools.partial(save_crops, self, run))
+        self.tracker = Tracker(not self.args.context, self.args.min_face)
+        self.file, self.run = self.source.shown(path), run_name(self.source, path)
+        several = self.source.kind == "folder"
+        with contextlib.closing(EventWriter(self.file if several else "")) as self.events:
             yield
+
+    @property
+    def tracks(self):
+        """The tracks to be shown; with many faces some still wait for their first label."""
+        return [one for one in self.tracker.tracks if one.label or not self.labeller.network]
 
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
@@ -695,14 +694,17 @@ class Tagger:
         if due and self.labeller.network:
             counts["classifications"] += due
             self.times["classification"].append(1000 * (time.perf_counter() - found))
-        # with many faces some still wait for their first label
-        self.tracks = [track for track in tracks if track.label or not self.labeller.network]
-        for sink in self.sinks:
-            sink(frame, self.tracks)
+        shown = self.tracks
+        if self.args.events:
+            self.events.write(frame, shown)
+        else:
+            print_lines(columns(self.source), self.file, frame, shown)
+        if self.args.save_faces:
+            save_crops(self, frame, shown)
         counts["photos" if frame.path else "frames"] += 1
-        counts["tagged"] += len(self.tracks)
+        counts["tagged"] += len(shown)
         if frame.path:
-            self.labels.update(track.label or "faces" for track in self.tracks)
+            self.labels.update(track.label or "faces" for track in shown)
 
     def keep_sample(self, frame):
         """Keep frames 0, 1, 2, 4, 8… until a face is found: smaller ones may be in them."""
@@ -793,11 +795,10 @@ class EventWriter:
 # ---------------------------------------------------------------- labels → crops
 
 
-def save_crops(tagger, run, frame, tracks):
+def save_crops(tagger, frame, tracks):
     """Save the crops of a frame that are worth it.
 
-    Of a picture all of them with a model, and without one only a face that is alone. run: a folder
-    for what belongs together.
+    Of a picture all of them with a model, and without one only a face that is alone.
     """
     args = tagger.args
     if frame.path and not args.model and len(tracks) != 1:
@@ -812,7 +813,7 @@ def save_crops(tagger, run, frame, tracks):
             if verdict == "saved":
                 track.kept_at = frame.timestamp
                 track.kept = thumbnail(frame, track.box, args.context), track.box
-                save_crop(tagger, run, frame, track)
+                save_crop(tagger, frame, track)
 
 
 def thumbnail(frame, box, context):
@@ -838,9 +839,9 @@ def judge_crop(frame, track, context):
     return "saved"
 
 
-def save_crop(tagger, run, frame, track):
+def save_crop(tagger, frame, track):
     """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
-    folder, context = tagger.args.save_faces, tagger.args.context
+    folder, context, run = tagger.args.save_faces, tagger.args.context, tagger.run
     if tagger.args.model:
         labels = tagger.labeller.info["labels"]
         label = utils.folder_names([*labels, utils.UNKNOWN])[track.label]
