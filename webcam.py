@@ -707,9 +707,8 @@ class Tagger:
             self.labels.update(track.label or "faces" for track in shown)
 
     def keep_sample(self, frame):
-        """Keep frames 0, 1, 2, 4, 8… until a face is found: smaller ones may be in them."""
-        handled = self.counts["frames"] + self.counts["photos"]
-        if not self.counts["tagged"] and handled & (handled - 1) == 0:
+        """Keep photos and frames 0, 1, 2, 4… until a face is found: smaller ones may be in them."""
+        if not self.counts["tagged"] and frame.index & (frame.index - 1) == 0:
             sample = shrink(frame.image, frame.image.shape[0] / 20)
             self.samples.append((*sample, self.tracker.smallest))
 
@@ -944,7 +943,7 @@ class Viewer:
 
     def show(self, frame, left=0.0):
         """Show and write a Frame; left: seconds until the next."""
-        self.latest.append(time.monotonic())
+        self.latest.append(time.perf_counter())
         self.first = self.first or self.latest[0]
         self.count += 1
         tracks = self.tagger.tracks
@@ -964,7 +963,7 @@ class Viewer:
         if args.model and not self.tagger.labeller.network:
             parts.append("loading the model")
         if self.count > 1 and self.tagger.counts["photos"] == 0:
-            rate = (len(self.latest) - 1) / max(1e-6, self.latest[-1] - self.latest[0])
+            rate = (len(self.latest) - 1) / (self.latest[-1] - self.latest[0])
             parts.append(f"{rate:.0f} fps")
         if args.save_faces:
             parts.append(f"{self.tagger.crops['saved']} kept")
@@ -992,7 +991,7 @@ class Viewer:
 
     def keep_alive(self):
         """Let the window be closed though no frame comes for long."""
-        waiting = self.count and time.monotonic() - self.latest[-1] > WINDOW_POLL_AFTER
+        waiting = self.count and time.perf_counter() - self.latest[-1] > WINDOW_POLL_AFTER
         if self.window and waiting:
             self.wait_for_key(5)
 
@@ -1181,39 +1180,33 @@ def work_live(frames, tagger, viewer):
 
 def print_summary(tagger, viewer):
     """Print on stderr how it went, what was kept, and what to do where nothing was found."""
-    counts, lines = tagger.counts, []
-    seconds = max(1e-6, time.monotonic() - viewer.first)
+    args, counts, lines = tagger.args, tagger.counts, []
+    seconds = time.perf_counter() - viewer.first
     if counts["frames"]:
         lines.append(film_summary(tagger, viewer.count / seconds))
     if counts["photos"]:
-        lines.append(photo_summary(tagger, counts["photos"] / seconds))
+        order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
+        found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
+        photos = utils.count(counts["photos"], "photo")
+        lines.append(f"{photos}: {found}; {counts['photos'] / seconds:.1f} a second")
     if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
-    if tagger.args.save_faces:
+    if args.save_faces:
         crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
-        lines += [
-            f"{utils.escape(tagger.args.save_faces)}: {crops}",
-            next_step(tagger.args, tagger.source),
-        ]
+        lines.append(f"{utils.escape(args.save_faces)}: {crops}")
+        lines.append(next_step(args, tagger.source))
     print(*lines, sep="\n", file=sys.stderr)
 
 
 def film_summary(tagger, rate):
     """Return frames, speed, and the medians of what was timed."""
     counts, times = tagger.counts, tagger.times
-    parts = [f"{counts['frames']} frames, {rate:.1f} a second shown"]
-    parts[0] += f", {counts['classifications']} classifications"
+    text = f"{counts['frames']} frames, {rate:.1f} a second shown"
+    text += f", {counts['classifications']} classifications"
     for key, unit in ("detection", "ms"), ("classification", "ms"), ("label age", "s"):
         if times[key]:
-            parts.append(f"median {key} {np.median(times[key]):.2f} {unit}")
-    return "; ".join(parts)
-
-
-def photo_summary(tagger, rate):
-    """Return the photos, how many of each label, and the speed."""
-    order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
-    found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
-    return f"{utils.count(tagger.counts['photos'], 'photo')}: {found}; {rate:.1f} a second"
+            text += f"; median {key} {np.median(times[key]):.2f} {unit}"
+    return text
 
 
 def smaller_face(tagger):
