@@ -453,10 +453,9 @@ def newest_frames(newest, reader, stop, meanwhile=lambda: None):
 def shrink(image, smallest):
     """Return the grey picture to search and its scale: `smallest` px become DETECT_FACE px."""
     scale = min(1.0, DETECT_FACE / smallest)
-    if scale < 1:
-        size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), scale
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), scale
 
 
 def detect(grey, scale, smallest, largest=0):
@@ -480,13 +479,12 @@ def detect_with_flip(grey, scale, smallest):
     flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
     single frames of 14 films).
     """
-    width, mirrored = round(grey.shape[1] / scale), []
-    for (x, y, w, h), n in detect(cv2.flip(grey, 1), scale, smallest):
-        mirrored.append(((width - x - w, y, w, h), n))
-    found = []
-    for box, n in detect(grey, scale, smallest):
-        others = [m for other, m in mirrored if iou(box, other) > MIN_IOU]
-        found.append((box, (n + max(others, default=0)) / 2))
+    width, found = round(grey.shape[1] / scale), []
+    mirrored = detect(cv2.flip(grey, 1), scale, smallest)
+    for (x, y, w, h), n in detect(grey, scale, smallest):
+        twin = width - x - w, y, w, h
+        others = [m for other, m in mirrored if iou(twin, other) > MIN_IOU]
+        found.append(((x, y, w, h), (n + max(others, default=0)) / 2))
     return found
 
 
