@@ -89,7 +89,7 @@ MAX_MISSED_ONCE = 0.6  # the same if that was in one frame only: on slow machine
 
 CLASSIFY_EVERY = 8  # frames between two classifications of a track
 AVERAGE_WINDOW = 5  # classifications in the running mean
-MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the next frame
+MAX_BATCH = 8  # faces classified at once
 AGREEING = 3  # classifications with one label before --events reports somebody
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
@@ -607,8 +607,6 @@ class Labeller:
         """Classify the tracks that are new or due, and label all. Returns how many were due."""
         seen = [track for track in tracks if track.seen == frame.timestamp]
         due = [track for track in seen if frame.index - track.classified >= CLASSIFY_EVERY]
-        if self.live:  # the oldest labels only: the next frame waits
-            due = sorted(due, key=lambda track: track.classified)[:MAX_BATCH]
         before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
@@ -674,11 +672,6 @@ class Tagger:
         with contextlib.closing(EventWriter(self.file if several else "")) as self.events:
             yield
 
-    @property
-    def tracks(self):
-        """The tracks to be shown; with many faces some still wait for their first label."""
-        return [one for one in self.tracker.tracks if one.label or not self.labeller.network]
-
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
         self.labeller.load()
@@ -692,17 +685,16 @@ class Tagger:
         if due and self.labeller.network:
             counts["classifications"] += due
             self.times["classification"].append(1000 * (time.perf_counter() - found))
-        shown = self.tracks
         if self.args.events:
-            self.events.write(frame, shown)
+            self.events.write(frame, tracks)
         else:
-            print_lines(columns(self.source), self.file, frame, shown)
+            print_lines(columns(self.source), self.file, frame, tracks)
         if self.args.save_faces:
-            save_crops(self, frame, shown)
+            save_crops(self, frame, tracks)
         counts["photos" if frame.path else "frames"] += 1
-        counts["tagged"] += len(shown)
+        counts["tagged"] += len(tracks)
         if frame.path:
-            self.labels.update(track.label or "faces" for track in shown)
+            self.labels.update(track.label or "faces" for track in tracks)
 
     def keep_sample(self, frame):
         """Keep photos and frames 0, 1, 2, 4… until a face is found: smaller ones may be in them."""
@@ -944,7 +936,7 @@ class Viewer:
         self.latest.append(time.perf_counter())
         self.first = self.first or self.latest[0]
         self.count += 1
-        tracks = self.tagger.tracks
+        tracks = self.tagger.tracker.tracks
         if not frame.path:
             ages = [frame.timestamp - track.classified_at for track in tracks if track.label]
             self.tagger.times["label age"] += ages

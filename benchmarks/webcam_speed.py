@@ -67,7 +67,7 @@ def our_loop(network, side, frames):
     with contextlib.redirect_stdout(io.StringIO()), tagger.session(Path()):
         for number, frame in enumerate(frames):
             tagger.handle(webcam.Frame(number, number / 30, frame))
-            found.append([track.box for track in tagger.tracks])
+            found.append([track.box for track in tagger.tracker.tracks])
     return found, time.perf_counter() - start, tagger
 
 
