@@ -104,7 +104,6 @@ RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried 
 READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
 LIVE_FPS = 30  # of the .avi that --output makes of a camera or stream
-WINDOW_POLL_AFTER = 0.5  # seconds without a frame after which the window is served all the same
 NO_PICTURE = {  # what to do
     "camera": "is it connected, used by another program, or forbidden by the privacy settings?",
     "stream": "check address, user and password",
@@ -428,11 +427,11 @@ def other_cameras(number):
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
-def newest_frames(newest, reader, stop, meanwhile=lambda: None):
+def newest_frames(newest, reader, stop, wait=time.sleep):
     """Yield the newest Frame, again and again, until there are no more.
 
-    newest: [the last one that came]; reader: the future of the thread that puts it there.
-    meanwhile: called while there is no new one.
+    newest: [the last one that came]; reader: the future of the thread that puts it there. wait:
+    called with some seconds while there is no new one.
     """
     done = None
     while not stop.is_set():
@@ -443,8 +442,7 @@ def newest_frames(newest, reader, stop, meanwhile=lambda: None):
         elif ended:
             return
         else:
-            time.sleep(0.005)
-            meanwhile()
+            wait(0.005)
 
 
 # ---------------------------------------------------------------- frames → boxes → tracks
@@ -945,7 +943,8 @@ class Viewer:
         if self.write:
             self.write(image, frame.timestamp)
         if self.window:
-            self.display(image, left)
+            self.display(image)
+            self.wait(left)
 
     def status(self):
         """Return the line that only the window shows."""
@@ -959,43 +958,35 @@ class Viewer:
             parts.append(f"{self.tagger.crops['saved']} kept")
         return ", ".join(parts)
 
-    def display(self, image, left):
-        """Show a picture for `left` seconds, and while it is paused, and obey the keys.
-
-        A new key is one more `if` here.
-        """
-        shown, text = image.copy(), self.status()
+    def display(self, image):
+        """Show a picture in the window."""
+        self.image, shown, text = image, image.copy(), self.status()
         if self.count == 1:
             open_window(image)
         if text:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
         cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
+
+    def wait(self, seconds):
+        """Let the window live, for so long and while it is paused, and obey the keys.
+
+        A new key is one more `if` here.
+        """
+        if not (self.window and self.count):
+            time.sleep(seconds)
+            return
         while not self.stop.is_set():
-            key = self.wait_for_key(50 if self.paused else round(1000 * left))
+            # the low byte of an arrow's code is a Q or S
+            key = chr(cv2.waitKeyEx(max(1, round(1000 * seconds))) & 0xFFFF).lower()
+            if key in ("q", "\x1b") or is_closed():
+                self.stop.set()
             if key == "s":
-                save_snapshot(image)
+                save_snapshot(self.image)
             self.paused ^= key == " "
             if not self.paused:
                 return
-
-    def keep_alive(self):
-        """Let the window be closed though no frame comes for long."""
-        waiting = self.count and time.perf_counter() - self.latest[-1] > WINDOW_POLL_AFTER
-        if self.window and waiting:
-            self.wait_for_key(5)
-
-    def wait_for_key(self, milliseconds):
-        """Let the window live. Returns the key pressed, a small letter; q, Esc and a click end."""
-        # the low byte of an arrow's code is a Q or S
-        key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()
-        try:
-            closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
-        except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
-            closed = True
-        if closed or key in ("q", "\x1b"):
-            self.stop.set()
-        return key
+            seconds = 0.05
 
 
 def can_open_window():
@@ -1020,6 +1011,14 @@ def open_window(image):
     small = image.copy()
     small.thumbnail(WINDOW)
     cv2.resizeWindow(TITLE, *small.size)
+
+
+def is_closed():
+    """Say whether the user has closed the window."""
+    try:
+        return cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
+    except cv2.error:  # what Qt's part of OpenCV answers then
+        return True
 
 
 def save_snapshot(image):
@@ -1141,7 +1140,7 @@ def tag_live(source, tagger, viewer):
         reader = pool.submit(newest.extend, live_frames(source, stop, opened))
         worker = pool.submit(work_live, newest_frames(newest, reader, stop), tagger, viewer)
         try:
-            for frame in newest_frames(newest, reader, stop, viewer.keep_alive):
+            for frame in newest_frames(newest, reader, stop, viewer.wait):
                 viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:

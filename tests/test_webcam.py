@@ -892,7 +892,8 @@ def test_only_the_window_shows_how_fast_it_is(monkeypatch):
     viewer.write, viewer.window = lambda image, _: written.append(image), True
     monkeypatch.setattr(webcam, "open_window", lambda _: None)
     monkeypatch.setattr(webcam.cv2, "imshow", lambda _, image: shown.append(image))
-    monkeypatch.setattr(viewer, "wait_for_key", lambda _: "s")
+    monkeypatch.setattr(webcam.cv2, "waitKeyEx", lambda _: ord("s"))
+    monkeypatch.setattr(webcam, "is_closed", lambda: False)
     monkeypatch.setattr(webcam, "save_snapshot", written.append)
     for n in range(5):
         viewer.show(webcam.Frame(n, n / 25, IMAGE))
