@@ -360,7 +360,7 @@ def live_frames(source, stop, opened=None):
     """
     index, start, tries = 0, None, 0
     while True:
-        images, ends = opened or open_live(source, stop)
+        images, ends = opened or open_live(source)
         opened = None
         for image in itertools.takewhile(lambda _: not stop.is_set(), images):
             now, tries = time.monotonic(), 0
@@ -381,33 +381,33 @@ def live_frames(source, stop, opened=None):
         tries += 1
 
 
-def open_live(source, stop):
+def open_live(source):
     """Return a generator of a camera's or stream's images, and whether it is a film, which ends."""
     if source.kind == "camera":
         capture = cv2.VideoCapture(int(source.name))
-        return camera_images(capture, stop), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
+        return camera_images(capture), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
     try:
         film = films.Film(source.name, source.title, live=True)
     except imaging.PictureError:
         return (), False
-    return stream_images(film, stop), film.is_finite()
+    return stream_images(film), film.is_finite()
 
 
-def stream_images(film, stop):
+def stream_images(film):
     """Yield the images of a stream; a film comes faster than it plays and has to wait."""
     clock = PlaybackClock()
     with contextlib.suppress(imaging.PictureError):
         for timestamp, image in film.frames():
             if film.is_finite():
-                stop.wait(clock.seconds_until(timestamp))
+                time.sleep(clock.seconds_until(timestamp))
             yield image
 
 
-def camera_images(capture, stop):
+def camera_images(capture):
     """Yield the images of an OpenCV capture until it gives none for READ_TIMEOUT seconds."""
     last = time.monotonic()
     try:
-        while not stop.is_set():
+        while True:
             good, image = capture.read()
             if good:
                 yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
@@ -415,7 +415,7 @@ def camera_images(capture, stop):
             elif not capture.isOpened() or time.monotonic() - last > READ_TIMEOUT:
                 return
             else:
-                stop.wait(0.02)
+                time.sleep(0.02)
     finally:
         capture.release()
 
@@ -427,15 +427,16 @@ def other_cameras(number):
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
-def newest_frames(newest, reader, stop, wait=time.sleep):
-    """Yield the newest Frame, again and again, until there are no more.
+def newest_frames(newest, stop, threads, wait=time.sleep):
+    """Yield the newest Frame, again and again, until one of the threads ends, or all is to.
 
-    newest: [the last one that came]; reader: the future of the thread that puts it there. wait:
-    called with some seconds while there is no new one.
+    newest: [the last one that came]; threads: futures. wait: called with some seconds while there
+    is no new one.
     """
     done = None
     while not stop.is_set():
-        ended, frame = reader.done(), newest[-1]  # in this order: a frame may come before the end
+        ended = any(thread.done() for thread in threads)
+        frame = newest[-1]  # looked at last: it may have come before the end
         if frame is not done:
             done = frame
             yield frame
@@ -1134,34 +1135,28 @@ def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
     pool, stop = ThreadPoolExecutor(2), viewer.stop
     # macOS asks for permission in the main thread only
-    opened = open_live(source, stop) if source.kind == "camera" else None
+    opened = open_live(source) if source.kind == "camera" else None
     newest = collections.deque([None], 1)
     with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
         reader = pool.submit(newest.extend, live_frames(source, stop, opened))
-        worker = pool.submit(work_live, newest_frames(newest, reader, stop), tagger, viewer)
+        worker = pool.submit(work_live, newest_frames(newest, stop, [reader]), tagger, viewer)
         try:
-            for frame in newest_frames(newest, reader, stop, viewer.wait):
+            for frame in newest_frames(newest, stop, [reader, worker], viewer.wait):
                 viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:
             stop.set()
             wait([worker])  # after the frame at hand nothing more is printed or saved
-            wait([reader], 0.4)  # it may hang in a dead stream
-            pool.shutdown(wait=False)
     worker.result()
-    if reader.done():
+    if reader.done():  # it may hang in a dead stream
         reader.result()
 
 
 def work_live(frames, tagger, viewer):
     """Thread: handle the newest frame, again and again."""
-    try:
-        for frame in frames:
-            if not viewer.paused:
-                tagger.handle(frame)
-    except BaseException:
-        viewer.stop.set()
-        raise
+    for frame in frames:
+        if not viewer.paused:
+            tagger.handle(frame)
 
 
 # ---------------------------------------------------------------- the end

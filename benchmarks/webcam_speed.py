@@ -117,7 +117,7 @@ def play_camera(network, side, frames):
     viewer = webcam.Viewer(tagger)
     # so that frames are drawn without a window, too
     webcam.open_output = lambda path, rate: contextlib.nullcontext(lambda image, timestamp: None)
-    webcam.open_live = lambda source, stop: (camera_images(frames, stop), False)
+    webcam.open_live = lambda source: (camera_images(frames, viewer.stop), False)
     with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(tagger.source, tagger, viewer)
     rate = viewer.count / (viewer.latest[-1] - viewer.first)

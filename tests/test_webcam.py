@@ -823,7 +823,7 @@ def test_dropped_frames_are_no_loss(monkeypatch):
     capture = SimpleNamespace(
         read=lambda: (next(answers, False), IMAGE), isOpened=lambda: True, release=lambda: None
     )
-    assert len(list(webcam.camera_images(capture, threading.Event()))) == 3
+    assert len(list(webcam.camera_images(capture))) == 3
 
 
 def test_a_lost_camera_is_tried_three_times(monkeypatch, capsys):
