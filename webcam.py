@@ -739,22 +739,19 @@ class EventWriter:
     def write(self, frame, tracks):
         """Print the events of a frame."""
         for track in tracks:
-            if track.agreeing >= AGREEING and track.label not in track.reported:
-                self.appear(track, tracks, frame.timestamp)
+            if track.agreeing < AGREEING or track.label in track.reported:
+                continue
+            self.leave([one for one in self.present if one is track])  # it has a new label
+            track.reported = track.label, track.probability
+            lost = [one for one in self.present if one not in tracks]
+            same = [one for one in lost if one.reported[0] == track.label]
+            if same:  # somebody who was lost for a moment
+                track.since = same[0].since
+                self.present.remove(same[0])
+            else:
+                self.print_event("appeared", track, frame.timestamp)
+            self.present.append(track)
         self.leave([one for one in self.present if frame.timestamp - one.seen > LEFT_AFTER])
-
-    def appear(self, track, tracks, timestamp):
-        """Report a track that has a new label, if it is not somebody who was lost for a moment."""
-        self.leave([one for one in self.present if one is track])
-        track.reported = track.label, track.probability
-        lost = [one for one in self.present if one not in tracks]
-        same = [one for one in lost if one.reported[0] == track.label]
-        if same:
-            track.since = same[0].since
-            self.present.remove(same[0])
-        else:
-            self.print_event("appeared", track, timestamp)
-        self.present.append(track)
 
     def leave(self, tracks):
         """Report that these have left."""
