@@ -276,7 +276,7 @@ def is_film(path):
                 seam = b"\xff\xd9\xff\xd8\xff"
                 last = data[data.rfind(seam) + 2 :]  # of a photo it is a map of depths, say
                 return data.count(seam) > 1 and imaging.open_picture(last).size == image.size
-            return image.format in ("GIF", "PNG") and is_animated(image)
+            return image.format in ("GIF", "PNG") and imaging.is_animated(image)
     except imaging.RefusedError as error:  # FFmpeg would read some of these
         reason = error
     except imaging.PictureError:
@@ -284,13 +284,6 @@ def is_film(path):
     raise utils.UserError(
         f"--source {utils.escape(path)}: {reason}: give a camera number, file, folder or address"
     )
-
-
-def is_animated(image):
-    """Say whether a PIL image has frames that follow in time, which pages and previews do not."""
-    moving = image.format in ("GIF", "PNG", "WEBP", "AVIF")
-    with imaging.picture_errors():
-        return moving and getattr(image, "is_animated", False)
 
 
 def check_arguments(args, source):
@@ -342,7 +335,7 @@ def load_picture(path):
     """Read a picture in full, upright. Returns its Frame; the PictureError if it is broken."""
     try:
         _, image = imaging.read_picture(path)
-        if is_animated(image):
+        if imaging.is_animated(image):
             utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
         return Frame(0, 0.0, np.asarray(imaging.upright(image)), path)
     except imaging.PictureError as error:
@@ -1051,6 +1044,8 @@ def open_output(path, rate):
 
 # ---------------------------------------------------------------- films and pictures
 
+warn_once = functools.cache(utils.warn)
+
 
 def tag_files(source, tagger, viewer):
     """Handle all pictures and films in turn. Broken ones in a folder are warned about."""
@@ -1101,12 +1096,6 @@ def tag_file(path, picture, tagger, viewer):
             viewer.show(frame, clock.seconds_until(frame.timestamp))
             if viewer.stop.is_set():
                 break
-
-
-@functools.cache
-def warn_once(text):
-    """Warn, however often it is called."""
-    utils.warn(text)
 
 
 def output_path(path, source, output):
