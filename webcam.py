@@ -153,7 +153,7 @@ class Track:
     box: tuple  # x, y, width, height in pixels of the source
     seen: float  # timestamp of the frame in which it was found last
     since: float  # timestamp of the first one, or when somebody lost for a moment appeared
-    mean: np.ndarray | None = None  # running mean of its probabilities, (classes,)
+    mean: np.ndarray | float = 0.0  # running mean of its probabilities, (classes,)
     classifications: int = 0
     agreeing: int = 0  # the last so many gave the same label
     classified: int = -(10**9)  # index of the frame classified last
@@ -589,11 +589,10 @@ class Labeller:
         """Load the model, if there is one."""
         if not self.args.model or self.network:
             return
-        network, self.info = model.load_model(self.args.model)
+        self.network, self.info = model.load_model(self.args.model)
         side = self.info["image_size"]
         for n in (1, 2) if self.live else ():  # ready for one face and for several
-            model.predict(network, np.zeros((n, side, side, 3), "uint8"), n)
-        self.network = network
+            model.predict(self.network, np.zeros((n, side, side, 3), "uint8"), n)
 
     def update(self, frame, tracks):
         """Classify the tracks that are new or due, and label all. Returns how many were due."""
@@ -602,9 +601,7 @@ class Labeller:
         before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
-            threshold = self.args.threshold
-            unique = threshold > 0 and self.args.context is not None
-            assign_labels(tracks, self.info["labels"], threshold, unique)
+            assign_labels(tracks, self.info["labels"], self.args.threshold)
         for track, label in zip(due, before):
             track.agreeing = track.agreeing + 1 if track.label == label else 1
             track.classified, track.classified_at = frame.index, frame.timestamp
@@ -625,17 +622,16 @@ class Labeller:
         size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
         for track, answer in zip(tracks, model.predict(self.network, inputs, size)):
             track.classifications += 1
-            mean = answer if track.mean is None else track.mean
-            track.mean = mean + (answer - mean) / min(track.classifications, AVERAGE_WINDOW)
+            step = (answer - track.mean) / min(track.classifications, AVERAGE_WINDOW)
+            track.mean = track.mean + step
 
 
-def assign_labels(tracks, labels, threshold, unique):
-    """Label tracks: `unknown` below the threshold, or, if `unique`, with a surer one's name."""
+def assign_labels(tracks, labels, threshold):
+    """Label tracks: `unknown` below the threshold, or with a surer one's name; 0: everybody."""
     taken = set()
-    known = [track for track in tracks if track.mean is not None]
-    for track in sorted(known, key=lambda track: -track.mean.max()):
+    for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
-        refused = track.probability < threshold or (unique and track.best in taken)
+        refused = threshold > 0 and (track.probability < threshold or track.best in taken)
         track.label = utils.UNKNOWN if refused else track.best
         taken.add(track.label)
 

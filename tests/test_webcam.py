@@ -686,7 +686,7 @@ def test_captions(label, best, whole, expected):
 def test_names(threshold, means, expected):
     labels = ["Ann", "Ben", "unknown"]
     tracks = [webcam.Track(0, (0, 0, 9, 9), 0, 0, mean=np.array(mean)) for mean in means]
-    webcam.assign_labels(tracks, labels, threshold, threshold > 0)
+    webcam.assign_labels(tracks, labels, threshold)
     assert [track.label for track in tracks] == expected
     assert [track.best for track in tracks] == [labels[np.argmax(mean)] for mean in means]
     assert [track.probability for track in tracks] == [max(mean) for mean in means]
