@@ -365,13 +365,14 @@ def live_frames(source, stop, opened=None):
         if not index:
             others = other_cameras(source.name) if source.kind == "camera" else ""
             problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
-            raise utils.UserError(f"{source.title}: {problem}")
-        if tries == len(RECONNECT_DELAYS):
+        elif tries == len(RECONNECT_DELAYS):
             problem = f"lost, and {tries} tries did not bring it back: check it"
-            raise utils.UserError(f"{source.title}: {problem}")
-        utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
-        stop.wait(RECONNECT_DELAYS[tries])
-        tries += 1
+        else:
+            utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+            stop.wait(RECONNECT_DELAYS[tries])
+            tries += 1
+            continue
+        raise utils.UserError(f"{source.title}: {problem}")
 
 
 def open_live(source):
@@ -415,8 +416,8 @@ def camera_images(capture):
 
 def other_cameras(number):
     """Return words that name the cameras that do open."""
-    numbers = [n for n in range(CAMERAS) if n != int(number)]
-    found = [str(n) for n in numbers if cv2.VideoCapture(n).isOpened()]
+    others = {str(n) for n in range(CAMERAS)} - {number}
+    found = [n for n in sorted(others) if cv2.VideoCapture(int(n)).isOpened()]
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
@@ -512,7 +513,7 @@ def match_boxes(old, new):
         return {}
     ious = np.array([[iou(a, b) for b in new] for a in old])
     pairs = zip(*linear_sum_assignment(-ious))
-    return {int(i): int(j) for i, j in pairs if ious[i, j] >= MIN_IOU}
+    return {i: j for i, j in pairs if ious[i, j] >= MIN_IOU}
 
 
 class Tracker:
@@ -815,8 +816,9 @@ def judge_crop(frame, track, context):
 
 def save_crop(tagger, frame, track):
     """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
-    folder, context, run = tagger.args.save_faces, tagger.args.context, tagger.run
-    if tagger.args.model:
+    args, run = tagger.args, tagger.run
+    folder = args.save_faces
+    if args.model:
         labels = tagger.labeller.info["labels"]
         label = utils.folder_names([*labels, utils.UNKNOWN])[track.label]
         folder /= label
@@ -824,15 +826,15 @@ def save_crop(tagger, frame, track):
     if run:
         folder /= utils.folder_name(run)
     folder.mkdir(parents=True, exist_ok=True)
-    data = frame.encode_crop(track.box, context)
+    data = frame.encode_crop(track.box, args.context)
     stem = utils.folder_name(frame.path.stem[:40]) if frame.path else f"{frame.index:06d}"
-    ending = frame.path.suffix.lower() if frame.path and not context else ".jpg"
+    ending = frame.path.suffix.lower() if frame.path and not args.context else ".jpg"
     name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
     with utils.atomic_write(folder / name) as part:
         part.write_bytes(data)
 
 
-def run_name(source, path=None):
+def run_name(source, path):
     """Return the folder for the crops of a film, or of now; "" for those of pictures."""
     if path:
         digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
