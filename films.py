@@ -85,7 +85,7 @@ class Film:
             for packet in self.container.demux():
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == self.stream.index:
+                if packet.stream is self.stream:
                     with contextlib.suppress(av.error.FFmpegError):  # damaged, or empty
                         yield from packet.decode()
         counted = re.search("mp4|matroska|avi", self.format)  # others estimate
@@ -217,12 +217,17 @@ def write_film(path, rate):
 def add_stream(film, ending, rate, size):
     """Add a stream for pictures of a size (width, height) to a PyAV film. Returns it."""
     codec, pixels = CODECS[ending]
+    width, height = (max(2, side - side % 2) for side in size)
     rate = fractions.Fraction(rate).limit_denominator(1001)
-    options = {"preset": "veryfast", "crf": "20", "bf": "0"}
-    stream = film.add_stream(codec, rate=rate, pix_fmt=pixels, options=options)
-    stream.codec_context.time_base = 1 / fractions.Fraction(rate if ending == ".avi" else 90_000)
-    stream.width, stream.height = (max(2, side - side % 2) for side in size)
-    return stream
+    return film.add_stream(
+        codec,
+        rate=rate,
+        options={"preset": "veryfast", "crf": "20", "bf": "0"},
+        pix_fmt=pixels,
+        width=width,
+        height=height,
+        time_base=1 / fractions.Fraction(rate if ending == ".avi" else 90_000),
+    )
 
 
 def video_frame(image, stream, tick):
@@ -230,6 +235,5 @@ def video_frame(image, stream, tick):
     import av
 
     frame = av.VideoFrame.from_image(ImageOps.pad(image, (stream.width, stream.height)))
-    frame.time_base = stream.codec_context.time_base
     frame.pts = tick
     return frame
