@@ -155,7 +155,7 @@ class Track:
     since: float  # timestamp of the first one, or when somebody lost for a moment appeared
     mean: np.ndarray | float = 0.0  # running mean of its probabilities, (classes,)
     classifications: int = 0
-    agreeing: int = 0  # the last so many gave the same label
+    agreeing: int = 0  # classifications since its label changed
     classified: int = -(10**9)  # index of the frame classified last
     classified_at: float = 0.0  # and its timestamp
     label: str = ""
@@ -599,12 +599,11 @@ class Labeller:
         """Classify the tracks that are new or due, and label all. Returns how many were due."""
         seen = [track for track in tracks if track.seen == frame.timestamp]
         due = [track for track in seen if frame.index - track.classified >= CLASSIFY_EVERY]
-        before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
             assign_labels(tracks, self.info["labels"], self.args.threshold)
-        for track, label in zip(due, before):
-            track.agreeing = track.agreeing + 1 if track.label == label else 1
+        for track in due:
+            track.agreeing += 1
             track.classified, track.classified_at = frame.index, frame.timestamp
         return len(due)
 
@@ -633,8 +632,10 @@ def assign_labels(tracks, labels, threshold):
     for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
         refused = threshold > 0 and (track.probability < threshold or track.best in taken)
-        track.label = utils.UNKNOWN if refused else track.best
+        before, track.label = track.label, utils.UNKNOWN if refused else track.best
         taken.add(track.label)
+        if track.label != before:
+            track.agreeing = 0
 
 
 class Tagger:
