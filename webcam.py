@@ -1180,10 +1180,9 @@ def film_summary(tagger, rate):
 
 def smaller_face(tagger):
     """Search the samples for faces of any size; say what would have found the smallest."""
-    search = detect_with_flip if tagger.counts["photos"] else detect
     sides = []
     for grey, scale, smallest in tagger.samples:
-        found = search(grey, scale, 24 / scale)
+        found = detect_with_flip(grey, scale, 24 / scale)
         sides += [box[2] for box, n in found if n >= MIN_NEIGHBORS_START and box[2] < smallest]
     most = max(smallest for _, _, smallest in tagger.samples)
     text = f"nothing was tagged: no face of {most} px or larger was found"

@@ -692,6 +692,15 @@ def test_names(threshold, means, expected):
     assert [track.probability for track in tracks] == [max(mean) for mean in means]
 
 
+def test_a_face_that_loses_its_name_to_a_surer_one_is_no_news_at_once():
+    tracks = [webcam.Track(n, (0, 0, 9, 9), 0, 0) for n in range(2)]
+    tracks[0].mean, tracks[0].label, tracks[0].agreeing = np.array((0.8, 0.2)), "Ann", 5
+    tracks[1].mean = np.array((0.9, 0.1))
+    webcam.assign_labels(tracks, ["Ann", "Ben"], 0.5)
+    assert [track.label for track in tracks] == ["unknown", "Ann"]
+    assert [track.agreeing for track in tracks] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["Mihály Köles", "Ελένη", "王", "Иван"])
 def test_every_script_is_drawn(name):
     from matplotlib import ft2font
