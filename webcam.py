@@ -912,6 +912,7 @@ class Viewer:
     def __init__(self, tagger):
         self.tagger = tagger
         self.window = not tagger.args.no_display and can_open_window()
+        self.image = None  # PIL image in the window
         self.write = None  # function that takes a drawn PIL image and its timestamp
         # a single picture stays until a key says go on or end
         self.paused = tagger.source.kind == "picture"
@@ -950,9 +951,9 @@ class Viewer:
 
     def display(self, image):
         """Show a picture in the window."""
-        self.image, shown, text = image, image.copy(), self.status()
-        if self.count == 1:
+        if not self.image:
             open_window(image)
+        self.image, shown, text = image, image.copy(), self.status()
         if text:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
@@ -963,7 +964,7 @@ class Viewer:
 
         A new key is one more `if` here.
         """
-        if not (self.window and self.count):
+        if not self.image:
             time.sleep(seconds)
             return
         while not self.stop.is_set():
