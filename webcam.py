@@ -1123,9 +1123,15 @@ def tag_live(source, tagger, viewer):
     # macOS asks for permission in the main thread only
     opened = open_live(source) if source.kind == "camera" else None
     newest = collections.deque([None], 1)
+
+    def work():
+        for frame in newest_frames(newest, stop, [reader]):
+            if not viewer.paused:
+                tagger.handle(frame)
+
     with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
         reader = pool.submit(newest.extend, live_frames(source, stop, opened))
-        worker = pool.submit(work_live, newest_frames(newest, stop, [reader]), tagger, viewer)
+        worker = pool.submit(work)
         try:
             for frame in newest_frames(newest, stop, [reader, worker], viewer.wait):
                 viewer.show(frame)
@@ -1136,13 +1142,6 @@ def tag_live(source, tagger, viewer):
     worker.result()
     if reader.done():  # it may hang in a dead stream
         reader.result()
-
-
-def work_live(frames, tagger, viewer):
-    """Thread: handle the newest frame, again and again."""
-    for frame in frames:
-        if not viewer.paused:
-            tagger.handle(frame)
 
 
 # ---------------------------------------------------------------- the end
