@@ -1143,6 +1143,7 @@ def mistaken(tmp_path_factory, film):
     ("FACES --source rtsp://127.0.0.1:9/\udcff", 1, "error: stream 127.0.0.1: no picture comes from it"),
     ("FACES --source rtsp:///secret", 1, "error: --source rtsp://…: no address: give one"),
     ("FACES --source rtsp://me:secret@[::1/live", 1, "error: --source rtsp://…: no address: give one"),
+    ("FACES --by-name --source rtsp://me:secret@10.0.0.1/live", 2, "error: stream 10.0.0.1: --by-name takes a folder"),
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: is or lies in the source"),
     ("FACES --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is or lies in the source"),
