@@ -42,31 +42,27 @@ class Film:
             )
         except av.error.FFmpegError:
             raise imaging.PictureError("no frame can be read") from None
-        role = av.stream.Disposition
-        streams = [
-            stream
-            for stream in self.container.streams.video
-            if stream.codec_context and not stream.disposition & role.attached_pic  # a song's cover
-        ]
-        if not streams or (not live and NO_FILMS.fullmatch(self.container.format.name)):
+        self.format = self.container.format.name
+        self.stream = stream = self.container.streams.best("video")
+        is_film = stream and stream.codec_context and (live or not NO_FILMS.fullmatch(self.format))
+        if not is_film or stream.disposition & av.stream.Disposition.attached_pic:  # a song's cover
             raise imaging.PictureError("there is no film in it, or none of a known codec")
-        self.stream = max(streams, key=lambda s: (s.disposition & role.default, s.width * s.height))
-        self.stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
-        rate = float(self.stream.average_rate or 0)
+        stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
+        rate = float(stream.average_rate or 0)
         self.rate = rate if 0.05 <= rate <= 500 else 25.0
         self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
-        if self.container.format.name == "avi":  # FFmpeg shortens what was cut
-            self.duration = max(self.duration, self.stream.frames / self.rate)
+        if self.format == "avi":  # FFmpeg shortens what was cut
+            self.duration = max(self.duration, stream.frames / self.rate)
 
     def is_finite(self):
         """Say whether a stream ends by itself: it is a film that somebody serves."""
-        is_playlist = self.container.format.name in ("hls", "dash")  # its size says nothing
+        is_playlist = self.format in ("hls", "dash")  # its size says nothing
         return self.duration > 0 or (self.container.size > 0 and not is_playlist)
 
     def frames(self):
         """Yield (timestamp, image) as a player shows them: deinterlaced, upright, square pixels.
 
-        image: uint8 BGR (height, width, 3).
+        image: uint8 RGB (height, width, 3).
         """
         timestamp = None
         for frame in deinterlace(self.decode()):
@@ -89,20 +85,20 @@ class Film:
             for packet in self.container.demux():
                 if packet.pts is not None:
                     end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-                if packet.stream.index == self.stream.index:
+                if packet.stream is self.stream:
                     with contextlib.suppress(av.error.FFmpegError):  # damaged, or empty
                         yield from packet.decode()
-        counted = re.search("mp4|matroska|avi", self.container.format.name)  # others estimate
+        counted = re.search("mp4|matroska|avi", self.format)  # others estimate
         if counted and 0 < end - start < min(0.9 * self.duration, self.duration - 0.5):
             seconds = f"{end - start:.1f} of {self.duration:.1f} s"
             utils.warn(f"{self.name}: broke off after {seconds}: its end may be missing")
 
     def to_image(self, frame):
-        """Return a decoded frame as uint8 BGR (height, width, 3)."""
+        """Return a decoded frame as uint8 RGB (height, width, 3)."""
         ratio = float(self.stream.sample_aspect_ratio or 1)  # width of its pixels, in heights
         width = round(frame.width * ratio) if 0.1 < ratio < 10 else frame.width
         has_alpha = any(part.is_alpha for part in frame.format.components)
-        image = frame.to_ndarray(format="bgra" if has_alpha else "bgr24", width=width)
+        image = frame.to_ndarray(format="rgba" if has_alpha else "rgb24", width=width)
         if has_alpha:
             if not image[..., 3].any():  # some files leave it empty
                 image[..., 3] = 255
@@ -149,10 +145,9 @@ def hdr_table(transfer):
 
 def apply_orientation(image, matrix):
     """Turn and mirror an image as a film's display matrix says, nine numbers in three rows."""
-    across, up = matrix[0], matrix[4]
-    if abs(matrix[1]) > abs(across):
-        image = image.transpose(1, 0, 2)
-        across, up = matrix[3], matrix[1]
+    across, turned_up, _, turned_across, up = matrix[:5]
+    if abs(turned_up) > abs(across):
+        image, across, up = image.transpose(1, 0, 2), turned_across, turned_up
     return np.ascontiguousarray(image[:: -1 if up < 0 else 1, :: -1 if across < 0 else 1])
 
 
@@ -222,12 +217,17 @@ def write_film(path, rate):
 def add_stream(film, ending, rate, size):
     """Add a stream for pictures of a size (width, height) to a PyAV film. Returns it."""
     codec, pixels = CODECS[ending]
+    width, height = (max(2, side - side % 2) for side in size)
     rate = fractions.Fraction(rate).limit_denominator(1001)
-    options = {"preset": "veryfast", "crf": "20", "bf": "0"}
-    stream = film.add_stream(codec, rate=rate, pix_fmt=pixels, options=options)
-    stream.codec_context.time_base = 1 / fractions.Fraction(rate if ending == ".avi" else 90_000)
-    stream.width, stream.height = (max(2, side - side % 2) for side in size)
-    return stream
+    return film.add_stream(
+        codec,
+        rate=rate,
+        options={"preset": "veryfast", "crf": "20", "bf": "0"},
+        pix_fmt=pixels,
+        width=width,
+        height=height,
+        time_base=1 / fractions.Fraction(rate if ending == ".avi" else 90_000),
+    )
 
 
 def video_frame(image, stream, tick):
@@ -235,6 +235,5 @@ def video_frame(image, stream, tick):
     import av
 
     frame = av.VideoFrame.from_image(ImageOps.pad(image, (stream.width, stream.height)))
-    frame.time_base = stream.codec_context.time_base
     frame.pts = tick
     return frame

@@ -89,14 +89,22 @@ def open_picture(data):
     with picture_errors():
         file = io.BytesIO(drop_png_metadata(data)) if isinstance(data, bytes) else data
         image = Image.open(file, formats=FORMATS)
-        # of these, the decoder keeps several frames at once
-        is_animation = image.format in ("WEBP", "AVIF") and image.is_animated
-        limit = MAX_ANIMATED if is_animation else MAX_PIXELS
+        # decoders of these keep several frames at once
+        limit = MAX_ANIMATED if is_animated(image, ("WEBP", "AVIF")) else MAX_PIXELS
         if image.width * image.height > limit:
             raise RefusedError(f"larger than {limit:,} pixels")
         if getattr(image, "tag_v2", {}).get(TIFF_SUBFILE_TYPE, 0) & 1:
             raise RefusedError("begins with a small preview, as RAW files do: export it as JPEG")
         return image
+
+
+def is_animated(image, formats=("GIF", "PNG", "WEBP", "AVIF")):
+    """Say whether a PIL image has frames that follow in time, which pages and previews do not.
+
+    formats: of those that are looked at. Raises PictureError for broken data.
+    """
+    with picture_errors():
+        return image.format in formats and getattr(image, "is_animated", False)
 
 
 def drop_png_metadata(data):

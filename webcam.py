@@ -55,7 +55,7 @@ import time
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +89,7 @@ MAX_MISSED_ONCE = 0.6  # the same if that was in one frame only: on slow machine
 
 CLASSIFY_EVERY = 8  # frames between two classifications of a track
 AVERAGE_WINDOW = 5  # classifications in the running mean
-MAX_BATCH = 8  # faces classified at once; on a camera the others wait for the next frame
+MAX_BATCH = 8  # faces classified at once
 AGREEING = 3  # classifications with one label before --events reports somebody
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
@@ -104,7 +104,6 @@ RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried 
 READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
 LIVE_FPS = 30  # of the .avi that --output makes of a camera or stream
-WINDOW_POLL_AFTER = 0.5  # seconds without a frame after which the window is served all the same
 NO_PICTURE = {  # what to do
     "camera": "is it connected, used by another program, or forbidden by the privacy settings?",
     "stream": "check address, user and password",
@@ -126,12 +125,11 @@ class Frame:
 
     index: int  # 0, 1, …; on a camera those that came too fast are left out
     timestamp: float  # seconds from the start
-    image: np.ndarray  # uint8 BGR (height, width, 3), upright, of square pixels
+    image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
-    files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
 
     def crop_face(self, box, context):
-        """Return the square of `context` boxes around a face, BGR; None: the whole frame."""
+        """Return the square of `context` boxes around a face; None: the whole frame."""
         if not context:
             return self.image
         x, y, w, h = box
@@ -142,11 +140,9 @@ class Frame:
         """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
         if self.path and not context:
             return self.path.read_bytes()
-        if box not in self.files:
-            file = io.BytesIO()
-            imaging.save_jpeg(file, cv2.cvtColor(self.crop_face(box, context), cv2.COLOR_BGR2RGB))
-            self.files[box] = file.getvalue()
-        return self.files[box]
+        file = io.BytesIO()
+        imaging.save_jpeg(file, self.crop_face(box, context))
+        return file.getvalue()
 
 
 @dataclass(eq=False)
@@ -157,9 +153,9 @@ class Track:
     box: tuple  # x, y, width, height in pixels of the source
     seen: float  # timestamp of the frame in which it was found last
     since: float  # timestamp of the first one, or when somebody lost for a moment appeared
-    mean: np.ndarray | None = None  # running mean of its probabilities, (classes,)
+    mean: np.ndarray | float = 0.0  # running mean of its probabilities, (classes,)
     classifications: int = 0
-    agreeing: int = 0  # the last so many gave the same label
+    agreeing: int = 0  # classifications since its label changed
     classified: int = -(10**9)  # index of the frame classified last
     classified_at: float = 0.0  # and its timestamp
     label: str = ""
@@ -225,11 +221,12 @@ class Source:
 
     kind: str  # camera, stream, folder, film or picture
     name: str  # number, address or path
-    files: list = field(default_factory=list)  # paths
-    films: set = field(default_factory=set)  # those of them that are films
+    title: str = ""  # what messages call it, never with a password
+    files: list = ()  # paths
+    films: set = ()  # those of them that are films
 
     def shown(self, path):
-        """Return the name that lines and events give to one of the files."""
+        """Return the name that lines and events give to one of the files, None without one."""
         folder = self.kind == "folder"
         return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
 
@@ -241,17 +238,18 @@ def find_source(text):
     if text.startswith("file:///"):
         text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
     if "://" in text:
-        host_of(text)
-        return Source("stream", text)
+        return Source("stream", text, f"stream {host_of(text)}")
     for name in (text, os.path.realpath(text)):  # /dev/v4l/by-id/… leads to /dev/video0
         if number := re.fullmatch(r"(?:/dev/video)?([0-9]{1,5})", name):
-            return Source("camera", number[1])
-    path = Path(text)
+            return Source("camera", number[1], f"camera {number[1]}")
+    path, title = Path(text), f"--source {utils.escape(text)}"
     if path.is_dir():
         files = utils.list_files(path)
-        return Source("folder", text, files, {p for p in files if p.suffix.lower() in FILM_ENDINGS})
-    film = is_film(path)
-    return Source("film" if film else "picture", text, [path], {path} if film else set())
+        named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}
+        return Source("folder", text, title, files, named_so)
+    if is_film(path):
+        return Source("film", text, title, [path], {path})
+    return Source("picture", text, title, [path])
 
 
 def host_of(address):
@@ -278,7 +276,7 @@ def is_film(path):
                 seam = b"\xff\xd9\xff\xd8\xff"
                 last = data[data.rfind(seam) + 2 :]  # of a photo it is a map of depths, say
                 return data.count(seam) > 1 and imaging.open_picture(last).size == image.size
-            return image.format in ("GIF", "PNG") and is_animated(image)
+            return image.format in ("GIF", "PNG") and imaging.is_animated(image)
     except imaging.RefusedError as error:  # FFmpeg would read some of these
         reason = error
     except imaging.PictureError:
@@ -288,27 +286,22 @@ def is_film(path):
     )
 
 
-def is_animated(image):
-    """Say whether a PIL image has frames that follow in time, which pages and previews do not."""
-    moving = image.format in ("GIF", "PNG", "WEBP", "AVIF")
-    with imaging.picture_errors():
-        return moving and getattr(image, "is_animated", False)
-
-
 def check_arguments(args, source):
     """Check all that can be checked before any work, and settle what is left to the model."""
     if args.by_name and source.kind != "folder":
-        raise utils.UsageError(f"--source {utils.escape(source.name)}: --by-name takes a folder")
+        raise utils.UsageError(f"{source.title}: --by-name takes a folder")
     for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
         if path:
             check_output(option, path, source)
     if args.events and not source.films and source.kind not in LIVE:
         raise utils.UserError("--events: there is no film in the source: leave it out")
     if args.model:
-        args.model = without_ending(args.model)
+        args.model = re.sub(r"(\.h5|(-labels)?\.json)$", "", args.model)
         info = model.check_model(args.model)
         if args.whole_picture is None:  # as the model was trained
             args.whole_picture = info.get("face_crops", 1.0) < 0.5
+        if args.threshold is None:
+            args.threshold = info["threshold"]
     if args.whole_picture:
         args.context = None
     else:
@@ -317,29 +310,22 @@ def check_arguments(args, source):
 
 def check_output(option, path, source):
     """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
-    kind, name = source.kind, f"{option} {utils.escape(path)}"
-    endings = PICTURES if kind == "picture" else tuple(films.CODECS)
-    is_folder = kind == "folder" or option == "--save-faces"
+    kind, problem, what = source.kind, None, "is"
+    endings = PICTURES if kind == "picture" else films.CODECS
     if kind not in LIVE and utils.is_inside(path, Path(source.name)):
-        raise utils.UserError(f"{name}: is or lies in the source: choose another place")
-    if is_folder and path.is_file():
-        raise utils.UserError(f"{name}: is a file: give a folder")
-    if not is_folder and path.suffix.lower() not in endings:
-        wanted = " or ".join(endings)
-        raise utils.UserError(f"{name}: cannot hold what a {kind} gives: give a name with {wanted}")
-    if not is_folder and (path.is_dir() or not path.parent.is_dir()):
-        raise utils.UserError(f"{name}: is a folder, or lies in none: choose another place")
+        problem = "is or lies in the source: choose another place"
+    elif kind == "folder" or option == "--save-faces":
+        what = "files of the same names in it are"
+        if path.is_file():
+            problem = "is a file: give a folder"
+    elif path.suffix.lower() not in endings:
+        problem = f"cannot hold what a {kind} gives: give a name with {' or '.join(endings)}"
+    elif path.is_dir() or not path.parent.is_dir():
+        problem = "is a folder, or lies in none: choose another place"
+    if problem:
+        raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
     if option == "--output" and path.exists():
-        what = "files of the same names in it are" if is_folder else "is"
         utils.warn(f"{utils.escape(path)}: {what} replaced")
-
-
-def without_ending(name):
-    """Return the prefix of a model of which the prefix or one file is named."""
-    for ending in (".h5", "-labels.json", ".json"):
-        if name.endswith(ending) and Path(name).is_file():
-            return name.removesuffix(ending)
-    return name
 
 
 # ---------------------------------------------------------------- films and pictures → frames
@@ -349,10 +335,9 @@ def load_picture(path):
     """Read a picture in full, upright. Returns its Frame; the PictureError if it is broken."""
     try:
         _, image = imaging.read_picture(path)
-        if is_animated(image):
+        if imaging.is_animated(image):
             utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
-        pixels = cv2.cvtColor(np.asarray(imaging.upright(image)), cv2.COLOR_RGB2BGR)
-        return Frame(0, 0.0, pixels, path)
+        return Frame(0, 0.0, np.asarray(imaging.upright(image)), path)
     except imaging.PictureError as error:
         return error
 
@@ -366,105 +351,93 @@ def live_frames(source, stop, opened=None):
     stop: an event, everything is to end. opened: what `open_live` gave. A lost source is tried
     again after each of RECONNECT_DELAYS. Raises UserError where none comes (back).
     """
-    name = f"{source.kind} {source.name if source.kind == 'camera' else host_of(source.name)}"
     index, start, tries = 0, None, 0
     while True:
-        images, ends = opened or open_live(source, stop)
+        images, ends = opened or open_live(source)
         opened = None
-        for image in images:
+        for image in itertools.takewhile(lambda _: not stop.is_set(), images):
             now, tries = time.monotonic(), 0
             start = start or now
             yield Frame(index, now - start, image)
             index += 1
-            if stop.is_set():
-                return
         if stop.is_set() or (ends and index):
             return
         if not index:
             others = other_cameras(source.name) if source.kind == "camera" else ""
             problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
-            raise utils.UserError(f"{name}: {problem}")
-        if tries == len(RECONNECT_DELAYS):
-            raise utils.UserError(
-                f"{name}: lost, and {tries} tries did not bring it back: check it"
-            )
-        utils.warn(f"{name}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
-        stop.wait(RECONNECT_DELAYS[tries])
-        tries += 1
+        elif tries == len(RECONNECT_DELAYS):
+            problem = f"lost, and {tries} tries did not bring it back: check it"
+        else:
+            utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+            stop.wait(RECONNECT_DELAYS[tries])
+            tries += 1
+            continue
+        raise utils.UserError(f"{source.title}: {problem}")
 
 
-def open_live(source, stop):
+def open_live(source):
     """Return a generator of a camera's or stream's images, and whether it is a film, which ends."""
     if source.kind == "camera":
         capture = cv2.VideoCapture(int(source.name))
-        return camera_images(capture, stop), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
+        return camera_images(capture), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
     try:
-        film = films.Film(source.name, f"stream {host_of(source.name)}", live=True)
+        film = films.Film(source.name, source.title, live=True)
     except imaging.PictureError:
         return (), False
-    return stream_images(film, stop), film.is_finite()
+    return stream_images(film), film.is_finite()
 
 
-def stream_images(film, stop):
+def stream_images(film):
     """Yield the images of a stream; a film comes faster than it plays and has to wait."""
     clock = PlaybackClock()
     with contextlib.suppress(imaging.PictureError):
         for timestamp, image in film.frames():
             if film.is_finite():
-                stop.wait(clock.seconds_until(timestamp))
+                time.sleep(clock.seconds_until(timestamp))
             yield image
 
 
-def camera_images(capture, stop):
+def camera_images(capture):
     """Yield the images of an OpenCV capture until it gives none for READ_TIMEOUT seconds."""
     last = time.monotonic()
     try:
-        while not stop.is_set():
+        while True:
             good, image = capture.read()
             if good:
-                yield image
+                yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
                 last = time.monotonic()
             elif not capture.isOpened() or time.monotonic() - last > READ_TIMEOUT:
                 return
             else:
-                stop.wait(0.02)
+                time.sleep(0.02)
     finally:
         capture.release()
 
 
 def other_cameras(number):
     """Return words that name the cameras that do open."""
-    numbers = [n for n in range(CAMERAS) if n != int(number)]
-    found = [str(n) for n in numbers if cv2.VideoCapture(n).isOpened()]
+    others = {str(n) for n in range(CAMERAS)} - {number}
+    found = [n for n in sorted(others) if cv2.VideoCapture(int(n)).isOpened()]
     return f" ({', '.join(found)} can be opened)" if found else ""
 
 
-class Newest:
-    """The newest of the Frames that a thread reads."""
+def newest_frames(newest, stop, threads, wait=time.sleep):
+    """Yield the newest Frame, again and again, until one of the threads ends, or all is to.
 
-    def __init__(self, frames, pool):
-        self.frame = None
-        self.reader = pool.submit(self.read, frames)
-
-    def read(self, frames):
-        """Thread: keep the newest frame."""
-        for frame in frames:
-            self.frame = frame
-
-    def frames(self, stop, meanwhile=lambda: None):
-        """Yield the newest Frame until there are no more. meanwhile: called while there is none."""
-        done = None
-        while not stop.is_set():
-            # in this order: a frame may come before the end
-            ended, frame = self.reader.done(), self.frame
-            if frame is not done:
-                done = frame
-                yield frame
-            elif ended:
-                return
-            else:
-                time.sleep(0.005)
-                meanwhile()
+    newest: [the last one that came]; threads: futures. wait: called with some seconds while there
+    is no new one.
+    """
+    done = None
+    while not stop.is_set():
+        ended = any(thread.done() for thread in threads)
+        frame = newest[-1]  # looked at last: it may have come before the end
+        if frame is not done:
+            done = frame
+            yield frame
+        elif ended:
+            return
+        else:
+            wait(0.005)
 
 
 # ---------------------------------------------------------------- frames → boxes → tracks
@@ -473,10 +446,9 @@ class Newest:
 def shrink(image, smallest):
     """Return the grey picture to search and its scale: `smallest` px become DETECT_FACE px."""
     scale = min(1.0, DETECT_FACE / smallest)
-    if scale < 1:
-        size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(image, cv2.COLOR_BGR2GRAY), scale
+    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), scale
 
 
 def detect(grey, scale, smallest, largest=0):
@@ -500,13 +472,12 @@ def detect_with_flip(grey, scale, smallest):
     flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
     single frames of 14 films).
     """
-    width, mirrored = round(grey.shape[1] / scale), []
-    for (x, y, w, h), n in detect(cv2.flip(grey, 1), scale, smallest):
-        mirrored.append(((width - x - w, y, w, h), n))
-    found = []
-    for box, n in detect(grey, scale, smallest):
-        others = [m for other, m in mirrored if iou(box, other) > MIN_IOU]
-        found.append((box, (n + max(others, default=0)) / 2))
+    width, found = round(grey.shape[1] / scale), []
+    mirrored = detect(cv2.flip(grey, 1), scale, smallest)
+    for (x, y, w, h), n in detect(grey, scale, smallest):
+        twin = width - x - w, y, w, h
+        others = [m for other, m in mirrored if iou(twin, other) > MIN_IOU]
+        found.append(((x, y, w, h), (n + max(others, default=0)) / 2))
     return found
 
 
@@ -522,19 +493,16 @@ def detect_near(grey, scale, box):
 
 def iou(a, b):
     """Return intersection over union of two boxes (x, y, w, h)."""
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
     both = max(0, width) * max(0, height)
     return both / (a[2] * a[3] + b[2] * b[3] - both)
 
 
 def distinct_faces(found):
     """Return [(box, neighbors)] without those that overlap a surer one."""
-    kept = []
-    for box, n in sorted(found, key=lambda face: (-face[1], face[0])):
-        if all(iou(box, other) < MIN_IOU for other, _ in kept):
-            kept.append((box, n))
-    return kept
+    found = sorted(found)  # of equally sure ones always the same is kept
+    boxes, neighbors = [box for box, _ in found], [n for _, n in found]
+    return [found[n] for n in cv2.dnn.NMSBoxes(boxes, neighbors, 0, MIN_IOU)]
 
 
 def match_boxes(old, new):
@@ -545,7 +513,7 @@ def match_boxes(old, new):
         return {}
     ious = np.array([[iou(a, b) for b in new] for a in old])
     pairs = zip(*linear_sum_assignment(-ious))
-    return {int(i): int(j) for i, j in pairs if ious[i, j] >= MIN_IOU}
+    return {i: j for i, j in pairs if ious[i, j] >= MIN_IOU}
 
 
 class Tracker:
@@ -557,24 +525,24 @@ class Tracker:
     def __init__(self, whole=False, min_face=None):
         self.whole, self.min_face = whole, min_face
         self.tracks, self.ids = [], itertools.count()
-        self.size = ()
+        self.size = ()  # of the last frame
         self.smallest = 0  # face looked for, pixels
         self.scanned = 0  # index of the frame of which the whole was searched last
         self.previous = 0.0  # timestamp of the last frame
 
     def update(self, frame):
         """Return the tracks after a Frame."""
-        height, width = frame.image.shape[:2]
-        if self.size != (width, height):  # the first frame, or a film that changes its size
-            self.size, self.tracks = (width, height), []
-            self.scanned = frame.index - SCAN_EVERY
-            self.smallest = self.min_face or max(40, height // 8)
-        everything = [((0, 0, width, height), MIN_NEIGHBORS_START)]
-        self.update_tracks(everything if self.whole else self.detect(frame), frame.timestamp)
+        size = frame.image.shape[1::-1]
+        if self.size != size:  # the first frame, or a film that changes its size
+            self.size, self.tracks = size, []
+            self.smallest = self.min_face or max(40, size[1] // 8)
+        self.update_tracks(self.detect(frame), frame.timestamp)
         return self.tracks
 
     def detect(self, frame):
         """Find faces: now all over the picture, now only near the tracks."""
+        if self.whole:
+            return [((0, 0, *self.size), MIN_NEIGHBORS_START)]
         grey, scale = shrink(frame.image, self.smallest)
         if frame.path:
             found = detect_with_flip(grey, scale, self.smallest)
@@ -615,33 +583,27 @@ class Labeller:
     """The model, and what it says about tracks. Without a model nobody has a label."""
 
     def __init__(self, args, live):
-        self.prefix, self.live = args.model, live
-        self.threshold, self.context = args.threshold, args.context
-        self.network, self.labels, self.side = None, [], 0
+        self.args, self.live = args, live
+        self.network = self.info = None  # Keras model, and what travels with it
 
     def load(self):
-        """Load the model. A camera is shown meanwhile, and tagged from then on."""
-        network, info = model.load_model(self.prefix)
-        self.labels, self.side = info["labels"], info["image_size"]
-        if self.threshold is None:
-            self.threshold = info["threshold"]
+        """Load the model, if there is one."""
+        if not self.args.model or self.network:
+            return
+        self.network, self.info = model.load_model(self.args.model)
+        side = self.info["image_size"]
         for n in (1, 2) if self.live else ():  # ready for one face and for several
-            model.predict(network, np.zeros((n, self.side, self.side, 3), "uint8"), n)
-        self.network = network
+            model.predict(self.network, np.zeros((n, side, side, 3), "uint8"), n)
 
     def update(self, frame, tracks):
         """Classify the tracks that are new or due, and label all. Returns how many were due."""
         seen = [track for track in tracks if track.seen == frame.timestamp]
         due = [track for track in seen if frame.index - track.classified >= CLASSIFY_EVERY]
-        if self.live:  # the oldest labels only: the next frame waits
-            due = sorted(due, key=lambda track: track.classified)[:MAX_BATCH]
-        before = [track.label for track in due]
         if due and self.network:
             self.classify(frame, due)
-            unique = self.threshold > 0 and self.context is not None
-            assign_labels(tracks, self.labels, self.threshold, unique)
-        for track, label in zip(due, before):
-            track.agreeing = track.agreeing + 1 if track.label == label else 1
+            assign_labels(tracks, self.info["labels"], self.args.threshold)
+        for track in due:
+            track.agreeing += 1
             track.classified, track.classified_at = frame.index, frame.timestamp
         return len(due)
 
@@ -651,37 +613,38 @@ class Labeller:
         The batch is filled up to a power of two: backends that compile for each size do so seldom.
         """
         # decoded again, so that the network gets just what training would read
-        crops = [imaging.open_picture(frame.encode_crop(t.box, self.context)) for t in tracks]
-        inputs = np.stack([imaging.to_model_input(crop, self.side) for crop in crops])
+        files = [frame.encode_crop(track.box, self.args.context) for track in tracks]
+        crops = [imaging.open_picture(file) for file in files]
+        side = self.info["image_size"]
+        inputs = np.stack([imaging.to_model_input(crop, side) for crop in crops])
         # a batch of one differs in the last bits from what evaluation computes
         least = 2 if frame.path else 1
         size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
         for track, answer in zip(tracks, model.predict(self.network, inputs, size)):
             track.classifications += 1
-            mean = answer if track.mean is None else track.mean
-            track.mean = mean + (answer - mean) / min(track.classifications, AVERAGE_WINDOW)
+            step = (answer - track.mean) / min(track.classifications, AVERAGE_WINDOW)
+            track.mean = track.mean + step
 
 
-def assign_labels(tracks, labels, threshold, unique):
-    """Label tracks: `unknown` below the threshold, or, if `unique`, with a surer one's name."""
+def assign_labels(tracks, labels, threshold):
+    """Label tracks: `unknown` below the threshold, or with a surer one's name; 0: everybody."""
     taken = set()
-    known = [track for track in tracks if track.mean is not None]
-    for track in sorted(known, key=lambda track: -track.mean.max()):
+    for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
-        refused = track.probability < threshold or (unique and track.best in taken)
-        track.label = utils.UNKNOWN if refused else track.best
+        refused = threshold > 0 and (track.probability < threshold or track.best in taken)
+        before, track.label = track.label, utils.UNKNOWN if refused else track.best
         taken.add(track.label)
+        if track.label != before:
+            track.agreeing = 0
 
 
 class Tagger:
-    """Does all that is done with a frame: tracker, labeller, and the sinks that print and save."""
+    """Does all that is done with a frame: finds and labels its faces, prints and saves them."""
 
     def __init__(self, args, source):
         self.args, self.source = args, source
         self.labeller = Labeller(args, source.kind in LIVE)
-        self.tracker = None
-        self.tracks = []  # to be shown
-        self.sinks = []  # functions that print or save what a frame shows
+        self.tracker = Tracker()
         # what the summary tells
         self.counts = collections.Counter()
         self.labels = collections.Counter()  # of photos
@@ -693,22 +656,15 @@ class Tagger:
     @contextlib.contextmanager
     def session(self, path=None):
         """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
-        source, run = self.source, run_name(self.source, path)
-        file = source.shown(path) if path else ""
-        self.tracker, self.tracks = Tracker(not self.args.context, self.args.min_face), []
-        self.sinks = [functools.partial(print_lines, columns(source), file)]
-        events = EventWriter(file if source.kind == "folder" else "")
-        if self.args.events:
-            self.sinks = [events.write] if run else []  # in a picture nobody comes or goes
-        if self.args.save_faces:
-            self.sinks.append(functools.partial(save_crops, self, run))
-        try:
+        self.tracker = Tracker(not self.args.context, self.args.min_face)
+        self.file, self.run = self.source.shown(path), run_name(self.source, path)
+        several = self.source.kind == "folder"
+        with contextlib.closing(EventWriter(self.file if several else "")) as self.events:
             yield
-        finally:
-            events.close()
 
     def handle(self, frame):
-        """Find, label, print and save the faces of a Frame."""
+        """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
+        self.labeller.load()
         start, counts = time.perf_counter(), self.counts
         tracks = self.tracker.update(frame)
         found = time.perf_counter()
@@ -719,19 +675,20 @@ class Tagger:
         if due and self.labeller.network:
             counts["classifications"] += due
             self.times["classification"].append(1000 * (time.perf_counter() - found))
-        # with many faces some still wait for their first label
-        self.tracks = [track for track in tracks if track.label or not self.labeller.network]
-        for sink in self.sinks:
-            sink(frame, self.tracks)
+        if self.args.events:
+            self.events.write(frame, tracks)
+        else:
+            print_lines(columns(self.source), self.file, frame, tracks)
+        if self.args.save_faces:
+            save_crops(self, frame, tracks)
         counts["photos" if frame.path else "frames"] += 1
-        counts["tagged"] += len(self.tracks)
+        counts["tagged"] += len(tracks)
         if frame.path:
-            self.labels.update(track.label or "faces" for track in self.tracks)
+            self.labels.update(track.label or "faces" for track in tracks)
 
     def keep_sample(self, frame):
-        """Keep frames 0, 1, 2, 4, 8… until a face is found: smaller ones may be in them."""
-        handled = self.counts["frames"] + self.counts["photos"]
-        if not self.counts["tagged"] and handled & (handled - 1) == 0:
+        """Keep photos and frames 0, 1, 2, 4… until a face is found: smaller ones may be in them."""
+        if not self.counts["tagged"] and frame.index & (frame.index - 1) == 0:
             sample = shrink(frame.image, frame.image.shape[0] / 20)
             self.samples.append((*sample, self.tracker.smallest))
 
@@ -750,10 +707,16 @@ def columns(source):
 def print_lines(columns, file, frame, tracks):
     """Print a line for each face of a frame. file: its name, for the column of that name."""
     for track in tracks:
-        cells = {"file": file, "frame": frame.index, "time": f"{frame.timestamp:.6f}"}
-        cells |= {"track": track.id, "face": track.id, **dict(zip("xywh", track.box))}
-        cells |= {"label": track.label, "best": track.best}
-        cells["probability"] = f"{track.probability:.6f}" if track.label else ""
+        cells = dict(zip("xywh", track.box)) | {
+            "file": file,
+            "frame": frame.index,
+            "time": f"{frame.timestamp:.6f}",
+            "track": track.id,
+            "face": track.id,
+            "label": track.label,
+            "probability": f"{track.probability:.6f}" if track.label else "",
+            "best": track.best,
+        }
         utils.print_line("\t".join(str(cells[column]) for column in columns))
 
 
@@ -761,61 +724,57 @@ class EventWriter:
     """Prints a JSON object when somebody appeared and when somebody left."""
 
     def __init__(self, file=""):
-        self.file = file
+        self.file = {"file": file} if file else {}
         self.present = []  # tracks reported, in sight or lost a moment ago
 
     def write(self, frame, tracks):
         """Print the events of a frame."""
         for track in tracks:
-            if track.agreeing >= AGREEING and track.label not in track.reported:
-                self.appear(track, tracks, frame.timestamp)
-        for track in self.present[:]:
-            if frame.timestamp - track.seen > LEFT_AFTER:
-                self.leave(track)
+            if track.agreeing < AGREEING or track.label in track.reported:
+                continue
+            self.leave([one for one in self.present if one is track])  # it has a new label
+            track.reported = track.label, track.probability
+            lost = [one for one in self.present if one not in tracks]
+            same = [one for one in lost if one.reported[0] == track.label]
+            if same:  # somebody who was lost for a moment
+                track.since = same[0].since
+                self.present.remove(same[0])
+            else:
+                self.print_event("appeared", track, frame.timestamp)
+            self.present.append(track)
+        self.leave([one for one in self.present if frame.timestamp - one.seen > LEFT_AFTER])
 
-    def appear(self, track, tracks, timestamp):
-        """Report a track that has a new label, if it is not somebody who was lost for a moment."""
-        if track in self.present:
-            self.leave(track)
-        track.reported = track.label, track.probability
-        lost = [one for one in self.present if one not in tracks]
-        same = [one for one in lost if one.reported[0] == track.label]
-        if same:
-            track.since = same[0].since
-            self.present.remove(same[0])
-        else:
-            self.print_event("appeared", track, timestamp)
-        self.present.append(track)
-
-    def leave(self, track):
-        """Report that somebody has left."""
-        self.present.remove(track)
-        self.print_event("left", track, track.seen)
+    def leave(self, tracks):
+        """Report that these have left."""
+        for track in tracks:
+            self.present.remove(track)
+            self.print_event("left", track, track.seen)
 
     def print_event(self, event, track, timestamp):
         """Print one JSON object; `seconds` is how long somebody has been seen until then."""
-        cells = {"file": self.file} if self.file else {}
-        cells |= {"event": event, "time": round(timestamp, 6), "track": track.id}
         label, probability = track.reported
-        known = {"label": label, "probability": round(probability, 6)}
-        cells |= known if label else dict.fromkeys(known)
-        cells["seconds"] = round(timestamp - track.since, 6)
+        cells = self.file | {
+            "event": event,
+            "time": round(timestamp, 6),
+            "track": track.id,
+            "label": label or None,
+            "probability": round(probability, 6) if label else None,
+            "seconds": round(timestamp - track.since, 6),
+        }
         utils.print_line(json.dumps(cells, ensure_ascii=False))
 
     def close(self):
         """Let everybody leave."""
-        for track in self.present[:]:
-            self.leave(track)
+        self.leave(self.present[:])
 
 
 # ---------------------------------------------------------------- labels → crops
 
 
-def save_crops(tagger, run, frame, tracks):
+def save_crops(tagger, frame, tracks):
     """Save the crops of a frame that are worth it.
 
-    Of a picture all of them with a model, and without one only a face that is alone. run: a folder
-    for what belongs together.
+    Of a picture all of them with a model, and without one only a face that is alone.
     """
     args = tagger.args
     if frame.path and not args.model and len(tracks) != 1:
@@ -830,7 +789,7 @@ def save_crops(tagger, run, frame, tracks):
             if verdict == "saved":
                 track.kept_at = frame.timestamp
                 track.kept = thumbnail(frame, track.box, args.context), track.box
-                save_crop(tagger, run, frame, track)
+                save_crop(tagger, frame, track)
 
 
 def thumbnail(frame, box, context):
@@ -844,7 +803,7 @@ def judge_crop(frame, track, context):
     if min(frame.crop_face(track.box, context).shape[:2]) < MIN_CROP:
         return "too small"
     x, y, w, h = track.box
-    face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_BGR2GRAY)
+    face = cv2.cvtColor(frame.image[y : y + h, x : x + w], cv2.COLOR_RGB2GRAY)
     face = cv2.resize(face, (SHARP_SIDE, SHARP_SIDE), interpolation=cv2.INTER_AREA)
     if cv2.Laplacian(face, cv2.CV_64F).var() < MIN_SHARPNESS:
         return "too blurred"
@@ -856,32 +815,33 @@ def judge_crop(frame, track, context):
     return "saved"
 
 
-def save_crop(tagger, run, frame, track):
+def save_crop(tagger, frame, track):
     """Save a crop. Its name ends in a hash of the content, so that none is overwritten."""
-    folder, context = tagger.args.save_faces, tagger.args.context
-    if tagger.args.model:
-        label = utils.folder_names([*tagger.labeller.labels, utils.UNKNOWN])[track.label]
+    args, run = tagger.args, tagger.run
+    folder = args.save_faces
+    if args.model:
+        labels = tagger.labeller.info["labels"]
+        label = utils.folder_names([*labels, utils.UNKNOWN])[track.label]
         folder /= label
         run = run and f"{run}-{label}"
     if run:
         folder /= utils.folder_name(run)
     folder.mkdir(parents=True, exist_ok=True)
-    data = frame.encode_crop(track.box, context)
+    data = frame.encode_crop(track.box, args.context)
     stem = utils.folder_name(frame.path.stem[:40]) if frame.path else f"{frame.index:06d}"
-    ending = frame.path.suffix.lower() if frame.path and not context else ".jpg"
+    ending = frame.path.suffix.lower() if frame.path and not args.context else ".jpg"
     name = f"{stem}-{track.id}-{hashlib.sha256(data).hexdigest()[:10]}{ending}"
     with utils.atomic_write(folder / name) as part:
         part.write_bytes(data)
 
 
-def run_name(source, path=None):
+def run_name(source, path):
     """Return the folder for the crops of a film, or of now; "" for those of pictures."""
     if path:
         digest = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:8]
         return f"{path.stem[:40]}-{digest}" if path in source.films else ""
-    now = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    where = source.name if source.kind == "camera" else f"-{host_of(source.name)}"
-    return f"{source.kind}{where}-{now}"
+    where = source.title.replace("camera ", "camera").replace(" ", "-")
+    return f"{where}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 # ---------------------------------------------------------------- drawing
@@ -913,7 +873,7 @@ def text_size(image):
 
 def draw_tracks(frame, tracks, whole):
     """Draw boxes and captions on a Frame. Returns an RGB PIL image. whole: draw no boxes."""
-    image = Image.fromarray(cv2.cvtColor(frame.image, cv2.COLOR_BGR2RGB))
+    image = Image.fromarray(frame.image)
     size = text_size(image)
     thick = max(2, size // 7)
     for track in tracks:
@@ -951,7 +911,8 @@ class Viewer:
 
     def __init__(self, tagger):
         self.tagger = tagger
-        self.window = not tagger.args.no_display and open_window()
+        self.window = not tagger.args.no_display and can_open_window()
+        self.image = None  # PIL image in the window
         self.write = None  # function that takes a drawn PIL image and its timestamp
         # a single picture stays until a key says go on or end
         self.paused = tagger.source.kind == "picture"
@@ -960,20 +921,21 @@ class Viewer:
         self.latest = collections.deque(maxlen=30)  # times of the last ones
 
     def show(self, frame, left=0.0):
-        """Show and write a Frame; left: seconds until the next. Returns whether to end."""
-        self.latest.append(time.monotonic())
+        """Show and write a Frame; left: seconds until the next."""
+        self.latest.append(time.perf_counter())
         self.first = self.first or self.latest[0]
         self.count += 1
-        tracks = self.tagger.tracks
+        tracks = self.tagger.tracker.tracks
         if not frame.path:
             ages = [frame.timestamp - track.classified_at for track in tracks if track.label]
             self.tagger.times["label age"] += ages
-        if not (self.window or self.write):
-            return False
-        image = draw_tracks(frame, tracks, whole=not self.tagger.args.context)
+        if self.window or self.write:
+            image = draw_tracks(frame, tracks, whole=not self.tagger.args.context)
         if self.write:
             self.write(image, frame.timestamp)
-        return self.window and self.display(image, left)
+        if self.window:
+            self.display(image)
+            self.wait(left)
 
     def status(self):
         """Return the line that only the window shows."""
@@ -981,46 +943,47 @@ class Viewer:
         if args.model and not self.tagger.labeller.network:
             parts.append("loading the model")
         if self.count > 1 and self.tagger.counts["photos"] == 0:
-            rate = (len(self.latest) - 1) / max(1e-6, self.latest[-1] - self.latest[0])
+            rate = (len(self.latest) - 1) / (self.latest[-1] - self.latest[0])
             parts.append(f"{rate:.0f} fps")
         if args.save_faces:
             parts.append(f"{self.tagger.crops['saved']} kept")
         return ", ".join(parts)
 
-    def display(self, image, left):
-        """Show a picture for `left` seconds, and while it is paused, and obey the keys.
-
-        A new key is one more `if` here. Returns whether the user wants to end.
-        """
-        if self.count == 1:  # else it would have 400x300 whatever the picture
-            scale = min(1, WINDOW[0] / image.width, WINDOW[1] / image.height)
-            cv2.resizeWindow(TITLE, round(scale * image.width), round(scale * image.height))
-        shown, text = image.copy(), self.status()
+    def display(self, image):
+        """Show a picture in the window."""
+        if not self.image:
+            open_window(image)
+        self.image, shown, text = image, image.copy(), self.status()
         if text:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
         cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
-        while True:
-            key, ends = wait_for_key(50 if self.paused else round(1000 * left))
-            if ends or self.stop.is_set():
-                return True
+
+    def wait(self, seconds):
+        """Let the window live, for so long and while it is paused, and obey the keys.
+
+        A new key is one more `if` here.
+        """
+        if not self.image:
+            time.sleep(seconds)
+            return
+        while not self.stop.is_set():
+            # the low byte of an arrow's code is a Q or S
+            key = chr(cv2.waitKeyEx(max(1, round(1000 * seconds))) & 0xFFFF).lower()
+            if key in ("q", "\x1b") or is_closed():
+                self.stop.set()
             if key == "s":
-                save_snapshot(image)
+                save_snapshot(self.image)
             self.paused ^= key == " "
             if not self.paused:
-                return False
-
-    def keep_alive(self):
-        """Let the window be closed though no frame comes for long."""
-        waiting = self.count and time.monotonic() - self.latest[-1] > WINDOW_POLL_AFTER
-        if self.window and waiting and wait_for_key(5)[1]:
-            self.stop.set()
+                return
+            seconds = 0.05
 
 
-def open_window():
-    """Open the window, or warn and return False.
+def can_open_window():
+    """Say whether a window can be opened, and warn if not.
 
-    A child process tries first: Qt ends a process that has no display.
+    A child process tries: Qt ends a process that has no display.
     """
     # -P: not a cv2.py of the current folder
     trial = [sys.executable, "-P", "-c", "import cv2; cv2.namedWindow('trial'); cv2.waitKey(1)"]
@@ -1030,19 +993,23 @@ def open_window():
         reason = "no display, or a headless OpenCV"
         utils.warn(f"no window can be opened ({reason}): going on as with --no-display")
         return False
-    cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
     return True
 
 
-def wait_for_key(milliseconds):
-    """Let the window live. Returns (the key pressed, a small letter; whether it is to end)."""
-    # the low byte of an arrow's code is a Q or S
-    key = chr(cv2.waitKeyEx(max(1, milliseconds)) & 0xFFFF).lower()
+def open_window(image):
+    """Open the window in the shape of a PIL image; by itself it would have 400 x 300 pixels."""
+    cv2.namedWindow(TITLE, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+    small = image.copy()
+    small.thumbnail(WINDOW)
+    cv2.resizeWindow(TITLE, *small.size)
+
+
+def is_closed():
+    """Say whether the user has closed the window."""
     try:
-        closed = cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
-    except cv2.error:  # what Qt's part of OpenCV answers about a window that was closed
-        closed = True
-    return key, closed or key in ("q", "\x1b")
+        return cv2.getWindowProperty(TITLE, cv2.WND_PROP_VISIBLE) < 1
+    except cv2.error:  # what Qt's part of OpenCV answers then
+        return True
 
 
 def save_snapshot(image):
@@ -1077,6 +1044,8 @@ def open_output(path, rate):
 
 # ---------------------------------------------------------------- films and pictures
 
+warn_once = functools.cache(utils.warn)
+
 
 def tag_files(source, tagger, viewer):
     """Handle all pictures and films in turn. Broken ones in a folder are warned about."""
@@ -1090,23 +1059,23 @@ def tag_files(source, tagger, viewer):
     skipped = collections.defaultdict(list)
     for path, picture in zip(source.files, pictures):
         try:
-            if tag_file(path, picture, tagger, viewer):
-                break
+            tag_file(path, picture, tagger, viewer)
         except imaging.PictureError as error:
             if source.kind == "film":
-                name = utils.escape(path)
-                raise utils.UserError(f"--source {name}: {error}: give another file") from None
+                raise utils.UserError(f"{source.title}: {error}: give another file") from None
             skipped[imaging.skip_reason(error, path)].append(path)
+        if viewer.stop.is_set():
+            break
     imaging.warn_about_skipped(skipped)
     if not viewer.count:
-        name = f"--source {utils.escape(source.name)}"
-        raise utils.UserError(f"{name}: no picture or film in it can be read: give another one")
+        problem = "no picture or film in it can be read: give another one"
+        raise utils.UserError(f"{source.title}: {problem}")
 
 
 def tag_file(path, picture, tagger, viewer):
     """Handle a picture, a Frame, or a film, frame by frame, so that two runs print the same lines.
 
-    Returns whether the user wants to end. Raises PictureError, the one that is given as a picture.
+    Raises PictureError, the one that is given as a picture.
     """
     if isinstance(picture, imaging.PictureError):
         raise picture
@@ -1124,15 +1093,9 @@ def tag_file(path, picture, tagger, viewer):
     with tagger.session(path), open_output(output, rate) as viewer.write:
         for frame in frames:
             tagger.handle(frame)
-            if viewer.show(frame, clock.seconds_until(frame.timestamp)):
-                return True
-    return False
-
-
-@functools.cache
-def warn_once(text):
-    """Warn, however often it is called."""
-    utils.warn(text)
+            viewer.show(frame, clock.seconds_until(frame.timestamp))
+            if viewer.stop.is_set():
+                break
 
 
 def output_path(path, source, output):
@@ -1158,37 +1121,27 @@ def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
     pool, stop = ThreadPoolExecutor(2), viewer.stop
     # macOS asks for permission in the main thread only
-    opened = open_live(source, stop) if source.kind == "camera" else None
+    opened = open_live(source) if source.kind == "camera" else None
+    newest = collections.deque([None], 1)
+
+    def work():
+        for frame in newest_frames(newest, stop, [reader]):
+            if not viewer.paused:
+                tagger.handle(frame)
+
     with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
-        newest = Newest(live_frames(source, stop, opened), pool)
-        worker = pool.submit(work_live, newest, tagger, viewer)
+        reader = pool.submit(newest.extend, live_frames(source, stop, opened))
+        worker = pool.submit(work)
         try:
-            for frame in newest.frames(stop, viewer.keep_alive):
-                if viewer.show(frame):
-                    stop.set()
+            for frame in newest_frames(newest, stop, [reader, worker], viewer.wait):
+                viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:
             stop.set()
             wait([worker])  # after the frame at hand nothing more is printed or saved
-            wait([newest.reader], 0.4)  # it may hang in a dead stream
-            pool.shutdown(wait=False)
     worker.result()
-    if newest.reader.done():
-        newest.reader.result()
-
-
-def work_live(newest, tagger, viewer):
-    """Thread: handle the newest frame, again and again. A camera's first has the model loaded."""
-    try:
-        for frame in newest.frames(viewer.stop):
-            # only now: where no camera is, this is told at once
-            if tagger.args.model and not tagger.labeller.network:
-                tagger.labeller.load()
-            elif not viewer.paused:
-                tagger.handle(frame)
-    except BaseException:
-        viewer.stop.set()
-        raise
+    if reader.done():  # it may hang in a dead stream
+        reader.result()
 
 
 # ---------------------------------------------------------------- the end
@@ -1196,47 +1149,40 @@ def work_live(newest, tagger, viewer):
 
 def print_summary(tagger, viewer):
     """Print on stderr how it went, what was kept, and what to do where nothing was found."""
-    counts, lines = tagger.counts, []
-    seconds = max(1e-6, time.monotonic() - viewer.first)
+    args, counts, lines = tagger.args, tagger.counts, []
+    seconds = time.perf_counter() - viewer.first
     if counts["frames"]:
         lines.append(film_summary(tagger, viewer.count / seconds))
     if counts["photos"]:
-        lines.append(photo_summary(tagger, counts["photos"] / seconds))
+        order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
+        found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
+        photos = utils.count(counts["photos"], "photo")
+        lines.append(f"{photos}: {found}; {counts['photos'] / seconds:.1f} a second")
     if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
-    if tagger.args.save_faces:
+    if args.save_faces:
         crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
-        lines += [
-            f"{utils.escape(tagger.args.save_faces)}: {crops}",
-            next_step(tagger.args, tagger.source),
-        ]
+        lines.append(f"{utils.escape(args.save_faces)}: {crops}")
+        lines.append(next_step(args, tagger.source))
     print(*lines, sep="\n", file=sys.stderr)
 
 
 def film_summary(tagger, rate):
     """Return frames, speed, and the medians of what was timed."""
     counts, times = tagger.counts, tagger.times
-    parts = [f"{counts['frames']} frames, {rate:.1f} a second shown"]
-    parts[0] += f", {counts['classifications']} classifications"
+    text = f"{counts['frames']} frames, {rate:.1f} a second shown"
+    text += f", {counts['classifications']} classifications"
     for key, unit in ("detection", "ms"), ("classification", "ms"), ("label age", "s"):
         if times[key]:
-            parts.append(f"median {key} {np.median(times[key]):.2f} {unit}")
-    return "; ".join(parts)
-
-
-def photo_summary(tagger, rate):
-    """Return the photos, how many of each label, and the speed."""
-    order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
-    found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
-    return f"{utils.count(tagger.counts['photos'], 'photo')}: {found}; {rate:.1f} a second"
+            text += f"; median {key} {np.median(times[key]):.2f} {unit}"
+    return text
 
 
 def smaller_face(tagger):
     """Search the samples for faces of any size; say what would have found the smallest."""
-    search = detect_with_flip if tagger.counts["photos"] else detect
     sides = []
     for grey, scale, smallest in tagger.samples:
-        found = search(grey, scale, 24 / scale)
+        found = detect_with_flip(grey, scale, 24 / scale)
         sides += [box[2] for box, n in found if n >= MIN_NEIGHBORS_START and box[2] < smallest]
     most = max(smallest for _, _, smallest in tagger.samples)
     text = f"nothing was tagged: no face of {most} px or larger was found"
@@ -1269,7 +1215,7 @@ def main():
 
         return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
-    if args.model and source.kind != "camera":  # a camera is shown while the model is loaded
+    if source.kind != "camera":  # it is shown meanwhile; other threads are not heard then
         tagger.labeller.load()
     viewer = Viewer(tagger)
     if not args.events:

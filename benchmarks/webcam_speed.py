@@ -40,7 +40,7 @@ def loop_2016(network, side, frames):
     found, searching, start = [], 0.0, time.perf_counter()
     cascade = imaging.load_cascade()
     for frame in frames:
-        begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY)
+        begin, grey = time.perf_counter(), cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
         boxes, neighbors = cascade.detectMultiScale2(grey, 1.1, 3, minSize=(30, 30))
         searching += time.perf_counter() - begin
         found.append([(tuple(map(int, box)), int(n)) for box, n in zip(boxes, neighbors)])
@@ -53,10 +53,11 @@ def loop_2016(network, side, frames):
 def new_tagger(network, side, kind):
     """Return webcam.py's tagger with our network, for a source of this kind."""
     args = webcam.parse_arguments(["model"])
+    args.threshold = 0.0
     tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
-    labeller = tagger.labeller
-    labeller.network, labeller.side, labeller.threshold = network, side, 0.0
-    labeller.labels = [f"person {n}" for n in range(5)]
+    labels = [f"person {n}" for n in range(5)]
+    tagger.labeller.network = network
+    tagger.labeller.info = {"labels": labels, "image_size": side}
     return tagger
 
 
@@ -66,7 +67,7 @@ def our_loop(network, side, frames):
     with contextlib.redirect_stdout(io.StringIO()), tagger.session(Path()):
         for number, frame in enumerate(frames):
             tagger.handle(webcam.Frame(number, number / 30, frame))
-            found.append([track.box for track in tagger.tracks])
+            found.append([track.box for track in tagger.tracker.tracks])
     return found, time.perf_counter() - start, tagger
 
 
@@ -116,7 +117,7 @@ def play_camera(network, side, frames):
     viewer = webcam.Viewer(tagger)
     # so that frames are drawn without a window, too
     webcam.open_output = lambda path, rate: contextlib.nullcontext(lambda image, timestamp: None)
-    webcam.open_live = lambda source, stop: (camera_images(frames, stop), False)
+    webcam.open_live = lambda source: (camera_images(frames, viewer.stop), False)
     with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(tagger.source, tagger, viewer)
     rate = viewer.count / (viewer.latest[-1] - viewer.first)

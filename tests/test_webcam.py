@@ -68,8 +68,11 @@ def make_film(path, frames, times=None, codec="libx264", rate=25, sar=None, **op
 
 
 def frames_of(path):
-    """Return [(timestamp, image)] that webcam.py makes of a film."""
-    return list(films.Film(str(path), path.name).frames())
+    """Return [(timestamp, BGR image)] that webcam.py makes of a film."""
+    film = films.Film(str(path), path.name)
+    return [
+        (timestamp, cv2.cvtColor(image, cv2.COLOR_RGB2BGR)) for timestamp, image in film.frames()
+    ]
 
 
 def difference(one, other):
@@ -683,10 +686,19 @@ def test_captions(label, best, whole, expected):
 def test_names(threshold, means, expected):
     labels = ["Ann", "Ben", "unknown"]
     tracks = [webcam.Track(0, (0, 0, 9, 9), 0, 0, mean=np.array(mean)) for mean in means]
-    webcam.assign_labels(tracks, labels, threshold, threshold > 0)
+    webcam.assign_labels(tracks, labels, threshold)
     assert [track.label for track in tracks] == expected
     assert [track.best for track in tracks] == [labels[np.argmax(mean)] for mean in means]
     assert [track.probability for track in tracks] == [max(mean) for mean in means]
+
+
+def test_a_face_that_loses_its_name_to_a_surer_one_is_no_news_at_once():
+    tracks = [webcam.Track(n, (0, 0, 9, 9), 0, 0) for n in range(2)]
+    tracks[0].mean, tracks[0].label, tracks[0].agreeing = np.array((0.8, 0.2)), "Ann", 5
+    tracks[1].mean = np.array((0.9, 0.1))
+    webcam.assign_labels(tracks, ["Ann", "Ben"], 0.5)
+    assert [track.label for track in tracks] == ["unknown", "Ann"]
+    assert [track.agreeing for track in tracks] == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["Mihály Köles", "Ελένη", "王", "Иван"])
@@ -713,7 +725,7 @@ def test_of_equally_sure_boxes_of_one_face_it_is_always_the_same():
 
 def test_two_tracks_never_share_one_face(frames):
     """Where people cross, one of them is hidden: only one track goes on."""
-    image = frames[0][:, :300]  # one person
+    image = cv2.cvtColor(frames[0][:, :300], cv2.COLOR_BGR2RGB)  # one person
     tracker = webcam.Tracker(min_face=60)
     x, y, w, h = tracker.update(webcam.Frame(0, 0.0, image))[0].box
     boxes = [(x + shift, y, w, h) for shift in (w // 5, -w // 5)]
@@ -820,7 +832,7 @@ def test_dropped_frames_are_no_loss(monkeypatch):
     capture = SimpleNamespace(
         read=lambda: (next(answers, False), IMAGE), isOpened=lambda: True, release=lambda: None
     )
-    assert len(list(webcam.camera_images(capture, threading.Event()))) == 3
+    assert len(list(webcam.camera_images(capture))) == 3
 
 
 def test_a_lost_camera_is_tried_three_times(monkeypatch, capsys):
@@ -829,7 +841,8 @@ def test_a_lost_camera_is_tried_three_times(monkeypatch, capsys):
     monkeypatch.setattr(webcam, "open_live", lambda *_: (next(images), False))
     got, lost = [], "camera 0: lost, and 3 tries did not bring it back"
     with pytest.raises(webcam.utils.UserError, match=lost):
-        for frame in webcam.live_frames(webcam.Source("camera", "0"), threading.Event()):
+        source = webcam.Source("camera", "0", "camera 0")
+        for frame in webcam.live_frames(source, threading.Event()):
             got.append(frame.index)
     assert got == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
@@ -886,9 +899,10 @@ def test_only_the_window_shows_how_fast_it_is(monkeypatch):
     _, _, viewer = live_parts(monkeypatch, [])
     written, shown = [], []
     viewer.write, viewer.window = lambda image, _: written.append(image), True
-    monkeypatch.setattr(webcam.cv2, "resizeWindow", lambda *_: None)
+    monkeypatch.setattr(webcam, "open_window", lambda _: None)
     monkeypatch.setattr(webcam.cv2, "imshow", lambda _, image: shown.append(image))
-    monkeypatch.setattr(webcam, "wait_for_key", lambda _: ("s", False))
+    monkeypatch.setattr(webcam.cv2, "waitKeyEx", lambda _: ord("s"))
+    monkeypatch.setattr(webcam, "is_closed", lambda: False)
     monkeypatch.setattr(webcam, "save_snapshot", written.append)
     for n in range(5):
         viewer.show(webcam.Frame(n, n / 25, IMAGE))
@@ -1082,7 +1096,7 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
         raise subprocess.TimeoutExpired(command, 60)
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert not webcam.open_window()
+    assert not webcam.can_open_window()
     assert capsys.readouterr().err.startswith("warning: no window can be opened")
 
 
@@ -1129,6 +1143,7 @@ def mistaken(tmp_path_factory, film):
     ("FACES --source rtsp://127.0.0.1:9/\udcff", 1, "error: stream 127.0.0.1: no picture comes from it"),
     ("FACES --source rtsp:///secret", 1, "error: --source rtsp://…: no address: give one"),
     ("FACES --source rtsp://me:secret@[::1/live", 1, "error: --source rtsp://…: no address: give one"),
+    ("FACES --by-name --source rtsp://me:secret@10.0.0.1/live", 2, "error: stream 10.0.0.1: --by-name takes a folder"),
     ("--save-faces notes.txt --source film.mp4", 1, "error: --save-faces notes.txt: is a file"),
     ("--save-faces photos/faces --source photos", 1, "error: --save-faces photos/faces: is or lies in the source"),
     ("FACES --source film.mp4 --output film.mp4", 1, "error: --output film.mp4: is or lies in the source"),
