@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import dataset  # noqa: E402
-import features  # noqa: E402, F401
 import model  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import common
 import numpy as np
-from common import dataset, features, train
+from common import dataset, train
+
+import features
 
 SHARES = (0.02, 0.05, 0.1)
 
