@@ -55,7 +55,7 @@ import time
 import urllib.parse
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +127,7 @@ class Frame:
     timestamp: float  # seconds from the start
     image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
+    files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
 
     def crop_face(self, box, context):
         """Return the square of `context` boxes around a face; None: the whole frame."""
@@ -140,9 +141,11 @@ class Frame:
         """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
         if self.path and not context:
             return self.path.read_bytes()
-        file = io.BytesIO()
-        imaging.save_jpeg(file, self.crop_face(box, context))
-        return file.getvalue()
+        if box not in self.files:  # to be classified and saved
+            file = io.BytesIO()
+            imaging.save_jpeg(file, self.crop_face(box, context))
+            self.files[box] = file.getvalue()
+        return self.files[box]
 
 
 @dataclass(eq=False)
