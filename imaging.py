@@ -226,10 +226,8 @@ def grey_range(image):
     if limits.dtype.kind not in "iuf":
         small = image.resize([min(size, 1024) for size in image.size], Image.Resampling.NEAREST)
         numbers = np.asarray(small).astype("float32")
-        numbers = numbers[np.isfinite(numbers)] if np.isfinite(numbers).any() else np.zeros(1)
-        limits = np.percentile(numbers, (DARKEST, BRIGHTEST))
-        if limits[0] == limits[1]:
-            limits = numbers.min(), numbers.max()
+        numbers = numbers[np.isfinite(numbers)]
+        limits = np.percentile(numbers, (DARKEST, BRIGHTEST)) if numbers.size else (0, 0)
     low, high = map(float, limits)
     if low == high:  # flat
         high = low + 1
@@ -263,16 +261,28 @@ def crop_square(picture, center_x, center_y, side):
 
     picture: a PIL image, or uint8 (height, width, 3); centre and side in pixels, rounded to whole
     ones. A square that leaves the picture is shifted inside if it fits, else padded with the edge.
-    Returns uint8 (n, n, 3) with n = round(side), at least 1.
+    Returns uint8 (n, n, 3) with n = round(side), at least 1, and at most what can be read again.
     """
-    n, is_image = max(1, round(side)), isinstance(picture, Image.Image)
-    size = np.array(picture.size[::-1] if is_image else picture.shape[:2])
-    start = np.round(np.array([center_y, center_x]) - n / 2).astype(int)
-    start = np.where(n <= size, np.clip(start, 0, size - n), start)
-    first, last = np.clip(start, 0, size - 1), np.clip(start + n, 1, size)
-    (top, left), (bottom, right) = first, last
-    cut = picture.crop((left, top, right, bottom)) if is_image else picture[top:bottom, left:right]
-    return np.pad(cut, [*zip(first - start, start + n - last), (0, 0)], mode="edge")
+    n = round(min(max(1, side), MAX_PIXELS**0.5 - 1))
+    is_image = isinstance(picture, Image.Image)
+    width, height = picture.size if is_image else picture.shape[1::-1]
+    rows, columns = pixel_range(center_y, n, height), pixel_range(center_x, n, width)
+    top, left = rows[0], columns[0]
+    if is_image:
+        cut = np.asarray(picture.crop((left, top, columns[-1] + 1, rows[-1] + 1)))
+    else:
+        cut = picture[top : rows[-1] + 1, left : columns[-1] + 1]
+    if cut.shape[:2] == (n, n):
+        return cut
+    return cut[rows - top][:, columns - left]
+
+
+def pixel_range(center, n, size):
+    """Return the n pixels of 0..size-1 around a centre; past the edge, its pixel again."""
+    start = round(center - n / 2)
+    if n <= size:
+        start = min(max(start, 0), size - n)
+    return np.clip(np.arange(start, start + n), 0, size - 1)
 
 
 def save_jpeg(path, pixels):
