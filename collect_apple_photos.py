@@ -30,9 +30,10 @@ import collections
 import contextlib
 import math
 import os
+import re
 import shutil
 import sqlite3
-import sys
+import tempfile
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
@@ -99,8 +100,8 @@ def read_library(library, folder, include_hidden):
 
 def find_faces(library, folder, include_hidden):
     """Return the faces by the first reader whose database is there and has a table of faces."""
-    root = {path.name.lower(): path for path in library.iterdir()}.get("database")
-    files = {path.name.lower(): path for path in (root.iterdir() if root and root.is_dir() else ())}
+    roots = [path for path in library.iterdir() if path.name.lower() == "database"]
+    files = {path.name.lower(): path for root in roots if root.is_dir() for path in root.iterdir()}
     # Photos.sqlite before photos.db, for its libraries also hold a photos.db, without faces.
     for reader, table, *names in (
         (read_photos_5, "ZDETECTEDFACE", "photos.sqlite"),
@@ -126,11 +127,10 @@ def open_copies(files, names, folder):
 
     All that is new may lie in the -wal.
     """
-    folder.mkdir(exist_ok=True)
-    for name in [name + end for name in names for end in ("", "-wal")]:
-        (folder / name).unlink(missing_ok=True)
-        if name in files:
-            shutil.copyfile(files[name], folder / name)
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    wanted = {name + end for name in names for end in ("", "-wal")}
+    for name in sorted(wanted & files.keys()):  # a database before its -wal
+        shutil.copyfile(files[name], folder / name)
     db = sqlite3.connect(folder / names[0])
     db.row_factory = sqlite3.Row
     db.text_factory = lambda data: data.decode(errors="replace")
@@ -161,7 +161,7 @@ def find_persons(rows):
         while key in rows and rows[key][2] and key not in passed:
             passed.add(key)
             key = rows[key][2]
-        full, shown, merged, kind = rows.get(key, (None, None, None, None))
+        full, shown, merged, kind = rows.get(key, (None,) * 4)
         name = unicodedata.normalize("NFC", str(full or "").strip() or str(shown or "").strip())
         # merged in a circle: unknown
         persons[start] = name if name and not merged else None, kind == HIDDEN
@@ -174,19 +174,20 @@ def index_by_name(folders, pattern, place):
     place: which of the parts between underscores.
     """
     found = collections.defaultdict(list)
-    for path in (path for folder in folders for path in sorted(folder.rglob(pattern))):
-        if path.suffix.lower() in ENDINGS:
-            found[path.stem.split("_")[place]].append(path)
+    for folder in folders:
+        for path in sorted(folder.rglob(pattern)):
+            if path.suffix.lower() in ENDINGS:
+                found[path.stem.split("_")[place]].append(path)
     return found
 
 
 def read_photos_5(library, db, include_hidden):
     """Yield the faces of Photos 5 to 11. Columns are looked up: even beta versions differ."""
     photos = "ZASSET" if columns(db, "ZASSET") else "ZGENERICASSET"
-    is_new = "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE")
-    to_photo, to_person = ("ZASSETFORFACE", "ZPERSONFORFACE") if is_new else ("ZASSET", "ZPERSON")
-    has_states = "ZADJUSTMENTSSTATE" in columns(db, photos)
-    edited = "ZADJUSTMENTSSTATE" if has_states else "ZHASADJUSTMENTS"
+    suffix = "FORFACE" if "ZASSETFORFACE" in columns(db, "ZDETECTEDFACE") else ""
+    edited = "ZADJUSTMENTSSTATE"
+    if edited not in columns(db, photos):
+        edited = "ZHASADJUSTMENTS"
     add_missing(db, photos, "ZAVALANCHEPICKTYPE ZVISIBILITYSTATE")
     add_missing(db, "ZDETECTEDFACE", "ZDETECTIONTYPE")
     add_missing(db, "ZPERSON", "ZTYPE")
@@ -196,13 +197,13 @@ def read_photos_5(library, db, include_hidden):
     thumbnails = {(of, persons.get(key, NOBODY)[0]): data for of, key, data in db.execute(query)}
     copies = index_by_name([library / name / "derivatives" for name in DERIVATIVES], "*_*", 0)
     query = f"""
-        SELECT f.ZUUID AS uuid, f.{to_person} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
+        SELECT f.ZUUID AS uuid, f.ZPERSON{suffix} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
                p.{edited} AS edited, p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
                p.ZSAVEDASSETTYPE = 10 AS referenced, p.ZKIND = 1 AS is_film,
                p.ZAVALANCHEPICKTYPE & {SPARE} OR IFNULL(p.ZVISIBILITYSTATE, 0) <> 0 AS is_spare,
                f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
                f.ZSOURCEWIDTH AS width, f.ZSOURCEHEIGHT AS height
-        FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.{to_photo}
+        FROM ZDETECTEDFACE f JOIN {photos} p ON p.Z_PK = f.ZASSET{suffix}
         WHERE f.ZSIZE > 0 AND IFNULL(f.ZISINTRASH, 0) = 0 AND IFNULL(f.ZHIDDEN, 0) = 0
           AND IFNULL(p.ZTRASHEDSTATE, 0) = 0 AND (IFNULL(p.ZHIDDEN, 0) = 0 OR {include_hidden:d})
           AND IFNULL(f.ZDETECTIONTYPE, 1) IN (0, 1)"""
@@ -216,12 +217,11 @@ def read_photos_5(library, db, include_hidden):
 def picture_paths(row, library):
     """Return the paths where Photos 5 to 11 may keep a photo at full size."""
     uuid, file = str(row["asset"]), f"{row['folder']}/{row['file']}"
-    pictures = [f"{library}/{folder}/{file}" for folder in ORIGINALS]
     if row["edited"]:  # never the original: the box belongs to the edited picture
-        pictures = [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
-    elif row["referenced"] and file.startswith("/"):
-        pictures = [file]
-    return pictures
+        return [f"{library}/resources/renders/{uuid[:1]}/{uuid}{end}" for end in RENDERS]
+    if row["referenced"] and file.startswith("/"):
+        return [file]
+    return [f"{library}/{folder}/{file}" for folder in ORIGINALS]
 
 
 def read_photos_1_to_4(library, db, include_hidden):
@@ -306,8 +306,7 @@ def make_face(row, person, pictures, derivatives, thumbnail):
     size, in shares of the picture; width and height of the picture in pixels; is_film; is_spare
     for an unpicked picture of a burst. Whatever else a Face is to know comes in here.
     """
-    name = f"{row['asset']}-{row['uuid']}"
-    stem = "".join(c if c.isascii() and (c.isalnum() or c in "-_+%") else "_" for c in name)[:150]
+    stem = re.sub(r"[^a-zA-Z0-9_+%-]", "_", f"{row['asset']}-{row['uuid']}")[:150]
     numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
     numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
     hidden = "of a person hidden in People" if person[1] else None
@@ -344,7 +343,7 @@ def group_by_picture(faces, dataset, skipped, args):
     folders = utils.folder_names(persons, taken=[utils.UNKNOWN]) | {None: utils.UNKNOWN}
     targets, groups = set(), collections.defaultdict(list)
     for face in faces:
-        target = dataset / folders[face.person or None] / f"{face.stem}.jpg"
+        target = dataset / folders[face.person] / f"{face.stem}.jpg"
         if face.hidden and not args.include_hidden:
             skipped[f"{face.hidden} (--include-hidden)"] += 1
         elif args.no_unknown and not face.person:
@@ -363,17 +362,17 @@ def collect_picture(faces, library, args):
 
     Returns triples (file, reason or None, from a smaller copy).
     """
+    image, is_smaller, problem = None, True, None
     try:
         image, is_smaller = read_photo(faces[0][0], library)
     except imaging.PictureError as error:
-        return [
-            (target, save_thumbnail(face, str(error), library, target, args), True)
-            for face, target in faces
-        ]
-    return [
-        (target, save_crop(face, image, args.context, target, args), is_smaller)
-        for face, target in faces
-    ]
+        problem = str(error)
+    results = []
+    for face, target in faces:
+        found = (face, image, args.context) if image else read_thumbnail(face, library)
+        reason = save_crop(*found, target, args) if found else problem
+        results.append((target, reason, is_smaller))
+    return results
 
 
 def read_photo(face, library):
@@ -412,10 +411,12 @@ def count_pixels(path, library):
 
 
 def open_photo(path, library):
-    """Return a picture as a PIL image of which only the header has been read.
+    """Return a picture, a Path or its bytes, as a PIL image: only the header has been read.
 
     Raises FileNotFoundError also for one that leaves the library by a link.
     """
+    if isinstance(path, bytes):
+        return imaging.open_picture(path)
     is_outside = not path.is_relative_to(library)
     if not os.path.isfile(path) or not (is_outside or utils.leads_into(path, library)):
         raise FileNotFoundError(path)
@@ -424,20 +425,16 @@ def open_photo(path, library):
     return imaging.read_picture(path)[1]
 
 
-def save_thumbnail(face, reason, library, target, args):
-    """Save Photos' own picture of a face; return None, or why not: `reason` if there is none."""
+def read_thumbnail(face, library):
+    """Return Photos' own picture of a face, None if there is none: what save_crop takes."""
     if face.thumbnail is None:
-        return reason
+        return None
     try:
-        if isinstance(face.thumbnail, bytes):
-            image = imaging.open_picture(face.thumbnail)
-        else:
-            image = open_photo(face.thumbnail, library)
-        image = imaging.upright(image)
+        image = imaging.upright(open_photo(face.thumbnail, library))
     except (FileNotFoundError, MemoryError, imaging.PictureError):
-        return reason
+        return None
     size = min(image.size) / max(image.size) / 2  # they are about twice as large as the box
-    return save_crop(face._replace(x=0.5, y=0.5, size=size), image, 2, target, args)
+    return face._replace(x=0.5, y=0.5, size=size), image, 2
 
 
 def save_crop(face, image, context, target, args):
@@ -447,8 +444,7 @@ def save_crop(face, image, context, target, args):
     """
     width, height = image.size
     side = face.size * max(width, height)
-    is_inside = 0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1
-    if not is_inside or (side * context) ** 2 > imaging.MAX_PIXELS:
+    if not (0 <= face.x <= 1 and 0 <= face.y <= 1 and face.size <= 1):
         return "the face's box makes no sense"
     if side < args.min_size:
         return f"smaller than {args.min_size} pixels (--min-size)"
@@ -500,16 +496,17 @@ def working_folder(out):
     is_ours = folder.is_dir() and ((folder / LOCK).is_file() or not any(folder.iterdir()))
     if folder.is_symlink() or (folder.exists() and not is_ours):
         fail(folder, "stands in the way and is not from here: move it elsewhere")
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     folder.chmod(0o700)
+    work = folder / "work"
     try:
         with utils.file_lock(folder / LOCK):
-            shutil.rmtree(folder / "work", ignore_errors=True)
-            (folder / "work").mkdir()
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
             try:
-                yield folder / "work"
+                yield work
             finally:
-                shutil.rmtree(folder / "work", ignore_errors=True)
+                shutil.rmtree(work, ignore_errors=True)
     finally:
         with contextlib.suppress(OSError):  # another run is at work in it
             folder.rmdir()
@@ -558,7 +555,7 @@ def main():
     library, out = (Path(os.path.realpath(path)) for path in (args.library, args.out_dir))
     check_folders(library, out, args.dry_run)
     with working_folder(out) as folder:
-        faces = read_library(library, folder / "databases", args.include_hidden)
+        faces = read_library(library, folder, args.include_hidden)
         counts, skipped = collect(faces, library, folder / "dataset", args)
         warn_rare(counts, args)
         merge_rare(counts, skipped, folder / "dataset", args)
@@ -567,11 +564,9 @@ def main():
             with contextlib.suppress(FileNotFoundError):
                 out.rmdir()
             (folder / "dataset").rename(out)
-    if not faces:
-        utils.print_line("no faces: Photos has found none in this library, so nothing was written")
-    utils.print_people(counts, skipped)
+    nobody = "no faces: Photos has found none in this library, so nothing was written"
     before = "the same without --dry-run, then " if args.dry_run else ""
-    print(utils.next_training_step(counts, args.out_dir, before), file=sys.stderr)
+    utils.print_people(counts, skipped, nobody, args.out_dir, before)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import io
 import math
 import os
 import re
-import sys
+import struct
 import unicodedata
 import zlib
 from typing import NamedTuple
@@ -39,7 +39,8 @@ AREA = "{http://ns.adobe.com/xmp/sType/Area#}"
 DIMENSIONS = "{http://ns.adobe.com/xap/1.0/sType/Dimensions#}"
 PEOPLE = "{http://ns.microsoft.com/photo/1.2/t/RegionInfo#}"
 PERSON = "{http://ns.microsoft.com/photo/1.2/t/Region#}"
-PNG_KEYWORD = b"XML:com.adobe.xmp\0"
+# A text chunk of a PNG: whether it is packed, names of two languages, the packet.
+PNG_XMP = re.compile(rb"XML:com\.adobe\.xmp\0(.).[^\0]*\0[^\0]*\0(.*)", re.DOTALL)
 
 MAX_XMP, MAX_DEPTH = 2**22, 100  # bytes; elements in each other. Real ones have 20 kB and 12
 MAX_REGIONS = 1000  # of a picture
@@ -70,7 +71,8 @@ def read_regions(path, picasa):
     """
     found = []
     for name in (f"{path.name}.xmp", f"{path.stem}.xmp"):
-        found += parse_xmp(read_beside(path.with_name(name)), path.with_name(name))
+        sidecar = path.with_name(name)
+        found += parse_xmp(read_beside(sidecar), sidecar)
     with contextlib.suppress(imaging.PictureError):
         found += parse_xmp(embedded_xmp(*imaging.read_picture(path)), path)
     found += picasa.get(str(path).casefold(), ())
@@ -101,11 +103,9 @@ def embedded_xmp(data, image):
         packet = image.info.get("xmp", b"")  # a TIFF may have anything here
         return packet if isinstance(packet, bytes) else str(packet).encode("latin-1", "replace")
     for kind, chunk in imaging.png_chunks(data):  # open_picture leaves its texts out
-        text = chunk[8:-4]
-        if kind == b"iTXt" and text.startswith(PNG_KEYWORD):
-            flags = text.removeprefix(PNG_KEYWORD)
-            packet = flags[2:].split(b"\0", 2)[-1]  # behind two names of languages
-            if flags.startswith(b"\1"):
+        if kind == b"iTXt" and (text := PNG_XMP.fullmatch(chunk[8:-4])):
+            is_packed, packet = text.groups()
+            if is_packed == b"\1":
                 with contextlib.suppress(zlib.error):
                     packet = zlib.decompressobj().decompress(packet, MAX_XMP + 1)
             return packet
@@ -189,22 +189,19 @@ def read_picasa(files):
     """Return {casefolded path: Regions} of the .picasa.ini files beside `files`."""
     names, faces, found = {}, [], collections.defaultdict(list)
     for folder in sorted({path.parent for path in files}):
-        section = ""
-        for line in read_beside(folder / ".picasa.ini").decode(errors="replace").splitlines():
-            key, _, value = line.partition("=")
-            if line.startswith("["):
-                section = line.strip().removeprefix("[").removesuffix("]")
-            elif section == "Contacts2":
-                names[key.lstrip("0")] = value.partition(";")[0].strip()
-            elif key == "faces":
-                faces.append((str(folder / section).casefold(), value))
-    for key, value in faces:
-        for sides, person in re.findall(r"rect64\(([0-9a-f]{1,16})\),([0-9a-f]*)", value):
-            digits = sides.zfill(16)
-            left, top, right, bottom = (int(digits[i : i + 4], 16) / 65535 for i in (0, 4, 8, 12))
+        text = read_beside(folder / ".picasa.ini").decode(errors="replace")
+        _, *parts = re.split(r"^\[(.*)\]\s*$", text, flags=re.MULTILINE)
+        for section, lines in zip(parts[::2], parts[1::2]):
+            if section == "Contacts2":
+                names |= re.findall("^0*([0-9a-f]+)=([^;\r\n]*)", lines, re.MULTILINE)
+            for line in re.findall("^faces=(.*)", lines, re.MULTILINE):
+                faces.append((str(folder / section).casefold(), line))
+    for path, line in faces:
+        for sides, person in re.findall(r"rect64\(([0-9a-f]{1,16})\),0*([0-9a-f]*)", line):
+            corners = struct.unpack(">4H", bytes.fromhex(sides.zfill(16)))
+            left, top, right, bottom = (number / 65535 for number in corners)
             box = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-            name = names.get(person.lstrip("0"), "")
-            found[key].append(Region(name, "face", box, UNTOLD))
+            found[path].append(Region(names.get(person, "").strip(), "face", box, UNTOLD))
     return found
 
 
@@ -216,11 +213,12 @@ def distinct(regions):
     kept = []
     for region in regions:
         region = region._replace(name=unicodedata.normalize("NFC", region.name))
-        same = [i for i, other in enumerate(kept) if is_same_face(region, other)]
-        if not same:
+        for place, other in enumerate(kept):
+            if is_same_face(region, other):
+                kept[place] = other._replace(name=other.name or region.name)
+                break
+        else:
             kept.append(region)
-        elif not kept[same[0]].name:
-            kept[same[0]] = kept[same[0]]._replace(name=region.name)
     return kept
 
 
@@ -229,8 +227,7 @@ def is_same_face(a, b):
 
     They may be of a pet, for Microsoft's format does not tell pets from persons.
     """
-    ax, ay, aw, ah = a.box
-    bx, by, bw, bh = b.box
+    (ax, ay, aw, ah), (bx, by, bw, bh) = a.box, b.box
     is_near = abs(ax - bx) < min(aw, bw) / 2 and abs(ay - by) < min(ah, bh) / 2
     return a == b or (is_near and {a.kind, b.kind} <= {"face", "pet"})
 
@@ -303,15 +300,12 @@ def cut_faces(path, picasa, context):
     faces = []
     for region in regions:
         box, reason = place(region, orientation, picture.size)
-        faces.append((region, None if reason else crop_face(picture, box, context), reason))
+        crop = None
+        if box:
+            x, y, w, h = box
+            crop = imaging.crop_square(picture, x, y, context * HAAR_BOX * math.sqrt(w * h))
+        faces.append((region, crop, reason))
     return faces
-
-
-def crop_face(picture, box, context):
-    """Return the square that the tagger would cut around a face, `context` Haar boxes wide."""
-    x, y, w, h = box
-    side = min(context * HAAR_BOX * math.sqrt(w * h), imaging.MAX_PIXELS**0.5 - 1)
-    return imaging.crop_square(picture, x, y, side)
 
 
 def crop_name(path, region):
@@ -344,7 +338,5 @@ def save_named_faces(files, out, context):
             with utils.atomic_write(out / folder / crop_name(path, region)) as part:
                 imaging.save_jpeg(part, crop)
             counts[folder] += 1
-    if not counts and not skipped:
-        utils.print_line("no faces: no photo program has left names in these pictures")
-    utils.print_people(counts, skipped)
-    print(utils.next_training_step(counts, out), file=sys.stderr)
+    nobody = "no faces: no photo program has left names in these pictures"
+    utils.print_people(counts, skipped, nobody, out)

@@ -30,7 +30,6 @@ CASCADE = "haarcascade_frontalface_default.xml"
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 FEW_PICTURES = 20  # of a class; with fewer a model is often wrong
 KIT = "finetuning-kit"  # named in the pictures that are ours to remove
-ESTIMATE_AFTER, RECENT = 10, 30  # seconds: of progress before the time left is estimated, and from
 # What systems, NAS and recycle bins leave behind, in small letters.
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "recycler"}
 SKIPPED_NAMES |= {"#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp"}
@@ -173,38 +172,19 @@ def progress(items, total, label):
     A bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays short.
     """
     is_terminal, told = sys.stderr.isatty(), time.monotonic()
-    marks = collections.deque()  # (seconds, items done): begins with the end of the first item
-    shape = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
-    bar = tqdm.tqdm(
-        desc=label, total=total, leave=False, file=sys.stderr, dynamic_ncols=True,
-        bar_format=shape, disable=not is_terminal,
-    )  # fmt: skip
-    with bar:
+    shown = {"desc": label, "leave": False, "dynamic_ncols": True, "disable": not is_terminal}
+    with tqdm.tqdm(total=total, **shown) as bar:
         for done, item in enumerate(items, 1):
             yield item
             now = time.monotonic()
-            marks.append((now, done))
-            while marks[0][0] < now - RECENT:
-                marks.popleft()
-            left = time_left(marks, total)
-            bar.set_postfix_str(left, refresh=False)
-            bar.update()
-            if not is_terminal and now - told > 10 and done < total:
-                told = now
-                line = ", ".join(filter(None, [f"{label}: {done} of {total}", left]))
+            if done == 1:  # what it takes to start up is not the rate of the others
+                bar.unpause()
+                begin = now
+            elif not is_terminal and now - told > 10 and done < total:
+                told, left = now, (now - begin) / (done - 1) * (total - done)
+                line = f"{label}: {done} of {total}, about {left:.0f} s left"
                 print(line, file=sys.stderr, flush=True)
-
-
-def time_left(marks, total):
-    """Return `about 7 s left` by the rate between the first and last of `marks`, "" if too early.
-
-    marks: pairs (seconds, items done). That is after a tenth of the work or after ten seconds.
-    """
-    (start, before), (now, done) = marks[0], marks[-1]
-    is_early = done < total / 10 and now - start < ESTIMATE_AFTER
-    if is_early or done == before:
-        return ""
-    return f"about {(now - start) / (done - before) * (total - done):.0f} s left"
+            bar.update()
 
 
 def number(kind, low, high):
@@ -243,27 +223,28 @@ def ordered_parallel_map(function, items, workers=None):
         pool.shutdown(cancel_futures=True)
 
 
-def print_people(counts, skipped):
-    """Print a table of persons, the reasons for which faces were skipped, and the sum.
+def print_people(counts, skipped, nobody, folder, before=""):
+    """Print a table of persons, why faces were skipped, the sum, and on stderr what to do next.
 
-    counts: Counter {person: faces}; skipped: Counter {reason: faces}.
+    counts: Counter {person: faces}; skipped: Counter {reason: faces}. nobody: the first line where
+    both are empty. folder: where the faces are; before: what is to be done before training.
     """
+    if not counts and not skipped:
+        print_line(nobody)
     print_line("images  person")
     for name in sorted(counts, key=lambda name: (name == UNKNOWN, name.casefold())):
         print_line(f"{counts[name]:6}  {escape(name)}")
     for reason, number in sorted(skipped.items()):
         print_line(f"{number} skipped: {reason}")
-    persons, unknown, left_out = len(counts.keys() - {UNKNOWN}), counts[UNKNOWN], skipped.total()
-    named = f"{counts.total() - unknown} named ({persons} persons)"
+    unknown, left_out = counts[UNKNOWN], skipped.total()
+    named = f"{counts.total() - unknown} named ({len(counts.keys() - {UNKNOWN})} persons)"
     total = counts.total() + left_out
     print_line(f"{total} faces: {named}, {unknown} unknown, {left_out} skipped")
+    print(next_training_step(counts, folder, before), file=sys.stderr)
 
 
-def next_training_step(counts, folder, before=""):
-    """Return whether so many faces are enough to train on, and with which command.
-
-    counts: {person: faces}; before: what is to be done first.
-    """
+def next_training_step(counts, folder, before):
+    """Return whether so many faces are enough to train on, and with which command."""
     few = sum(number < FEW_PICTURES for number in counts.values())
     if len(counts) < 2 or max(counts.values()) < 2:
         advice = "name more faces, or collect others with webcam.py --save-faces"

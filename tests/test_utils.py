@@ -353,13 +353,16 @@ def test_a_parallel_map_keeps_order_and_stops_early():
     assert len(started) < 20
 
 
-def test_no_time_left_is_told_before_it_is_known():
+def test_the_time_left_is_that_of_the_items_after_the_first(monkeypatch, capsys):
     """A start-up of 13 s in the first of 66 pictures is not the rate of the others."""
-    assert utils.time_left([(13.0, 1)], 66) == ""
-    assert utils.time_left([(13.0, 1), (14.0, 4)], 66) == ""
-    assert utils.time_left([(13.0, 1), (16.0, 10)], 66) == "about 19 s left"
-    assert utils.time_left([(13.0, 1), (24.0, 12)], 1000) == "about 988 s left"
-    assert utils.time_left([(100.0, 50), (130.0, 60)], 100) == "about 120 s left"  # slower now
+    clock = iter([0.0, 13.0, 14.0, 25.0, 40.0, *range(41, 200)])
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(clock))
+    assert list(utils.progress("x" * 6, 6, "reading")) == ["x"] * 6
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 2 of 6, about 4 s left",
+        "reading: 3 of 6, about 18 s left",
+        "reading: 4 of 6, about 18 s left",
+    ]
 
 
 def test_a_lock_is_held_by_one_and_gone_with_its_holder(tmp_path):
