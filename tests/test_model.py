@@ -84,29 +84,26 @@ def test_weights_of_another_network_are_told(tmp_path, tiny):
         model.load_arrays(part, tmp_path / "other.weights.h5")
 
 
-def test_a_lone_h5_says_what_is_missing(folder):
-    (folder / "m.json").unlink()
-    with pytest.raises(utils.UserError, match=r"m\.h5: m\.json missing beside it"):
-        model.check_model(folder / "m.h5")
-    (folder / "m-labels.json").unlink()
-    with pytest.raises(utils.UserError, match=r"m\.json and m-labels\.json missing beside it"):
-        model.check_model(folder / "m")
-    with pytest.raises(utils.UserError, match="no such file"):
-        model.check_model(folder / "n")
+NOT_OURS = {  # what another file holds (None: it is not there), and what is said
+    "m-labels.json": (
+        json.dumps(LABELS[:2]),
+        r"m-labels\.json: not the class names that m\.h5 was",
+    ),
+    "m-labels.json ": (json.dumps(LABELS) + " ", r"m\.h5: does not belong to the \.json"),
+    "m.json": ("{}", r"m\.h5: does not belong to the \.json"),
+    "m.json ": (None, r"m\.h5: m\.json missing beside it"),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("m-labels.json", '["Ann", "Ben"]', r"m-labels\.json: not the class names that m\.h5 was"),
-        ("m-labels.json", json.dumps(LABELS) + " ", r"m\.h5: does not belong to the \.json"),
-        ("m.json", "{}", r"m\.h5: does not belong to the \.json"),
-    ],
-)
-def test_files_of_another_training_are_told(folder, name, text, message):
-    (folder / name).write_text(text)
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_files_that_do_not_belong_together_are_told(folder, name):
+    content, message = NOT_OURS[name]
+    path = folder / name.strip()
+    path.unlink()
+    if content:
+        path.write_text(content)
     with pytest.raises(utils.UserError, match=message):
-        model.check_model(folder / "m")
+        model.check_model(folder / "m.h5")
 
 
 def test_only_our_own_models_may_be_replaced(saved, folder, tmp_path):
@@ -129,10 +126,8 @@ def test_other_backends_are_told_in_one_line(monkeypatch, backend):
         model.import_keras.__wrapped__()
 
 
-# ---------------------------------------------------------------- folding
-
-
 def chain(*layers):
+    """Return a network of these layers."""
     import keras
 
     inputs = outputs = keras.Input((75, 75, 3))
@@ -141,35 +136,25 @@ def chain(*layers):
     return keras.Model(inputs, outputs)
 
 
-def small_chain():
-    """Return a network whose normalisation has all its numbers."""
+RANGES = {"gamma": (0.5, 2), "beta": (0, 1), "moving_mean": (-1, 1), "moving_variance": (0.5, 2)}
+
+
+@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_folding_the_normalisation_changes_nothing(is_whole):
+    """Of a small network, and of the lower part of InceptionV3."""
+    import keras
     from keras.layers import BatchNormalization, Conv2D
 
-    return chain(Conv2D(4, 3, use_bias=False), BatchNormalization())
-
-
-def inception():
-    """Return the lower part of InceptionV3."""
-    import keras
-
-    network = model.build_network(2, 75)
-    return keras.Model(network.input, network.get_layer("mixed5").output)
-
-
-@pytest.mark.parametrize("make", [small_chain, pytest.param(inception, marks=pytest.mark.slow)])
-def test_folding_the_normalisation_changes_nothing(make):
-    from keras.layers import BatchNormalization
-
-    network, rng = make(), np.random.default_rng(0)
-    ranges = {
-        "gamma": (0.5, 2),
-        "beta": (0, 1),
-        "moving_mean": (-1, 1),
-        "moving_variance": (0.5, 2),
-    }
+    network, rng = (
+        chain(Conv2D(4, 3, use_bias=False), BatchNormalization()),
+        np.random.default_rng(0),
+    )
+    if is_whole:
+        whole = model.build_network(2, 75)
+        network = keras.Model(whole.input, whole.get_layer("mixed5").output)
     for layer in network.layers:
         if isinstance(layer, BatchNormalization):
-            layer.set_weights([rng.uniform(*ranges[w.name], w.shape) for w in layer.weights])
+            layer.set_weights([rng.uniform(*RANGES[w.name], w.shape) for w in layer.weights])
     folded = model.fold_normalisation(network)
     assert BatchNormalization not in {type(layer) for layer in folded.layers}
     pixels = rng.integers(0, 255, (4, 75, 75, 3)).astype("uint8")
