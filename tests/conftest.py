@@ -230,7 +230,7 @@ def drawn_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("drawn faces")
     sample_faces.draw_set(folder / "people", 5, 40)
     sample_faces.draw_clip(folder / "film.mp4")
-    recipe = "--weights none --image-size 75 --head-epochs 2 --rounds 0".split()
+    recipe = "--weights none --image-size 75 --head-epochs 2 --rounds 0 --views 2".split()
     done = run_tiny(folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder
