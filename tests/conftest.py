@@ -4,6 +4,7 @@ import contextlib
 import csv
 import importlib
 import io
+import itertools
 import os
 import signal
 import subprocess
@@ -51,12 +52,15 @@ def run_here(script, folder, *words):
     """Do the same as run_process in this process, which may have Keras loaded already."""
     import utils
 
+    module = importlib.import_module(Path(script).stem)
+    if hasattr(module, "warn_once"):
+        module.warn_once.cache_clear()
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.chdir(folder)
         patch.setattr(sys, "argv", [script, *map(str, words)])
         with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
-            utils.run(importlib.import_module(Path(script).stem).main)
+            utils.run(module.main)
     output, errors = (stream.buffer.getvalue().decode() for stream in streams)
     return SimpleNamespace(returncode=end.value.code, stdout=output, stderr=errors)
 
@@ -73,6 +77,66 @@ def error_line(done):
     return lines[-1]
 
 
+def limit(name, size):
+    """Return a step for `limited`: one of resource's limits, RLIMIT_FSIZE say."""
+    import resource
+
+    return lambda: resource.setrlimit(getattr(resource, name), (size, size))
+
+
+def limited(cwd, steps, script, *arguments):
+    """Run a script in a process that first takes the given steps, which limit it."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    pipes = {"capture_output": True, "encoding": "utf-8"}
+    return subprocess.run(command, cwd=cwd, **pipes, preexec_fn=lambda: [step() for step in steps])
+
+
+def on_terminal(command, cwd, **environment):
+    """Run a command on a terminal. Returns its exit code and all that it wrote, bytes."""
+    termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    pipes = {"stdout": theirs, "stderr": theirs}
+    process = subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # what Linux answers when the other end is closed
+        while part := os.read(ours, 4096):
+            text += part
+    os.close(ours)
+    return process.wait(), text
+
+
+def texture(seed, size=(640, 480)):
+    """Return a picture that looks different everywhere, so that a crop tells where it was cut."""
+    shape = size[1] // 16, size[0] // 16, 3
+    small = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def cut_square(pixels, box, context, step=1):
+    """Cut the square around a box (x, y, side) out of pixels, of which each step-th is taken."""
+    side, axes = round(box[2] * context), []
+    for center, size in zip(box[:2], pixels.shape[1::-1]):
+        start = center - side / 2
+        start = min(max(start, 0), size - side) if side <= size else start
+        axes.append(np.clip(np.arange(0, side, step) + round(start), 0, size - 1))
+    return pixels[np.ix_(axes[1], axes[0])]
+
+
+def assert_same_crop(file, picture, box, context=2.2):
+    """Assert that the crop in `file` has side and centre of box x context within a pixel."""
+    crop, pixels = np.asarray(Image.open(file), int), np.asarray(picture.convert("RGB"))
+    side = len(crop)
+    assert abs(side - box[2] * context) <= 1 and crop.shape == (side, side, 3)
+    step, differences = 1 + side // 200, {}
+    for dx, dy in itertools.product(range(-3, 4), repeat=2):
+        other = cut_square(pixels, (box[0] + dx, box[1] + dy, side), 1, step)
+        differences[dx, dy] = np.abs(crop[::step, ::step] - other).mean()
+    best = min(differences, key=lambda shift: (differences[shift], max(map(abs, shift))))
+    assert max(map(abs, best)) <= 1 and differences[best] < 10, (best, differences[best])
+
+
 def draw_classes(folder, classes, side=80):
     """Draw {class: number of pictures}, of one colour a class, each picture different."""
     rng = np.random.default_rng(len(classes))
@@ -83,11 +147,6 @@ def draw_classes(folder, classes, side=80):
             pixels = np.clip(color + rng.normal(0, 30, (side, side, 3)), 0, 255).astype("uint8")
             Image.fromarray(pixels).save(folder / name / f"{i:03d}.png")
     return folder
-
-
-def tag(cwd, *arguments, **environment):
-    """Run webcam.py without a window."""
-    return run_process(ROOT / "webcam.py", cwd, *arguments, "--no-display", **environment)
 
 
 def rows(text):
@@ -165,50 +224,34 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def drawn_model(tmp_path_factory):
-    """Draw faces and a film of two of the people, and train on the faces. Returns the folder."""
+    """Draw faces and a film, and train the tiny network on the faces. Returns the folder."""
     import sample_faces
 
     folder = tmp_path_factory.mktemp("drawn faces")
     sample_faces.draw_set(folder / "people", 5, 40)
     sample_faces.draw_clip(folder / "film.mp4")
-    recipe = "--weights none --image-size 75 --head-epochs 1 --rounds 0".split()
-    done = run_process(ROOT / "train.py", folder, "people", "model", *recipe)
+    recipe = "--weights none --image-size 75 --head-epochs 2 --rounds 0 --views 2".split()
+    done = run_tiny(folder, "people", "model", *recipe)
     assert done.returncode == 0, done.stderr
     return folder
 
 
-LOADED = {}  # {(path, time): model}: what `tag_here` has loaded
+@pytest.fixture(scope="session")
+def tagged(drawn_model):
+    """Tag the drawn film once."""
+    import tiny_network
+
+    words = "model --source film.mp4 --output tagged.mp4 --no-display".split()
+    with tiny_network.installed():
+        done = run_here("webcam.py", drawn_model, *words)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture
-def tag_here(tmp_path, monkeypatch, capsys):
-    """Run webcam.py without a window in this process, in an empty folder: faster than `tag`.
-
-    A model is loaded once for all tests. Returns what a finished process has.
-    """
-    import model
-    import utils
-    import webcam
-
-    load_model = model.load_model
-
-    def load_once(prefix):
-        path = Path(f"{prefix}.h5").resolve()
-        key = path, path.stat().st_mtime
-        LOADED[key] = LOADED.get(key) or load_model(prefix)
-        return LOADED[key]
-
-    def run(*arguments):
-        webcam.warn_once.cache_clear()
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["webcam.py", *map(str, arguments), "--no-display"])
-        with contextlib.chdir(tmp_path), pytest.raises(SystemExit) as end:
-            utils.run(webcam.main)
-        output, errors = capsys.readouterr()
-        return SimpleNamespace(returncode=end.value.code, stdout=output, stderr=errors)
-
-    monkeypatch.setattr(model, "load_model", load_once)
-    return run
+def tag_here(tmp_path, tiny):
+    """Return a function that runs webcam.py without a window over the tiny network, in tmp_path."""
+    return lambda *words: run_here("webcam.py", tmp_path, *words, "--no-display")
 
 
 @pytest.fixture(scope="session")
@@ -219,11 +262,3 @@ def film(tmp_path_factory):
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     sample_faces.draw_clip(path, seconds=2)
     return path
-
-
-@pytest.fixture(scope="session")
-def tagged(drawn_model):
-    """Tag the drawn film once."""
-    done = tag(drawn_model, "model", "--source", "film.mp4", "--output", "tagged.mp4")
-    assert done.returncode == 0, done.stderr
-    return done

@@ -18,14 +18,8 @@ from PIL import Image
 
 WAYS = Image.Transpose
 # How an upright picture is stored, by EXIF orientation: viewers turn it back.
-STORED = {
-    2: WAYS.FLIP_LEFT_RIGHT,
-    3: WAYS.ROTATE_180,
-    4: WAYS.FLIP_TOP_BOTTOM,
-    5: WAYS.TRANSPOSE,
-    6: WAYS.ROTATE_90,
-}
-STORED |= {7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
+STORED = {2: WAYS.FLIP_LEFT_RIGHT, 3: WAYS.ROTATE_180, 4: WAYS.FLIP_TOP_BOTTOM, 5: WAYS.TRANSPOSE}
+STORED |= {6: WAYS.ROTATE_90, 7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
 
 
 def make_library(path, generation, photos):
@@ -76,17 +70,26 @@ class Library:
             db.execute("PRAGMA journal_mode = wal")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             for table, columns in tables.items():
-                key = columns.split(",")[0]
-                db.execute(f"CREATE TABLE {table} ({key} INTEGER PRIMARY KEY{columns[len(key) :]})")
+                key, comma, others = columns.partition(",")
+                db.execute(f"CREATE TABLE {table} ({key} INTEGER PRIMARY KEY{comma}{others})")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def execute(self, table, query, *values):
+        """Run a query about a table in the database that holds it."""
+        file = next(file for file, tables in self.schemas.items() if table in tables)
+        return self.open[file].execute(query, values)
 
     def insert(self, table, **columns):
         """Insert a row and return its key."""
-        db = next(self.open[file] for file, tables in self.schemas.items() if table in tables)
         marks = ", ".join("?" * len(columns))
-        return db.execute(
-            f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})", [*columns.values()]
-        ).lastrowid
+        query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
+        return self.execute(table, query, *columns.values()).lastrowid
+
+    def update(self, table, key, **columns):
+        """Change columns of the row with this key."""
+        changes = ", ".join(f"{column} = ?" for column in columns)
+        query = f"UPDATE {table} SET {changes} WHERE rowid = ?"
+        self.execute(table, query, *columns.values(), key)
 
     def write(self, place, data):
         """Write a file of the library."""
@@ -110,12 +113,8 @@ class Library:
 class Photos10(Library):
     """Photos 10 and 11. `photo` returns the key of the asset, whose uuid `uuid(key)` is."""
 
-    assets, to_photo, to_person, edited = (
-        "ZASSET",
-        "ZASSETFORFACE",
-        "ZPERSONFORFACE",
-        "ZADJUSTMENTSSTATE",
-    )
+    assets, edited = "ZASSET", "ZADJUSTMENTSSTATE"
+    to_photo, to_person = "ZASSETFORFACE", "ZPERSONFORFACE"
 
     def __init__(self, path):
         face = "Z_PK, ZUUID, ZCENTERX, ZCENTERY, ZSIZE, ZSOURCEWIDTH, ZSOURCEHEIGHT, ZHIDDEN"
@@ -127,73 +126,48 @@ class Photos10(Library):
         asset = "Z_PK, ZUUID, ZDIRECTORY, ZFILENAME, ZKIND, ZSAVEDASSETTYPE, ZWIDTH, ZHEIGHT"
         asset += ", ZTRASHEDSTATE, ZHIDDEN, ZVISIBILITYSTATE, ZAVALANCHEPICKTYPE"
         tables = {"ZDETECTEDFACE": face, self.assets: f"{asset}, {self.edited}"}
-        tables["ZPERSON"] = (
-            "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZFACECOUNT, ZTYPE"
-        )
-        tables["ZFACECROP"] = "Z_PK, ZASSET, ZFACE, ZPERSON, ZUUID, ZRESOURCEDATA"
-        self.schemas = {
-            "Photos.sqlite": tables,
-            "photos.db": {"LiGlobals": "modelId, keyPath, value"},
-        }
+        person = "Z_PK, ZFULLNAME, ZDISPLAYNAME, ZMERGETARGETPERSON, ZVERIFIEDTYPE, ZTYPE"
+        crop = "Z_PK, ZASSET, ZFACE, ZPERSON, ZUUID, ZRESOURCEDATA"
+        tables |= {"ZPERSON": person, "ZFACECROP": crop}
+        self.schemas = {"Photos.sqlite": tables, "photos.db": {"LiGlobals": "modelId, value"}}
         super().__init__(path)
 
     def uuid(self, key):
         return f"{key % 16:X}{key:07}-0000-4000-8000-000000000000"
 
     def person(self, name, **columns):
-        row = {"ZFULLNAME": name, "ZDISPLAYNAME": name, "ZVERIFIEDTYPE": 1, "ZFACECOUNT": 0}
+        row = {"ZFULLNAME": name, "ZDISPLAYNAME": name, "ZVERIFIEDTYPE": 1}
         return self.insert("ZPERSON", **row | columns)
 
     def photo(self, image=None, data=None, ending="jpeg", **columns):
         """Add an asset; its original is `data`, else `image` as JPEG, else absent."""
-        key = self.insert(
-            self.assets, ZKIND=0, ZSAVEDASSETTYPE=3, ZTRASHEDSTATE=0, ZHIDDEN=0, **{self.edited: 0}
-        )
+        row = {"ZKIND": 0, "ZSAVEDASSETTYPE": 3, "ZTRASHEDSTATE": 0, "ZHIDDEN": 0, self.edited: 0}
+        key = self.insert(self.assets, **row)
         uuid = self.uuid(key)
-        row = {"ZUUID": uuid, "ZDIRECTORY": uuid[0], "ZFILENAME": f"{uuid}.{ending}"} | columns
-        for column, value in row.items():
-            self.open["Photos.sqlite"].execute(
-                f"UPDATE {self.assets} SET {column} = ? WHERE Z_PK = ?", (value, key)
-            )
+        names = {"ZUUID": uuid, "ZDIRECTORY": uuid[0], "ZFILENAME": f"{uuid}.{ending}"}
+        self.update(self.assets, key, **names | columns)
         if data or image:
             self.write(f"originals/{uuid[0]}/{uuid}.{ending}", data or jpeg(image))
         return key
 
     def edit(self, photo, image=None, end="_1_201_a.jpeg"):
         """Mark a photo as edited, and write the edited picture unless it is not there."""
-        self.open["Photos.sqlite"].execute(
-            f"UPDATE {self.assets} SET {self.edited} = 1 WHERE Z_PK = ?", (photo,)
-        )
+        self.update(self.assets, photo, **{self.edited: 1})
         if image:
-            self.write(
-                f"resources/renders/{self.uuid(photo)[0]}/{self.uuid(photo)}{end}", jpeg(image)
-            )
+            uuid = self.uuid(photo)
+            self.write(f"resources/renders/{uuid[0]}/{uuid}{end}", jpeg(image))
 
     def smaller_copy(self, photo, image, place="resources/derivatives/{}_1_105_c.jpeg"):
         self.write(place.format(f"{self.uuid(photo)[0]}/{self.uuid(photo)}"), jpeg(image))
 
     def face(self, photo, person, size, box, /, **columns):
         x, y, side = fractions(size, box)
-        row = {
-            "ZCENTERX": x,
-            "ZCENTERY": y,
-            "ZSIZE": side,
-            "ZSOURCEWIDTH": size[0],
-            "ZSOURCEHEIGHT": size[1],
-        }
-        row |= {
-            "ZHIDDEN": 0,
-            "ZISINTRASH": 0,
-            "ZTRAININGTYPE": 0,
-            self.to_photo: photo,
-            self.to_person: person,
-        }
+        row = {"ZCENTERX": x, "ZCENTERY": y, "ZSIZE": side, "ZSOURCEWIDTH": size[0]}
+        row |= {"ZSOURCEHEIGHT": size[1], "ZHIDDEN": 0, "ZISINTRASH": 0, "ZTRAININGTYPE": 0}
+        row |= {self.to_photo: photo, self.to_person: person}
         key = self.insert("ZDETECTEDFACE", **row)
-        row = {"ZUUID": f"{key:08X}-FACE-4000-8000-000000000000"} | columns
-        for column, value in row.items():
-            self.open["Photos.sqlite"].execute(
-                f"UPDATE ZDETECTEDFACE SET {column} = ? WHERE Z_PK = ?", (value, key)
-            )
+        uuid = {"ZUUID": f"{key:08X}-FACE-4000-8000-000000000000"}
+        self.update("ZDETECTEDFACE", key, **uuid | columns)
         return key
 
 
@@ -218,21 +192,21 @@ class Photos2(Library):
     version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
     version += ", nonRawMasterUuid, burstPickType, showInLibrary"
     master = "modelId, uuid, imagePath, fileIsReference, volumeId, isMissing"
+    person_columns = "modelId, name, displayName, verifiedType, mergeTargetPersonId, personType"
+    resource = "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, UTI"
     schemas = {  # noqa: RUF012
         "photos.db": {
             "LiGlobals": "modelId, keyPath, value",
             "RKFace": face_columns,
-            "RKPerson": "modelId, uuid, name, displayName, verifiedType, mergeTargetPersonId, "
-            "personType",
+            "RKPerson": person_columns,
             "RKVersion": version,
             "RKMaster": master,
-            "RKModelResource": "modelId, attachedModelId, attachedModelType, resourceType, "
-            "resourceTag, UTI",
+            "RKModelResource": resource,
         }
     }
 
     def uuid(self, number):
-        """Return a uuid: those of numbers that differ by 1 differ by case only."""
+        """Return a uuid: those of 2 and 3, of 4 and 5, and so on differ by case only."""
         return f"{'aA'[number % 2]}bcdEFG%+{number // 2:013}"
 
     def person(self, name, **columns):
@@ -240,52 +214,24 @@ class Photos2(Library):
 
     def photo(self, image=None, data=None, place=None, **columns):
         """Add a version of a photo and its master, at `place` in Masters. Returns its key."""
-        row = {
-            "adjustmentUuid": "UNADJUSTEDNONRAW",
-            "hasAdjustments": 0,
-            "isInTrash": 0,
-            "isHidden": 0,
-            "type": 2,
-        }
-        row = {column: value for column, value in (row | columns).items() if column in self.version}
-        key = self.insert("RKVersion", **row)
+        row = {"adjustmentUuid": "UNADJUSTEDNONRAW", "hasAdjustments": 0, "isInTrash": 0}
+        row |= {"isHidden": 0, "type": 2} | columns
+        known = {column: value for column, value in row.items() if column in self.version}
+        key = self.insert("RKVersion", **known)
+        self.update("RKVersion", key, uuid=self.uuid(key), masterUuid=f"m{key}")
         place = place or f"2019/07/{key:04}.jpg"
-        self.insert(
-            "RKMaster",
-            uuid=f"m{key}",
-            imagePath=place,
-            fileIsReference=columns.get("fileIsReference", 0),
-        )
-        self.execute(
-            "UPDATE RKVersion SET uuid = ?, masterUuid = ? WHERE modelId = ?",
-            self.uuid(key),
-            f"m{key}",
-            key,
-        )
+        is_reference = columns.get("fileIsReference", 0)
+        self.insert("RKMaster", uuid=f"m{key}", imagePath=place, fileIsReference=is_reference)
         if data or image:
             self.write(f"Masters/{place}", data or jpeg(image))
         return key
 
-    def execute(self, query, *values):
-        table = query.split()[1]
-        file = next(file for file, tables in self.schemas.items() if table in tables)
-        self.open[file].execute(query, values)
-
     def edit(self, photo, image=None, folder="00/00"):
         """Mark a photo as edited, and write the edited picture to this folder."""
         tag = f"edit{photo}"
-        self.execute(
-            "UPDATE RKVersion SET hasAdjustments = 1, adjustmentUuid = ? WHERE modelId = ?",
-            tag,
-            photo,
-        )
-        key = self.insert(
-            "RKModelResource",
-            attachedModelId=photo,
-            attachedModelType=2,
-            resourceType=4,
-            resourceTag=tag,
-        )
+        self.update("RKVersion", photo, hasAdjustments=1, adjustmentUuid=tag)
+        row = {"attachedModelId": photo, "attachedModelType": 2, "resourceType": 4}
+        key = self.insert("RKModelResource", **row, resourceTag=tag)
         if image:
             self.write(f"resources/media/version/{folder}/fullsizeoutput_{key:x}.jpeg", jpeg(image))
 
@@ -296,17 +242,10 @@ class Photos2(Library):
 
     def face(self, photo, person, size, box, /, **columns):
         x, y, side = fractions(size, box)
-        row = {
-            "isInTrash": 0,
-            "hidden": 0,
-            "personId": person,
-            "centerX": x,
-            "centerY": y,
-            "size": side,
-        }
-        row |= {"sourceWidth": size[0], "sourceHeight": size[1], self.link: self.link_value(photo)}
-        key = self.insert("RKFace", **row | columns)
-        self.execute("UPDATE RKFace SET uuid = ? WHERE modelId = ?", self.uuid(key), key)
+        row = {"isInTrash": 0, "hidden": 0, "personId": person, "sourceWidth": size[0]}
+        row |= {"sourceHeight": size[1], "centerX": x, "centerY": y, "size": side}
+        key = self.insert("RKFace", **row | {self.link: self.link_value(photo)} | columns)
+        self.update("RKFace", key, uuid=self.uuid(key))
         return key
 
     def link_value(self, photo):
@@ -333,11 +272,9 @@ class Photos1(Photos2):
     def __init__(self, path):
         resource = self.resource if self.typed else self.resource.replace("attachedModelType, ", "")
         face = self.face_columns.replace("imageModelId", "imageId").replace(", trainingType", "")
+        person = "modelId, name, searchName, representativeFaceId, personType"
         self.schemas = {
-            "Person.db": {
-                "RKFace": face,
-                "RKPerson": "modelId, name, searchName, representativeFaceId, personType",
-            },
+            "Person.db": {"RKFace": face, "RKPerson": person},
             "ImageProxies.apdb": {"RKModelResource": resource},
             "Library.apdb": {"RKVersion": self.version, "RKMaster": self.master},
         }
@@ -354,44 +291,28 @@ class Photos1(Photos2):
 
     def resource_of(self, key, of_type, image, filename, **columns):
         """Add a picture that hangs on the face (type 5) or the version (type 2) of this key."""
-        row = {
-            "attachedModelId": key,
-            "attachedModelType": of_type,
-            "filename": filename,
-            "resourceType": 6,
-        }
-        if not self.typed:
-            del row["attachedModelType"]
-        number = self.insert("RKModelResource", **row | columns)
+        row = {"attachedModelId": key, "filename": filename, "resourceType": 6} | columns
+        if self.typed:
+            row["attachedModelType"] = of_type
+        number = self.insert("RKModelResource", **row)
         uuid = f"é+{number}"
-        self.execute("UPDATE RKModelResource SET resourceUuid = ? WHERE modelId = ?", uuid, number)
-        self.write(
-            f"resources/modelresources/{ord(uuid[0])}/{ord(uuid[1])}/{uuid}/{filename}", jpeg(image)
-        )
+        self.update("RKModelResource", number, resourceUuid=uuid)
+        folder = f"resources/modelresources/{ord(uuid[0])}/{ord(uuid[1])}/{uuid}"
+        self.write(f"{folder}/{filename}", jpeg(image))
 
     def tile(self, face, image, filename="facetile.jpg"):
         self.resource_of(face, 5, image, filename)
 
     def edit(self, photo, image=None):
-        self.execute(
-            "UPDATE RKVersion SET adjustmentUuid = ? WHERE modelId = ?", f"edit{photo}", photo
-        )
+        tag = f"edit{photo}"
+        self.update("RKVersion", photo, adjustmentUuid=tag)
         if image:
-            self.resource_of(
-                photo, 2, image, "fullsize.jpg", resourceType=4, resourceTag=f"edit{photo}"
-            )
+            self.resource_of(photo, 2, image, "fullsize.jpg", resourceType=4, resourceTag=tag)
 
 
 class Photos1Untyped(Photos1):
     typed = False
 
 
-LIBRARIES = {
-    1: Photos1,
-    2: Photos2,
-    5: Photos5,
-    6: Photos6,
-    9: Photos9,
-    10: Photos10,
-    "1 untyped": Photos1Untyped,
-}
+LIBRARIES = {1: Photos1, 2: Photos2, 5: Photos5, 6: Photos6, 9: Photos9, 10: Photos10}
+LIBRARIES["1 untyped"] = Photos1Untyped

@@ -5,8 +5,6 @@
 A face's box is its centre and side in pixels of the upright picture.
 """
 
-import io
-
 import numpy as np
 import pillow_heif
 from photos_library import STORED
@@ -54,7 +52,7 @@ def lightroom(faces, size, kind="Face"):
 
 
 def apple(faces, size, kind="Face"):
-    """MWG regions in elements with parseType="Resource", in a sequence, with fields of Apple's own."""
+    """MWG regions in elements, in a sequence, with fields of Apple's own."""
     resource = ' rdf:parseType="Resource"'
     items = "".join(
         f"<rdf:li{resource}><mwg-rs:Extensions{resource}><apple-fi:FaceID>7</apple-fi:FaceID>"
@@ -124,7 +122,7 @@ def stored_box(size, box, orientation):
 
 
 def tag_photo(path, image, faces, program="digiKam", orientation=1, xmp=None):
-    """Write an upright image with its faces as a program would; xmp: the packet to write instead."""
+    """Write an upright image with its faces as a program would; xmp: another packet."""
     stored = image.transpose(STORED[orientation]) if orientation in STORED else image
     boxes = [(name, stored_box(image.size, box, orientation)) for name, box in faces]
     if program == "Picasa":
@@ -132,33 +130,24 @@ def tag_photo(path, image, faces, program="digiKam", orientation=1, xmp=None):
         xmp = xmp or b""
     elif xmp is None:
         xmp = packet(PROGRAMS[program](boxes, stored.size))
-    path.write_bytes(encode(stored, path.suffix, orientation, xmp))
+    save_stored(path, stored, orientation, xmp)
     return path
 
 
-def encode(stored, ending, orientation, xmp):
-    """Return a picture as a file with this EXIF orientation and XMP packet."""
-    exif, file = Image.Exif(), io.BytesIO()
+def save_stored(path, stored, orientation, xmp):
+    """Write a picture as a file with this EXIF orientation and XMP packet."""
+    exif = Image.Exif()
     exif[ORIENTATION] = orientation
     options = {"exif": exif.tobytes(), "quality": 90}
-    if ending == ".tif":
+    if path.suffix == ".tif":
         tags = TiffImagePlugin.ImageFileDirectory_v2()
         tags[ORIENTATION], tags[XMP] = orientation, xmp
         tags.tagtype[XMP] = 1
         options = {"tiffinfo": tags}
-    elif ending == ".png":
+    elif path.suffix == ".png":
         texts = PngImagePlugin.PngInfo()
         texts.add_itxt("XML:com.adobe.xmp", xmp.decode(errors="replace"), zip=orientation % 2 == 0)
         options = {"exif": exif, "pnginfo": texts, "compress_level": 1}
     elif xmp:
         options["xmp"] = xmp
-    kinds = {
-        ".jpg": "JPEG",
-        ".png": "PNG",
-        ".tif": "TIFF",
-        ".webp": "WEBP",
-        ".heic": "HEIF",
-        ".avif": "AVIF",
-    }
-    stored.save(file, kinds[ending], **options)
-    return file.getvalue()
+    stored.save(path, **options)

@@ -1,4 +1,4 @@
-"""One model trained by several processes, each a command of its own, as on several machines (here: on loopback)."""
+"""One model trained by several processes, as on several machines (here: on loopback)."""
 
 import importlib.util
 import json
@@ -16,7 +16,8 @@ from conftest import ROOT, draw_classes, error_line, run_process, train_here
 needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="needs `pip install jax`"
 )
-RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 2 --round-epochs 1 --views 2 --no-heavy-augmentation"
+RECIPE = "--image-size 75 --unfreeze 1 --head-epochs 2 --round-epochs 1 --views 2"
+RECIPE += " --no-heavy-augmentation"
 
 # The command itself, which in addition tells what its process ended with.
 TELLING = """

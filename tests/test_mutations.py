@@ -74,9 +74,6 @@ def change_order(data, rng):
     return rng.choice((rest, data[:end] + part + data[end:], moved, data[:start]))
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def pictures(kind):
     """Return small files of one kind, as bytes."""
     rng = np.random.default_rng(0)
@@ -89,13 +86,17 @@ def pictures(kind):
     packings = ("tiff_lzw", "jpeg", "tiff_adobe_deflate")
     variants = {
         "JPEG": [(image, exif), (image.convert("CMYK"), {"progressive": True})],
-        "PNG": [(image, exif), (image.quantize(16), {"transparency": 3}), (deep, {}), (image, frames)],
+        "PNG": [(image, exif), (image.quantize(16), {"transparency": 3}), (deep, {})]
+        + [(image, frames)],
         "WEBP": [(image, exif), (image.convert("RGBA"), {"lossless": True}), (image, frames)],
         "TIFF": [(image, exif), (deep, {}), (floats, {}), (image, frames)]
         + [(image, {"compression": name}) for name in packings]
         + [(image.convert("1"), {"compression": "group4"})],
         "HEIF": [(image, exif), (image.convert("RGBA"), {})],
-        "GIF": [(image, frames)], "BMP": [(image, {})], "PPM": [(image, {})], "AVIF": [(image, exif)],
+        "GIF": [(image, frames)],
+        "BMP": [(image, {})],
+        "PPM": [(image, {})],
+        "AVIF": [(image, exif)],
     }[kind]  # fmt: skip
     buffers = [io.BytesIO() for _ in variants]
     for buffer, (picture, options) in zip(buffers, variants):
@@ -134,9 +135,6 @@ def picture_check(kind, folder):
         return "result"
 
     return check
-
-
-# ---------------------------------------------------------------- models
 
 
 def aim_elsewhere(data, rng):
@@ -179,9 +177,6 @@ def hdf5_check(kind, folder):
         return "result"
 
     return check
-
-
-# ---------------------------------------------------------------- running them
 
 
 CHECKS = dict.fromkeys("JPEG PNG WEBP TIFF HEIF GIF BMP PPM AVIF".split(), picture_check)

@@ -1,4 +1,4 @@
-"""The README never lies: its options exist and are all there, its commands and its snippet run as they stand."""
+"""The README never lies: its options exist and are all there, its commands run as they stand."""
 
 import csv
 import functools
@@ -11,16 +11,16 @@ import socket
 import subprocess
 import sys
 import tomllib
+from types import SimpleNamespace
 
 import docs_pictures
 import numpy as np
 import pytest
 import sample_faces
 import tagged_photos
-from conftest import ROOT, SCRIPTS, draw_classes, rows, run_here, run_process
+from conftest import ROOT, SCRIPTS, draw_classes, run_here, texture
 from photos_library import make_library
 from PIL import Image
-from test_front_door import changed_cv2
 from test_whole_way import draw_album
 
 import imaging  # noqa: F401 - so that Pillow writes HEIC
@@ -31,6 +31,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)\n```$", README, re.M | re.S)  # (language
 COMMANDS = [text for kind, text in BLOCKS if not kind and re.search("^python ", text, re.M)]
 SHELL = [text for kind, text in BLOCKS if kind == "sh"]
 FIRST = next(text for text in SHELL if ".venv/bin/python train.py" in text)
+SEVERAL = next(text for text in COMMANDS if "export " in text)  # machines
 # A line break inside backquotes is a space, as Markdown has it.
 INLINE = [re.sub(r"\s+", " ", text) for text in re.findall(r"(?<!`)`(python\s[^`]*)`(?!`)", README)]
 OPTION = r"(?<![\w-])--[a-z][a-z0-9-]+"
@@ -81,17 +82,18 @@ def test_uv_gets_the_packages_of_requirements_txt(script):
 
 
 def test_both_ways_to_start_run_the_same_commands():
-    with_uv, with_python = SHELL[:2]
-    lines = [line.replace("uv run ", ".venv/bin/python ") for line in with_uv.splitlines()]
-    assert lines == with_python.splitlines()[2:]
+    lines = SHELL[0].replace("uv run ", ".venv/bin/python ").splitlines()
+    assert lines == FIRST.splitlines()[2:]
 
 
-def test_every_option_is_in_the_readme_and_every_option_in_it_exists(tmp_path, monkeypatch):
+def test_every_option_has_a_default_and_is_in_the_readme_where_all_exist(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")  # no option is divided between two lines
     known = set()
     for script in SCRIPTS:
         done = run_here(script, tmp_path, "--help")
         assert done.returncode == 0 and f"python {script} " in " ".join(done.stdout.split())
+        lines = re.findall(r"^  --.*", re.sub(r"\n {5,}", " ", done.stdout), re.M)
+        assert len(lines) >= 6 and all("(default: " in line for line in lines)
         known |= set(re.findall(OPTION, done.stdout)) - {"--help"}
     named = set(re.findall(OPTION, README)) - {"--people", "--clip", "--quiet", "--help"}
     assert named == known
@@ -119,14 +121,9 @@ def test_the_commands_that_made_the_pictures_stand_in_docs():
         assert f".py {words}\n" in text
 
 
-# ---------------------------------------------------------------- the snippet
-
-
 def draw_bad_photographs(folder):
     """Write what photographs are like at their worst."""
-    coarse = np.random.default_rng(0).integers(0, 255, (12, 16, 3)).astype("uint8")
-    large = Image.fromarray(coarse).resize((4000, 3000), Image.Resampling.BICUBIC)
-    turned = Image.Exif()
+    large, turned = texture(0, (4000, 3000)), Image.Exif()
     turned[0x0112] = 6
     folder.mkdir(parents=True)
     large.save(folder / "twelve.jpg")
@@ -136,8 +133,7 @@ def draw_bad_photographs(folder):
     large.resize((300, 211)).convert("L").save(folder / "grey.png")
 
 
-@pytest.mark.slow
-def test_the_snippet_gives_the_probabilities_of_evaluate(drawn_model, tmp_path, monkeypatch):
+def test_the_snippet_gives_the_probabilities_of_evaluate(drawn_model, tmp_path, tiny, monkeypatch):
     import keras
 
     (code,) = [text for kind, text in BLOCKS if kind == "python" and "load_model" in text]
@@ -157,71 +153,21 @@ def test_the_snippet_gives_the_probabilities_of_evaluate(drawn_model, tmp_path, 
         assert printed[0].max() == pytest.approx(probability, abs=0.001), name
 
 
-# ---------------------------------------------------------------- the commands
-
-
 def test_no_block_with_a_command_is_left_out():
     """What is run: all blocks with a line that begins with `python`, and those marked as `sh`."""
     assert len(COMMANDS) >= 5 and len(SHELL) >= 2
-    words = r"^\s*(\$|\.venv|python|pip|export|set|apt|apt-get|brew|source|cd|mkdir|mv|cp|rm|rmdir|\.)\s"
+    words = r"\$|\.venv|python|pip|export|set|apt|apt-get|brew|source|cd|mkdir|mv|cp|rm|rmdir|\."
     tested = [*COMMANDS, *SHELL]
-    others = [
-        text for kind, text in BLOCKS if kind not in ("python", "text") and text not in tested
+    others = [text for kind, text in BLOCKS if kind not in ("python", "text")]
+    assert not [
+        text for text in others if text not in tested and re.search(rf"^\s*({words})\s", text, re.M)
     ]
-    assert not [line for text in others for line in text.splitlines() if re.match(words, line)]
 
 
-@pytest.mark.slow
-def test_the_lines_that_set_up_the_environment(tmp_path):
-    """The commands themselves, but nothing is downloaded: the packages must be those of this environment."""
-    shutil.copy(ROOT / "requirements.txt", tmp_path)
-    for line in "\n".join(SHELL).splitlines():
-        program, *words = shlex.split(line)
-        if program == "python3":
-            command, cwd = [*words, "--without-pip"], tmp_path
-        elif program == ".venv/bin/pip":
-            command, cwd = ["-m", "pip", *words, "--dry-run", "--no-index"], tmp_path
-        elif words[:2] == ["-m", "pytest"]:
-            command, cwd = [*words, "--collect-only"], ROOT
-        elif program == "uv":  # the same programs as the lines with Python
-            continue
-        else:  # run by test_the_first_command_on_a_drawn_set
-            assert (ROOT / words[0]).is_file() and program == ".venv/bin/python", line
-            continue
-        done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True)
-        if "No matching distribution" in done.stderr:
-            pytest.skip(done.stderr.splitlines()[-1])
-        assert done.returncode == 0, (line, done.stderr, done.stdout[-500:])
-    assert (tmp_path / ".venv" / "pyvenv.cfg").is_file()
-
-
-def tagged_photos_of_people(folder):
-    """Draw photos of three people, whose names a photo program has written into them."""
-    sample_faces.draw_set(folder.parent / "drawn", 3, 12)
-    folder.mkdir()
-    for number, path in enumerate(sorted((folder.parent / "drawn").rglob("*.jpg"))):
-        photo, face = Image.new("RGB", (320, 240), "tan"), Image.open(path)
-        photo.paste(face, (100, 40))
-        box = (180, 120, face.width / 2 / regions.HAAR_BOX)
-        photo_path, turn = folder / f"{number}.jpg", 1 + number % 8
-        tagged_photos.tag_photo(photo_path, photo, [(path.parent.name, box)], orientation=turn)
-
-
-@pytest.mark.slow
-def test_three_commands_lead_from_photos_with_names_to_a_tagged_film(tmp_path):
-    tagged_photos_of_people(tmp_path / "photos")
-    sample_faces.draw_clip(tmp_path / "party.mp4", seconds=1)
-    (block,) = [text for text in COMMANDS if "--by-name" in text]
-    (collect, train, tag), printed = block.splitlines(), ""
-    train += " --weights none --image-size 75 --head-epochs 1 --rounds 0"
-    for line in (collect, train, tag + " --no-display"):
-        script, *words = line.split()[1:]
-        done = run_process(ROOT / script, tmp_path, *words)
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout + done.stderr
-    assert_shown(block, printed)
-    assert {row["label"] for row in rows(done.stdout)} >= {"Ann", "Ben"}
-    assert (tmp_path / "tagged.mp4").stat().st_size > 1000
+def test_the_environment_is_set_up_as_for_the_tests():
+    """Which .ci/run does by the README's own lines."""
+    *tested, _ = SHELL[-1].splitlines()
+    assert tested == [FIRST.splitlines()[0], FIRST.splitlines()[1] + " pytest jax"]
 
 
 @pytest.mark.long
@@ -238,68 +184,23 @@ def test_the_first_command_on_a_drawn_set(tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
 
 
-# A script over the tiny network.
-STUB = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import tiny_network
-if __name__ == "__main__":
-    tiny_network.run({name!r})
-"""
-PLAYED = """
-real = cv2.VideoCapture
-cv2.VideoCapture = lambda source, *more: real({film!r} if isinstance(source, int) else source)
-"""
+def tagged_photos_of_people(folder):
+    """Draw photos of three people, whose names a photo program has written into them."""
+    sample_faces.draw_set(folder.parent / "drawn", 3, 12)
+    folder.mkdir()
+    for number, path in enumerate(sorted((folder.parent / "drawn").rglob("*.jpg"))):
+        photo, face = Image.new("RGB", (320, 240), "tan"), Image.open(path)
+        photo.paste(face, (100, 40))
+        box = (180, 120, face.width / 2 / regions.HAAR_BOX)
+        photo_path, turn = folder / f"{number}.jpg", 1 + number % 8
+        tagged_photos.tag_photo(photo_path, photo, [(path.parent.name, box)], orientation=turn)
 
 
-@pytest.fixture
-def clone(tmp_path, tiny_weights, film):
-    """Make a folder in which the README's commands run as they stand. Returns it and a function.
-
-    The function starts lines of shell. `python` is this one, the network is tiny, and its weights
-    are kept as if they had been downloaded; cameras and streams play a film; no display is there.
-    """
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
-    (tmp_path / "bin" / "python").chmod(0o755)
-    (tmp_path / "collect_apple_photos.py").symlink_to(ROOT / "collect_apple_photos.py")
-    for name in ("train.py", "webcam.py"):
-        stub = STUB.format(root=str(ROOT), tests=str(ROOT / "tests"), name=name)
-        (tmp_path / name).write_text(stub)
-    kept = tmp_path / "keras" / "models"
-    kept.mkdir(parents=True)
-    shutil.copy(tiny_weights, kept / "tiny_notop.h5")
-    hidden = ("DISPLAY", "WAYLAND_DISPLAY")
-    environment = {key: value for key, value in os.environ.items() if key not in hidden}
-    environment |= changed_cv2(tmp_path / "played", PLAYED.format(film=str(film)))
-    environment |= {"HOME": str(tmp_path), "KERAS_HOME": str(kept.parent)}
-    environment["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{environment['PATH']}"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-
-    def start(lines):
-        lines = re.sub(r"rtsp://\S+", film.as_uri(), lines)
-        return subprocess.Popen(["sh", "-e", "-c", lines], cwd=tmp_path, env=environment, **pipes)
-
-    return tmp_path, start
-
-
-def bring_what_is_needed(block, folder, request):
-    """Draw what the commands of a block take for granted; a model comes from scratch_run."""
-    train = re.search(r"train\.py (\w+) \w+(.*)", block)
-    if "Photos Library.photoslibrary" in block:
-        unnamed = [(image, [(None, box)]) for image, [(_, box)] in draw_album(3, 8)[2::3]]
-        album = draw_album(2, 21) + unnamed
-        make_library(folder / "Pictures" / "Photos Library.photoslibrary", 10, album)
-    elif train and "export " not in block and train[1] == "people":
-        if "people/" not in block:  # else the block makes them
-            sample_faces.draw_set(folder / "people", 3, 12)
-    elif train:
-        classes = {"pets": {"cat": 30, "dog": 30}, "held_out": {"red": 4, "grün": 4}}
-        draw_classes(folder / train[1], classes.get(train[1], {"a": 12, "b": 12}))
-    for name in re.findall(r"--source (\w+\.mp4)", block):
-        people = {"ann": (0,), "ben": (1,)}.get(name.partition("_")[0], (0, 1))
-        sample_faces.draw_clip(folder / name, people, 2, seed=len(name))
-    if "photos_to_name" in block:  # a cat and a dog, as draw_classes draws them
+def draw_photos(block, folder):
+    """Draw the photos that the commands of a block take for granted."""
+    if "--by-name" in block:
+        tagged_photos_of_people(folder / "photos")
+    elif "photos_to_name" in block:  # a cat and a dog, as draw_classes draws them
         (folder / "photos_to_name").mkdir()
         for n, colour in enumerate([(230, 60, 40), (40, 200, 80)], 1):
             pixels = np.random.default_rng(n).normal(colour, 30, (240, 320, 3)).clip(0, 255)
@@ -307,55 +208,106 @@ def bring_what_is_needed(block, folder, request):
             photo.save(folder / "photos_to_name" / f"IMG_000{n}.jpg", quality=95)
     elif photos := re.search(r"--source (photos\w*)", block):
         sample_faces.draw_set(folder / photos[1], 2, 2)
+
+
+def draw_what_is_needed(block, folder, model_folder):
+    """Draw what the commands of a block take for granted; a model is copied."""
+    draw_photos(block, folder)
+    train = re.search(r"train\.py (\w+) \w+", block)
+    if "Photos Library.photoslibrary" in block:
+        unnamed = [(image, [(None, box)]) for image, [(_, box)] in draw_album(3, 8)[2::3]]
+        album = draw_album(2, 21) + unnamed
+        make_library(folder / "Pictures" / "Photos Library.photoslibrary", 10, album)
+    elif train and train[1] == "people":
+        if not re.search("faces people", block):  # else the block makes them
+            sample_faces.draw_set(folder / "people", 3, 12)
+    elif train:
+        classes = {"pets": {"cat": 30, "dog": 30}, "held_out": {"red": 4, "grün": 4}}
+        draw_classes(folder / train[1], classes[train[1]])
+    for name in re.findall(r"--source (\w+\.mp4)", block):
+        people = {"ann": (0,), "ben": (1,)}.get(name.partition("_")[0], (0, 1))
+        sample_faces.draw_clip(folder / name, people, 1, seed=len(name))
     uses, makes = re.search(r"webcam\.py model|--evaluate", block), re.search(TRAINS, block, re.M)
     if uses and not (makes and makes.start() < uses.start()):
-        for path in request.getfixturevalue("scratch_run")[0].glob("model*"):
+        for path in model_folder.glob("model*"):
             shutil.copy(path, folder)
+
+
+@pytest.fixture
+def run_line(tmp_path, tiny, tiny_weights, film, monkeypatch):
+    """Return a function that runs a line of shell in the test's folder, Python's in this process.
+
+    The network is tiny, and its weights come instead of a download; cameras and streams play a
+    film; no display is there.
+    """
+    import cv2
+    import keras
+
+    open_video = cv2.VideoCapture
+
+    def play(source, *_):
+        return open_video(str(film) if isinstance(source, int) else source)
+
+    monkeypatch.setattr(cv2, "VideoCapture", play)
+    monkeypatch.setattr(keras.utils, "get_file", lambda *_, **__: str(tiny_weights))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(line):
+        line = re.sub(r"rtsp://\S+", film.as_uri(), line)
+        words = shlex.split(line.partition(" > ")[0], comments=True)
+        if words[:1] != ["python"]:
+            subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+            return SimpleNamespace(returncode=0, stdout="", stderr="")
+        return run_here(words[1], tmp_path, *map(os.path.expanduser, words[2:]))
+
+    return run
 
 
 @pytest.mark.slow
 @on_unix
 @pytest.mark.parametrize(
-    "block",
-    [b for b in COMMANDS + INLINE if "export " not in b and "--by-name" not in b],  # run elsewhere
-    ids=lambda block: block[:60],
+    "block", [b for b in COMMANDS + INLINE if b != SEVERAL], ids=lambda block: block[:60]
 )
-def test_the_commands_of_a_block(clone, request, block):
-    folder, start = clone
-    bring_what_is_needed(block, folder, request)
-    process = start(block)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
+def test_the_commands_of_a_block(tmp_path, run_line, scratch_run, block):
+    draw_what_is_needed(block, tmp_path, scratch_run[0])
+    done = [run_line(line) for line in block.splitlines()]
+    output, errors = ("".join(getattr(one, name) for one in done) for name in ("stdout", "stderr"))
+    assert not any(one.returncode for one in done), errors
     assert "from scratch" not in errors and "Traceback" not in errors
     headers = re.findall(r"^(?:frame\ttime\ttrack|file\tface|file\tframe)\t", output, re.M)
-    assert len(headers) == len(re.findall(r"webcam\.py(?!.*(?:>|--events))", block))
+    assert len(headers) == len(re.findall(r"webcam\.py(?!.*(?:--by-name|--events))", block))
     assert output.count("best: ") == len(re.findall(TRAINS, block, re.M))
     assert output.count("evaluate: ") == block.count("--evaluate")
-    assert len(re.findall(r"^\d+ faces: ", output, re.M)) == block.count("collect_apple_photos.py")
+    tables = block.count("collect_apple_photos.py") + block.count("--by-name")
+    assert len(re.findall(r"^\d+ faces: ", output, re.M)) == tables
     for name in re.findall(r"--output (\S+)|--save-faces (\S+)", block):
-        path = folder / "".join(name)
+        path = tmp_path / "".join(name)
         assert list(path.rglob("*.jpg")) if path.is_dir() else path.stat().st_size > 1000, path
-    written = [(folder / name).read_text("utf-8") for name in re.findall(r"> (\S+)", block)]
-    assert_shown(block, "\n".join([output, errors, *written]))
+    assert_shown(block, output + errors)
 
 
 @on_unix
 @pytest.mark.skipif(importlib.util.find_spec("jax") is None, reason="needs `pip install jax`")
 @pytest.mark.long
-def test_the_commands_for_several_machines(clone, request):
-    folder, start = clone
-    (commands,) = [block for block in COMMANDS if "export " in block]
-    bring_what_is_needed(commands, folder, request)
+def test_the_commands_for_several_machines(tmp_path, tiny_weights):
+    sample_faces.draw_set(tmp_path / "people", 3, 12)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    block, count = re.subn(r"(ADDRESSES=).*", rf"\g<1>{address}", commands)
-    assert count == 1
-    processes = [start(re.sub(r"(PROCESS_ID=)0", rf"\g<1>{n}", block)) for n in range(2)]
+    script = f"{sys.executable} {ROOT}/tests/tiny_network.py"
+    block = re.sub(r"(ADDRESSES=).*", rf"\g<1>{address}", SEVERAL)
+    block = re.sub(r"^python (.*)", rf"{script} \g<1> --weights {tiny_weights}", block, flags=re.M)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    commands = [re.sub(r"(PROCESS_ID=)0", rf"\g<1>{n}", block) for n in range(2)]
+    processes = [
+        subprocess.Popen(["sh", "-ec", lines], cwd=tmp_path, **pipes) for lines in commands
+    ]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert ["best: round" in output for output, _ in outputs] == [True, False]
-    assert_shown(commands, outputs[0][0])
+    assert_shown(SEVERAL, outputs[0][0])
 
 
 @on_unix

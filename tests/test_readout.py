@@ -1,4 +1,4 @@
-"""The closed-form readout, its leave-one-out answers, the temperature and the threshold, on numbers."""
+"""The closed-form readout, its leave-one-out answers, the temperature and the threshold."""
 
 from types import SimpleNamespace
 
@@ -57,48 +57,45 @@ def answer(rows, strength, x, asked, left_out=()):
     return x[asked] @ np.linalg.solve(weighted.T @ weighted + ridge, weighted.T @ wanted)
 
 
+def assert_left_out(fit, rows, x, places):
+    """Assert that answers are those of a fit to all rows but the groups of these places."""
+    for place in places:
+        asked = fit.judged[place]
+        together = np.flatnonzero(rows.groups == rows.groups[asked])
+        expected = answer(rows, 0.01, x, [asked], together)[0]
+        assert fit.answers[place] == pytest.approx(expected, abs=1e-4)
+
+
 @FORMS
 def test_leave_one_out_is_fitting_again_without_each_group(views, levels):
     x, rows = make_rows(views, levels)
     fit, x = readout.fit_readout(rows, 0.01), features(x, levels)
-    for place in range(rows.plain):
-        together = np.flatnonzero(rows.groups == rows.groups[place])
-        expected = answer(rows, 0.01, x, [place], together)[0]
-        assert fit.answers[place] == pytest.approx(expected, abs=1e-4)
+    assert_left_out(fit, rows, x, range(rows.plain))
     for target in range(4):  # a whole class, as the strangers are measured
         some = np.flatnonzero(rows.targets == target)
         expected = answer(rows, 0.01, x, some, some)
         assert readout.leave_out(fit, some) == pytest.approx(expected, abs=1e-4)
 
 
+def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
+    monkeypatch.setattr(readout, "MAX_JUDGED", 30)
+    x, rows = make_rows(1, NARROW)
+    fit = readout.fit_readout(rows, 0.01)
+    whole = np.bincount(rows.groups) == np.bincount(rows.groups[fit.judged], minlength=940)
+    same = whole[rows.groups[fit.judged]]
+    assert len(fit.judged) == 30 and same.sum() >= 28
+    assert_left_out(fit, rows, features(x, NARROW), np.flatnonzero(same))
+
+
 @FORMS
-def test_kernel_and_bias_give_what_was_fitted(views, levels):
+def test_kernel_and_bias_give_what_was_fitted_with_the_strength_of_least_error(views, levels):
     x, rows = make_rows(views, levels)
     fit = readout.fit_readout(rows)
     expected = answer(rows, fit.strength, features(x, levels), np.arange(len(x)))
     assert x @ fit.kernel + fit.bias == pytest.approx(expected + 0.25, abs=1e-4)
-
-
-@FORMS
-def test_the_strength_has_the_least_error(views, levels):
-    _, rows = make_rows(views, levels)
-    best = readout.fit_readout(rows)
-    place = int(np.argmin(np.abs(readout.STRENGTHS - best.strength)))
+    place = int(np.argmin(np.abs(readout.STRENGTHS - fit.strength)))
     for strength in readout.STRENGTHS[max(0, place - 1) : place + 2]:
-        assert best.error <= readout.fit_readout(rows, strength).error
-
-
-def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
-    monkeypatch.setattr(readout, "MAX_JUDGED", 30)
-    x, rows = make_rows(1, NARROW)
-    fit, x = readout.fit_readout(rows, 0.01), features(x, NARROW)
-    whole = np.bincount(rows.groups) == np.bincount(rows.groups[fit.judged], minlength=940)
-    same = whole[rows.groups[fit.judged]]
-    assert len(fit.judged) == 30 and same.sum() >= 28
-    for row in np.flatnonzero(same):
-        together = np.flatnonzero(rows.groups == rows.groups[fit.judged[row]])
-        expected = answer(rows, 0.01, x, [fit.judged[row]], together)[0]
-        assert fit.answers[row] == pytest.approx(expected, abs=1e-4)
+        assert fit.error <= readout.fit_readout(rows, strength).error
 
 
 def test_classes_count_alike():
@@ -120,9 +117,6 @@ def test_numbers_that_are_not_finite_are_one_line():
     x[3] = np.nan
     with pytest.raises(utils.UserError, match="features are not finite"):
         readout.fit_readout(rows)
-
-
-# ---------------------------------------------------------------- strangers
 
 
 def shares(friends, right, strangers):
@@ -175,9 +169,6 @@ def test_two_classes_cannot_tell_about_strangers():
     assert readout.simulate_strangers(None, make_rows(class_count=2)[1]) is None
 
 
-# ---------------------------------------------------------------- calibration
-
-
 def test_the_temperature_of_a_perfect_set_stays_bounded():
     targets = np.arange(40) % 4
     logits = 10 * np.eye(4)[targets]
@@ -202,9 +193,6 @@ def test_the_temperature_mends_what_is_too_sure():
 )
 def test_the_interval_is_exact(right, total, low, high):
     assert readout.interval(right, total) == pytest.approx([low, high], abs=1e-4)
-
-
-# ---------------------------------------------------------------- labels
 
 
 def test_labels_worth_a_look_are_wrong_ones_and_copies():

@@ -20,10 +20,9 @@ def fonts(monkeypatch, tmp_path):
     """Let the system's fonts be one of little pictures of one size."""
     from matplotlib import font_manager
 
-    (tmp_path / "emoji.ttf").write_text(BITMAP_FONT)
-    monkeypatch.setattr(
-        font_manager, "findSystemFonts", lambda *_, **__: [str(tmp_path / "emoji.ttf")]
-    )
+    path = tmp_path / "emoji.ttf"
+    path.write_text(BITMAP_FONT)
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda *_, **__: [str(path)])
     report.font_file.cache_clear()
     yield
     report.font_file.cache_clear()
@@ -56,39 +55,6 @@ def test_the_settings_of_a_notebook_or_of_a_stranger_change_nothing(tmp_path):
     done = run_process("-Pc", tmp_path, code, **settings)
     assert (done.returncode, done.stderr) == (0, "")
     assert Image.open(tmp_path / "r.png").width == 990
-
-
-def axes():
-    report.import_matplotlib()
-    from matplotlib.figure import Figure
-
-    return Figure().subplots()
-
-
-def test_the_reliability_of_a_good_model_fills_its_panel():
-    sure, panel = np.random.default_rng(1).uniform(0.97, 1, 200), axes()
-    report.plot_reliability(panel, np.zeros(200, int), np.c_[sure, 1 - sure])
-    low, high = panel.get_xlim()
-    assert low > 0.8 and high < 1.05
-    assert len(panel.lines[1].get_xdata()) == 10
-
-
-@pytest.mark.parametrize("count", [1, 3, 25])
-def test_reliability_of_a_few_pictures(count):
-    actual, probabilities = predictions(count)
-    panel = axes()
-    report.plot_reliability(panel, actual, probabilities)
-    assert 1 <= len(panel.lines[1].get_xdata()) <= 3
-
-
-def test_strangers_show_both_shares_and_the_threshold():
-    thresholds = np.linspace(0, 1, 11)
-    panel = axes()
-    report.plot_strangers(panel, thresholds, 1 - thresholds, thresholds, 0.431)
-    friends, strangers, chosen = panel.lines
-    assert np.array_equal(friends.get_ydata(), 1 - thresholds)
-    assert np.array_equal(strangers.get_ydata(), thresholds)
-    assert list(chosen.get_xdata()) == [0.431, 0.431] and "0.431" in chosen.get_label()
 
 
 def test_a_report_has_all_its_panels(tmp_path):

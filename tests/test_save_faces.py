@@ -1,6 +1,5 @@
 """webcam.py --save-faces: what is kept of films, streams and pictures, and how it trains."""
 
-import json
 import os
 import re
 import shlex
@@ -9,7 +8,7 @@ import shutil
 import cv2
 import pytest
 import sample_faces
-from conftest import ROOT, rows, run_process, tag
+from conftest import ROOT, cut_square, rows, run_process
 from PIL import Image, ImageFilter
 from test_webcam import difference, make_film, read_film
 
@@ -30,8 +29,8 @@ def check_crop(path):
 
 
 def test_no_network_is_loaded_without_a_model(tmp_path, film):
-    collect = "--save-faces", "people/Ann", "--source", film
-    done = tag(tmp_path, *collect, PYTHONPROFILEIMPORTTIME="1")
+    words = "--save-faces", "people/Ann", "--source", film, "--no-display"
+    done = run_process(ROOT / "webcam.py", tmp_path, *words, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0 and re.search(r"\| +cv2$", done.stderr, re.M), done.stderr
     assert not re.search(r"\| +(tensorflow|keras|jax)$", done.stderr, re.M)
 
@@ -49,10 +48,8 @@ def test_crops_of_a_film(tmp_path, tag_here, film):
         check_crop(path)
         frame, track, _ = path.stem.split("-")
         x, y, w, h = (int(lines[str(int(frame)), track][key]) for key in "xywh")
-        side = round(2.0 * w)
-        places = (y + h / 2, 480), (x + w / 2, 640)
-        top, left = (min(max(round(c - side / 2), 0), most - side) for c, most in places)
-        expected = frames[int(frame)][top : top + side, left : left + side, ::-1]
+        place = x + w / 2, y + h / 2, w
+        expected = cut_square(frames[int(frame)][..., ::-1], place, 2.0)
         assert difference(Image.open(path), expected) < 4
     summary, advice = done.stderr.splitlines()[-2:]
     assert summary.startswith(f"people/Ann: {len(kept)} saved, ") and "too similar" in summary
@@ -73,7 +70,7 @@ def test_a_still_film_gives_one_crop_and_a_blurred_one_none(tmp_path, tag_here, 
 
 
 def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, tag_here, film):
-    """Of photos of one face, two, none, a blurred one, a broken file, and one that a phone turned."""
+    """Of photos of one face, two, none, a blurred one, a broken file, and a turned one."""
     two = Image.fromarray(read_film(film)[0][..., ::-1])
     one, folder = two.crop((0, 0, 300, 480)), tmp_path / "photos"
     (folder / "2019").mkdir(parents=True)
@@ -97,7 +94,6 @@ def test_only_faces_that_are_alone_are_kept_from_photos(tmp_path, tag_here, film
     assert "broken.jpg: skipped" in done.stderr
 
 
-@pytest.mark.slow
 def test_with_a_model_the_label_decides(tmp_path, tag_here, drawn_model, tagged):
     model, film = drawn_model / "model", drawn_model / "film.mp4"
     done = tag_here(model, "--source", film, "--save-faces", "sorted")
@@ -119,7 +115,6 @@ def test_with_a_model_the_label_decides(tmp_path, tag_here, drawn_model, tagged)
     assert all(0.2 <= float(row["probability"]) <= 1 for row in rows(strict.stdout))
 
 
-@pytest.mark.slow
 def test_whole_pictures_are_copied_into_the_folder_of_their_class(tmp_path, tag_here, drawn_model):
     source = tmp_path / "mixed"
     source.mkdir()
@@ -144,7 +139,6 @@ def test_frames_of_a_film_are_kept_whole(tmp_path, tag_here, film):
     assert {Image.open(path).size for path in kept} == {(640, 480)}
 
 
-@pytest.mark.slow
 def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, tag_here, drawn_model):
     """And of pictures every face is kept, blurred ones too."""
     source = tmp_path / "photos"
@@ -161,8 +155,8 @@ def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, tag_here, drawn_model):
     same = 0
     for row in again:
         first = seen[tuple(row["file"].rpartition("/")[2].split("-")[:2])]
-        assert row["label"] == first["label"]
-        same += abs(float(row["probability"]) - float(first["probability"])) <= 0.02
+        same += row["label"] == first["label"]
+        assert abs(float(row["probability"]) - float(first["probability"])) <= 0.05
     assert same >= 0.95 * len(again)
 
 
@@ -172,16 +166,17 @@ def test_a_stranger_is_learned_from_the_crops_that_were_unknown(tmp_path, drawn_
     shutil.copytree(drawn_model / "people", people, ignore=shutil.ignore_patterns("Ben"))
     (people / "Eva").rename(people / "unknown")
     recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation"
-    train = (ROOT / "train.py", tmp_path, "people", "model", *recipe.split())
+    train = ROOT / "train.py", tmp_path, "people", "model", *recipe.split()
+    tag = ROOT / "webcam.py", tmp_path, "model", "--no-display", "--source"
     assert run_process(*train).returncode == 0
     for seed in (1, 2, 3):
         film = tmp_path / f"{seed}.mp4"
         sample_faces.draw_clip(film, (1,), seed=seed)  # Ben, who is no class yet
-        tag(tmp_path, "model", "--save-faces", "new", "--source", film, "--threshold", 0.99)
+        run_process(*tag, film, "--save-faces", "new", "--threshold", 0.99)
     (people / "Ben").mkdir()
     for run in (tmp_path / "new" / "unknown").iterdir():
         run.rename(people / "Ben" / run.name)
     assert run_process(*train).returncode == 0
     sample_faces.draw_clip(tmp_path / "later.mp4", (1,), seed=9)
-    labels = [row["label"] for row in rows(tag(tmp_path, "model", "--source", "later.mp4").stdout)]
-    assert labels.count("Ben") > 0.5 * len(labels), json.dumps(sorted(set(labels)))
+    labels = [row["label"] for row in rows(run_process(*tag, "later.mp4").stdout)]
+    assert labels.count("Ben") > 0.5 * len(labels), sorted(set(labels))
