@@ -250,7 +250,10 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
     if by_folder:
         tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))
         for label in sorted(tied):
-            utils.warn(f"{label}: all its folders share near copies: the accuracy is too good")
+            utils.warn(
+                f"{label}: near copies tie all its folders: the accuracy looks too good; "
+                "add pictures of another time or place"
+            )
         near = [(i, j) for i, j in near
                 if pictures[i].label not in tied or keys[i][1:] == keys[j][1:]]  # fmt: skip
         groups = merge(keys, near)

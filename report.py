@@ -179,22 +179,23 @@ def thumbnail(picture, side):
     return Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
 
 
-def draw_review_sheet(path, pictures, labels, suggested):
-    """Draw the first REVIEW_PICTURES pictures, each with its label and the label suggested.
+def draw_review_sheet(path, pictures, files, labels, suggested):
+    """Draw the first REVIEW_PICTURES pictures, each with its file, label and the label suggested.
 
-    pictures: list of uint8 (side, side, 3). labels, suggested: lists of class names as long.
+    pictures: list of uint8 (side, side, 3). files, labels, suggested: lists of text as long.
     """
     pictures = pictures[:REVIEW_PICTURES]
-    side, step_x, step_y, gap = 160, 172, 232, 12
+    side, step_x, step_y, gap = 160, 172, 246, 12
     columns = min(REVIEW_COLUMNS, max(1, len(pictures)))
     rows = math.ceil(max(1, len(pictures)) / columns)
     canvas = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
-    for n, (picture, label, other) in enumerate(zip(pictures, labels, suggested)):
+    for n, (picture, file, label, other) in enumerate(zip(pictures, files, labels, suggested)):
         row, column = divmod(n, columns)
         x, y = gap + column * step_x, gap + row * step_y
         canvas.paste(thumbnail(picture, side), (x, y))
         draw_text(canvas, (x, y + side + 6), label, 18, INK, width=side)
         draw_text(canvas, (x, y + side + 30), f"{other}?", 18, ORANGE[0], width=side)
+        draw_text(canvas, (x, y + side + 56), file, 12, GREY, width=side)
     with utils.atomic_write(path) as part:
         canvas.save(part, "PNG")
 
@@ -224,6 +225,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
     panels = figure.subplots(len(plots), 1, height_ratios=inches)
     for axes, (plot, arguments) in zip(panels, plots.items()):
         plot(axes, *arguments)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9)
     with utils.atomic_write(path) as part:
         figure.savefig(part, dpi=110)
 
@@ -240,16 +242,15 @@ def plot_history(axes, history):
     """Plot accuracy against epochs: training, validation augmented and as it is."""
     epochs = np.arange(1, len(history) + 1)
     curves = (
-        ("accuracy", "training, augmented", BLUE[0], "-"),
-        ("val_accuracy", "validation, augmented like training", "#e69f00", "--"),
-        ("plain_accuracy", "validation, unaugmented: what is reported", "#000000", "o"),
+        ("accuracy", "training", BLUE[0], "-"),
+        ("val_accuracy", "validation, augmented", "#e69f00", "--"),
+        ("plain_accuracy", "validation: what is reported", "#000000", "o"),
     )
     for key, label, color, line in curves:
         points = [(e, row[key]) for e, row in zip(epochs, history) if row[key] != ""]
         axes.plot(*zip(*points), line, color=color, label=label)
     axes.set(title="Learning curves", xlabel="epoch", ylabel="accuracy", ylim=(0, 1.03))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend()
 
 
 def plot_reliability(axes, actual, probabilities):
@@ -269,19 +270,21 @@ def plot_reliability(axes, actual, probabilities):
     axes.errorbar(x, y, error, fmt="o-", color=BLUE[0], capsize=3, label=label)
     axes.set(title="Reliability of the probabilities", xlim=limits, ylim=limits)
     axes.set(xlabel="probability given", ylabel="share that is correct")
-    axes.legend(loc="upper left")
 
 
-def plot_strangers(axes, thresholds, friends, strangers, chosen):
+def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
     """Plot shares against the threshold: friends correctly classified, strangers told as unknown.
 
-    thresholds, friends, strangers: arrays (n,). chosen: the threshold of the model, marked.
+    thresholds, friends, strangers: arrays (n,), of the readout. chosen: its threshold, marked.
+    threshold: of the model, where that mixes the readout with what was trained.
     """
+    label = f"chosen: {chosen:.3f}"
+    if abs(threshold - chosen) > 5e-4:
+        label += f" (refuses as many as {threshold:.3f} in the model)"
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
     axes.plot(thresholds, strangers, "--", color=ORANGE[0], label="strangers unknown")
-    axes.axvline(chosen, color="#999999", linewidth=1, label=f"the model's own, {chosen:.3f}")
+    axes.axvline(chosen, color="#999999", linewidth=1, label=label)
     axes.set(title="Strangers", xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
-    axes.legend()
 
 
 def plot_classes(axes, labels, actual, predicted):
@@ -298,4 +301,3 @@ def plot_classes(axes, labels, actual, predicted):
     is_whole = len(order) == len(labels)
     title = "Classes" if is_whole else f"The weakest {len(order)} of {len(labels)} classes"
     axes.set(title=title, xlim=(0, 1.02), ylim=(len(order) - 0.5, -0.5))
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, borderaxespad=0.2)

@@ -559,7 +559,7 @@ def draw_round(run, number, title, probabilities):
     path = Path(f"{number:03d}.png")
     if number == 0:
         for old in Path().glob(MATRICES):  # of an earlier run with the same prefix
-            if is_matrix_of(old, args.model):
+            if is_same_prefix(matrix_maker(old), args.model):
                 old.unlink()
     check_matrix(path, args.model)  # another run may have begun in this folder meanwhile
     with drawing(path):
@@ -687,27 +687,36 @@ def check_outputs(args):
         except OSError as error:
             error.filename = place.resolve()  # not that of a file that nobody knows
             raise
+    if args.dry_run:
+        return
     for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MATRICES)):
         check_matrix(path, args.model)
 
 
 def check_matrix(path, prefix):
     """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
-    if path.exists() and not is_matrix_of(path, prefix):
+    maker = matrix_maker(path)
+    if path.exists() and not is_same_prefix(maker, prefix):
         what = "not a picture of this model"
+        what += f" but of {utils.escape(maker)}" if maker else ""
         raise utils.UserError(f"{path}: {what}: move it away or run in another folder")
 
 
-def is_matrix_of(path, prefix):
-    """Say whether a file is a confusion matrix of ours, made with this prefix."""
+def matrix_maker(path):
+    """Return the prefix of the run that has drawn a confusion matrix, None for any other file."""
     if not path.is_file():  # a named pipe would wait for ever
-        return False
+        return None
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            kit, _, made_for = image.info.get("Software", "").partition(": ")
-            return kit == utils.KIT and Path(made_for).resolve() == Path(prefix).resolve()
+            kit, _, prefix = image.info.get("Software", "").partition(": ")
+            return prefix if kit == utils.KIT else None
     except Exception:  # Pillow's parsers raise much
-        return False
+        return None
+
+
+def is_same_prefix(one, other):
+    """Say whether two prefixes, the first of which may be None, lead to the same files."""
+    return one is not None and Path(one).resolve() == Path(other).resolve()
 
 
 def remove_unfinished(prefix):
@@ -781,7 +790,7 @@ def finish_run(run, state, before):
     write_predictions(f"{args.model}-mistakes.csv", wrong)
     write_history(args, state["history"])  # again: a kill may have come between state and rows
     with drawing(f"{args.model}-report.png"):
-        panel = strangers and (*strangers[:3], info["threshold"])
+        panel = strangers and (*strangers[:4], info["threshold"])
         report.draw_report(
             f"{args.model}-report.png", found.title, data.labels, data.targets[data.validation],
             found.probabilities, state["history"], panel,
@@ -847,7 +856,8 @@ def write_review(args, data, review):
         return
     squares = [dataset.square_of(data, i) for i, *_ in first]
     with drawing(path):
-        report.draw_review_sheet(path, squares, [row[1] for row in rows], [row[1] for row in first])
+        files, labels, suggested, *_ = zip(*rows)
+        report.draw_review_sheet(path, squares, [Path(f).name for f in files], labels, suggested)
 
 
 def print_next_steps(args, info, predictions, strangers, doubtful, before):
@@ -882,7 +892,7 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
         lines.append("A class `unknown`, with pictures of many others, teaches it who is strange.")
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png, {name}-mistakes.csv. Then:")
     command = f"    python webcam.py {shlex.quote(name)}"
-    lines.append(command if info["face_crops"] >= 0.5 else f"{command} --source FOLDER_OF_PHOTOS")
+    lines.append(command if model.looks_at_faces(info) else f"{command} --source FOLDER_OF_PHOTOS")
     if args.cache_dir and args.cache_dir.exists():
         files = list(args.cache_dir.glob("*.features"))
         size = sum(path.stat().st_size for path in files) / 1e9
@@ -1065,7 +1075,6 @@ def make_recipe(args, is_scratch, count, classes):
 def train(args):
     """Go all the way: folder → split → features → rounds → report. Returns the exit code."""
     state = read_state(args) if args.resume else None
-    dataset.check_folders(args)  # before any weights are fetched
     path, warnings = features.find_weights(args)
     for line in warnings:
         utils.warn(line)
@@ -1098,6 +1107,7 @@ def train(args):
 def train_alone(args):
     """Train where no other run is at work with the same prefix or cache. Returns the exit code."""
     try:
+        dataset.check_folders(args)  # before any weights are fetched
         check_outputs(args)
         with contextlib.ExitStack() as locks:
             if args.process == 0:

@@ -302,7 +302,7 @@ def check_arguments(args, source):
         args.model = re.sub(r"(\.h5|(-labels)?\.json)$", "", args.model)
         info = model.check_model(args.model)
         if args.whole_picture is None:  # as the model was trained
-            args.whole_picture = info.get("face_crops", 1.0) < 0.5
+            args.whole_picture = not model.looks_at_faces(info)
         if args.threshold is None:
             args.threshold = info["threshold"]
     if args.whole_picture:
@@ -650,6 +650,7 @@ class Tagger:
         self.tracker = Tracker()
         # what the summary tells
         self.counts = collections.Counter()
+        self.begun = None  # when the first frame was handled
         self.labels = collections.Counter()  # of photos
         self.crops = collections.Counter(saved=0)
         self.times = collections.defaultdict(lambda: collections.deque(maxlen=10**5))
@@ -669,6 +670,7 @@ class Tagger:
         """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
         self.labeller.load()
         start, counts = time.perf_counter(), self.counts
+        self.begun = self.begun or start
         tracks = self.tracker.update(frame)
         found = time.perf_counter()
         due = self.labeller.update(frame, tracks)
@@ -1160,7 +1162,8 @@ def print_summary(tagger, viewer):
         order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
         found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
         photos = utils.count(counts["photos"], "photo")
-        lines.append(f"{photos}: {found}; {counts['photos'] / seconds:.1f} a second")
+        rate = counts["photos"] / (time.perf_counter() - tagger.begun)
+        lines.append(f"{photos}: {found}; {rate:.1f} a second")
     if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
     if args.save_faces:

@@ -70,12 +70,14 @@ def test_a_report_has_all_its_panels(tmp_path):
     assert heights[1] - heights[0] == 704  # two panels of 3.2 inches
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, (184, 244)), (3, (528, 244)), (50, (1388, 1172))])
+@pytest.mark.parametrize(("count", "size"), [(0, (184, 258)), (3, (528, 258)), (50, (1388, 1242))])
 def test_a_review_sheet_shows_the_first_forty(tmp_path, count, size):
     colors = [np.full((30, 30, 3), (n * 5, 0, 255 - n * 5), "uint8") for n in range(count)]
-    report.draw_review_sheet(tmp_path / "s.png", colors, ["Ann"] * count, ["王"] * count)
+    report.draw_review_sheet(
+        tmp_path / "s.png", colors, ["a.jpg"] * count, ["Ann"] * count, ["王"] * count
+    )
     sheet = Image.open(tmp_path / "s.png")
     assert sheet.size == size
     for n in range(min(count, 40)):
-        middle = (12 + n % 8 * 172 + 80, 12 + n // 8 * 232 + 80)
+        middle = (12 + n % 8 * 172 + 80, 12 + n // 8 * 246 + 80)
         assert sheet.getpixel(middle) == (n * 5, 0, 255 - n * 5)

@@ -213,7 +213,7 @@ def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{n}.jpg", quality=70 + n)
     data = read(tmp_path / "data", "--group-by-folder")
-    assert "a: all its folders share near copies" in capsys.readouterr().err
+    assert "a: near copies tie all its folders" in capsys.readouterr().err
     held = [data.pictures[i] for i in data.validation]
     assert sorted(Counter(picture.path.parent for picture in held).values()) == [4, 4]
     assert {picture.label for picture in held} == {"a", "b"}
@@ -428,9 +428,8 @@ def test_views_depend_on_seed_picture_and_view_alone(kind):
         assert not np.isclose(third, parameters(75, [a, b], *options)).all(1).any()
     assert not np.array_equal(one, other)
     for view, expected in ((features.UNAUGMENTED, picture), (features.MIRRORED, picture[:, ::-1])):
-        assert np.array_equal(
-            features.augment(picture, parameters(75, [a], view, kind)[0]), expected
-        )
+        change = parameters(75, [a], view, kind)[0]
+        assert np.array_equal(features.augment(picture, change), expected)
 
 
 def test_light_views_are_not_turned_and_heavy_ones_are():
