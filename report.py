@@ -280,7 +280,7 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
     """
     label = f"chosen: {chosen:.3f}"
     if abs(threshold - chosen) > 5e-4:
-        label += f" (refuses as many as {threshold:.3f} in the model)"
+        label += f" ({threshold:.3f} in the model)"
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
     axes.plot(thresholds, strangers, "--", color=ORANGE[0], label="strangers unknown")
     axes.axvline(chosen, color="#999999", linewidth=1, label=label)
