@@ -110,6 +110,15 @@ def test_files_of_another_training_are_told(folder, name, text, message):
         model.check_model(folder / "m")
 
 
+def test_weights_that_changed_on_the_way_are_damaged(folder, tiny):
+    with h5py.File(folder / "m.h5", "a") as file:
+        arrays = []
+        file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
+        arrays[0][...] = arrays[0][...] + np.float32(0.001)
+    with pytest.raises(utils.UserError, match=r"m\.h5: damaged: copy it again"):
+        model.load_model(folder / "m")
+
+
 def test_only_our_own_models_may_be_replaced(saved, folder, tmp_path):
     assert model.may_replace_model(folder / "m") and model.may_replace_model(folder / "none")
     (folder / "m.h5").unlink()  # a kill during the first save

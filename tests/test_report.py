@@ -63,7 +63,7 @@ def test_a_report_has_all_its_panels(tmp_path):
     history = [row, row | {"plain_accuracy": 0.7}]
     report.draw_report(tmp_path / "two.png", "t", ["a", "b"], actual, probabilities)
     shares = np.linspace(0, 1, 5)
-    strangers = (shares, 1 - shares, shares, 0.5)
+    strangers = (shares, 1 - shares, shares, 0.5, 0.4)
     more = (actual, probabilities, history, strangers)
     report.draw_report(tmp_path / "four.png", "t", ["a", "b"], *more)
     heights = [Image.open(tmp_path / name).height for name in ("two.png", "four.png")]

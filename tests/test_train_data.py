@@ -486,7 +486,9 @@ def test_a_prefix_is_the_same_from_wherever_it_is_written(monkeypatch, tmp_path)
     Image.new("RGB", (9, 9)).save("000.png", pnginfo=note)
     for prefix in ("m", "./m", tmp_path / "m"):
         train.check_outputs(train.parse_arguments([".", str(prefix)]))
-    with pytest.raises(utils.UserError, match=r"000\.png: not a picture of this model"):
+    with pytest.raises(
+        utils.UserError, match=r"000\.png: not a picture of this model but of m: move"
+    ):
         train.check_outputs(train.parse_arguments([".", "n"]))
 
 
