@@ -109,16 +109,21 @@ def join_processes(keras):
 def silence_output():
     """Send stderr nowhere while libraries in C++ introduce themselves.
 
-    stdout stays: meanwhile another thread may print a line that a program reads.
+    stdout stays, for another thread may print a line that a program reads, but where several
+    processes meet, which they tell on stdout.
     """
+    sys.stdout.flush()
     sys.stderr.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+    kept = {fd: os.dup(fd) for fd in ((1, 2) if CHILD in os.environ else (2,))}
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for fd in kept:
+        os.dup2(nowhere, fd)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        for fd, copy in kept.items():
+            os.dup2(copy, fd)
+            os.close(copy)
         os.close(nowhere)
 
 
