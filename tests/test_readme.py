@@ -133,6 +133,7 @@ def draw_bad_photographs(folder):
     large.resize((300, 211)).convert("L").save(folder / "grey.png")
 
 
+@pytest.mark.slow
 def test_the_snippet_gives_the_probabilities_of_evaluate(drawn_model, tmp_path, tiny, monkeypatch):
     import keras
 

@@ -232,6 +232,7 @@ def test_views_are_made_and_cached_as_asked(tiny, tmp_path, small, tiny_weights)
     assert views == {"0", "1", "2", "3", "1000000"}  # the last is that of validation
 
 
+@pytest.mark.slow
 def test_a_gpu_does_what_the_cores_do(tiny, tmp_path, small, tiny_weights, monkeypatch):
     """Views are made on it then, in larger batches."""
     words = [small, "m", *TINY, "--weights", tiny_weights, "--float32", "--views", 3]
