@@ -86,7 +86,6 @@ WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
-REVIEW_SHOWN = 40
 CACHE_GB = 20.0
 FACE_SIDES = (0.35, 0.75)  # of a picture: a face box in a crop of the tagger's framing
 FACE_SAMPLE = 100  # pictures in which faces are looked for
@@ -850,7 +849,7 @@ def write_review(args, data, review):
     rows = [[dataset.file_name(args, data, i), data.pictures[i].label, suggested, f"{p:.6f}", why]
             for i, suggested, p, why in review]  # fmt: skip
     utils.write_csv(f"{args.model}-review.csv", header, rows)
-    path, first = Path(f"{args.model}-review.png"), review[:REVIEW_SHOWN]
+    path, first = Path(f"{args.model}-review.png"), review[: report.REVIEW_PICTURES]
     if not first:
         path.unlink(missing_ok=True)
         return

@@ -229,7 +229,7 @@ class Source:
     films: set = ()  # those of them that are films
 
     def shown(self, path):
-        """Return the name that lines and events give to one of the files, None without one."""
+        """Return the name that lines and events give to one of the files."""
         folder = self.kind == "folder"
         return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
 
@@ -661,7 +661,8 @@ class Tagger:
     def session(self, path=None):
         """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
         self.tracker = Tracker(not self.args.context, self.args.min_face)
-        self.file, self.run = self.source.shown(path), run_name(self.source, path)
+        self.file = self.source.shown(path) if path else ""
+        self.run = run_name(self.source, path)
         several = self.source.kind == "folder"
         with contextlib.closing(EventWriter(self.file if several else "")) as self.events:
             yield
@@ -1130,6 +1131,7 @@ def tag_live(source, tagger, viewer):
     newest = collections.deque([None], 1)
 
     def work():
+        """Thread: handle the newest frame, again and again."""
         for frame in newest_frames(newest, stop, [reader]):
             if not viewer.paused:
                 tagger.handle(frame)

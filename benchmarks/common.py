@@ -208,15 +208,19 @@ def train_and_score(folder, options, parts=("held",)):
 # ---------------------------------------------------------------- yardsticks
 
 
-def nearest_neighbour(pixels, targets, fit, held):
-    """Return the accuracy of the nearest neighbour on 16 x 16 thumbnails of uint8 squares.
+def thumbnails(pixels):
+    """Return uint8 squares of any side as rows of 16 x 16 pixels, float32 (n, 768)."""
+    box = Image.Resampling.BOX
+    small = [np.asarray(Image.fromarray(square).resize((16, 16), box)) for square in pixels]
+    return np.stack(small).reshape(len(small), -1).astype("float32")
+
+
+def nearest_neighbour(rows, targets, fit, held):
+    """Return the accuracy of the nearest neighbour among rows (n, numbers).
 
     targets: class numbers (n,). fit, held: indices of pictures to compare with, and to score.
     """
-    box = Image.Resampling.BOX
-    small = [np.asarray(Image.fromarray(square).resize((16, 16), box)) for square in pixels]
-    small = np.stack(small).reshape(len(small), -1).astype("float32")
-    distance = (small[fit] ** 2).sum(1) - 2 * small[held] @ small[fit].T  # less what is the same
+    distance = (rows[fit] ** 2).sum(1) - 2 * rows[held] @ rows[fit].T  # less what is the same
     return float((targets[fit][distance.argmin(1)] == targets[held]).mean())
 
 

@@ -30,6 +30,7 @@ def load_embedding():
     )
 
     def embed(picture):
+        """Return the embedding of a picture's largest face, and whether dlib has found one."""
         boxes = detect(picture, 1)
         quarter = len(picture) // 4
         middle = dlib.rectangle(quarter, quarter, 3 * quarter, 3 * quarter)
@@ -50,9 +51,8 @@ def one_set(folder, seeds, options, embed):
             if table is None:  # the order of the pictures is that of every seed
                 found = [embed(np.array(pixels[picture.row])) for picture in data.pictures]
                 table, has_face = map(np.array, zip(*found))
-            distances = np.linalg.norm(table[data.validation, None] - table[data.train], axis=-1)
-            nearest = data.train[distances.argmin(axis=1)]
-            accuracies.append((data.targets[nearest] == data.targets[data.validation]).mean())
+            split = data.targets, data.train, data.validation
+            accuracies.append(common.nearest_neighbour(table, *split))
     return [folder, len(table), f"{has_face.mean():.2f}", common.spread(accuracies, 3)]
 
 

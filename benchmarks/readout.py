@@ -28,7 +28,7 @@ def one_set(name, weights, seeds, options):
             if features is None:
                 features = common.pooled_features(weights, "mixed8", pixels)
             split = data.targets, data.train, data.validation
-            row = [common.nearest_neighbour(pixels, *split)]
+            row = [common.nearest_neighbour(common.thumbnails(pixels), *split)]
             row.append(common.ridge_readout(features, *split))
             command = common.train_py(Path(folder).resolve(), "--weights", weights, "--seed", seed)
             outcome = common.run_command([*command, "--cache-dir", "cache", *options], work)
