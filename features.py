@@ -30,7 +30,7 @@ PARAMETERS, CHANCES = 9, 9
 MAX_GRID_PICTURES = 3_000  # that train: with more, levels are read without cells and mirror images
 INFERENCE_BATCH = 16  # pictures; 64 is no faster on a CPU, and wastes more of a last batch
 DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
-CACHE_VERSION = 4  # raise it when the same settings begin to give other features
+CACHE_VERSION = 5  # raise it when the same settings begin to give other features
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
 DOWNLOAD_SECONDS = 15
 

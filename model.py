@@ -32,8 +32,8 @@ BASE = Base(
     scale=1 / 127.5,
     offset=-1,
     blocks=tuple(f"mixed{number}" for number in range(11)),  # the last ones can be trained
-    levels=("mixed3", "mixed5", "mixed7", "mixed8", "mixed10"),  # the last is the top
-    grid_levels=("mixed3", "mixed5", "mixed7"),  # before the maps become too small for cells
+    levels=("mixed3", "mixed5", "mixed8", "mixed10"),  # the last is the top
+    grid_levels=("mixed3", "mixed5"),  # before the maps become too small for cells
     address="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
     md5="bcbd6486424b2319ff4ef7d526e38f63",

@@ -38,7 +38,7 @@ BOXES = (
     (7.1, 4.75, 1.1, 0.9, TRAINED, "mixed9\nmixed10\ntrained"),
     (8.7, 4.75, 1.5, 0.9, TRAINED, "dense layers\n(only if they help)"),
     (1.9, 1.75, 6.3, 0.65, PLAIN,
-     "levels: means of feature maps, those of mixed3, 5, 7 in 3 x 3 cells"),
+     "levels: means of feature maps, those of mixed3 and 5 in 3 x 3 cells"),
     (1.9, 0.3, 2.6, 0.8, FITTED, "readout:\nridge regression"),
     (5.0, 0.3, 2.2, 0.8, FITTED, "temperature,\nsoftmax"),
     (7.7, 0.3, 2.5, 0.8, FITTED, "threshold:\na name or unknown"),
@@ -56,7 +56,7 @@ ARROWS = (
     ((4.5, 0.7), (5.0, 0.7)),
     ((7.2, 0.7), (7.7, 0.7)),
 )
-LEVELS = (2.45, 3.75, 5.05, 6.35, 7.65)  # x of the arrows from a block to its level
+LEVELS = (2.45, 3.75, 6.35, 7.65)  # x of the arrows from a block to its level
 
 
 def draw_network(path):
