@@ -3,9 +3,9 @@
     python benchmarks/peers.py DATA_DIR WEIGHTS_FILE
     python benchmarks/peers.py DATA_DIR WEIGHTS_FILE --runs 3 --max-minutes 30 --figure peers.png
 
-train.py in the number format that it chooses and in float32, and the others as peer_*.py say. Each
-is a process of its own, with the same weights and cores, in turns, on one split; seconds count from
-the command. The curves of the first run, validation accuracy against seconds, are drawn.
+The others are as peer_*.py say. Each is a process of its own, with the same weights and cores, in
+turns, on one split; seconds count from the command. The curves of the first run, validation
+accuracy against seconds, are drawn.
 """
 
 import sys
@@ -19,7 +19,7 @@ from PIL import Image
 READABLE = (".jpg", ".jpeg", ".png", ".bmp", ".gif")  # by image_dataset_from_directory
 MARKS = (0.8, 0.9, 0.95)
 # told apart by all
-COLOURS = ("#0072b2", "#56b4e9", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#000000")
+COLOURS = ("#0072b2", "#e69f00", "#d55e00", "#009e73", "#cc79a7", "#000000")
 
 
 def make_readable(folder):
@@ -42,7 +42,6 @@ def list_ways(args, folder, options):
 
     return {
         "train.py": ours,
-        "train.py --float32": [*ours, "--float32"],
         "Keras's guide": peer("guide", args.max_minutes),
         "recipe of 2016": peer("2016", args.max_minutes),
         "logistic regression, last layer": peer("logistic", "mixed10"),
