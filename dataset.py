@@ -251,7 +251,7 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
         tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))
         for label in sorted(tied):
             utils.warn(
-                f"{label}: near copies tie all its folders: the accuracy looks too good; "
+                f"{label}: near copies link all its folders, so that its accuracy looks too good: "
                 "add pictures of another time or place"
             )
         near = [(i, j) for i, j in near

@@ -326,10 +326,14 @@ def jitted(model):
 # ---------------------------------------------------------------- the model's three files
 
 
+def prefix_of(text):
+    """Return the prefix of a model, of which somebody may have typed one of the files."""
+    return re.sub(r"(\.h5|(-labels)?\.json)$", "", text)
+
+
 def model_paths(prefix):
     """Return the paths of the model's three files: weights and all, architecture, labels."""
-    stem = str(prefix).removesuffix(".h5")
-    return Path(f"{stem}.h5"), Path(f"{stem}.json"), Path(f"{stem}-labels.json")
+    return Path(f"{prefix}.h5"), Path(f"{prefix}.json"), Path(f"{prefix}-labels.json")
 
 
 def save_model(network, info, prefix):

@@ -276,15 +276,15 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
     """Plot shares against the threshold: friends correctly classified, strangers told as unknown.
 
     thresholds, friends, strangers: arrays (n,), of the readout. chosen: its threshold, marked.
-    threshold: of the model, where that mixes the readout with what was trained.
+    threshold: of the saved model, another one where it averages the readout with what was trained.
     """
-    label = f"chosen: {chosen:.3f}"
+    title, label = "Strangers", f"threshold {chosen:.3f}"
     if abs(threshold - chosen) > 5e-4:
-        label += f" ({threshold:.3f} in the model)"
+        title += f" (the readout alone; the saved model has the threshold {threshold:.3f})"
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
     axes.plot(thresholds, strangers, "--", color=ORANGE[0], label="strangers unknown")
     axes.axvline(chosen, color="#999999", linewidth=1, label=label)
-    axes.set(title="Strangers", xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
+    axes.set(title=title, xlabel="threshold", ylabel="share", xlim=(0, 1), ylim=(0, 1.03))
 
 
 def plot_classes(axes, labels, actual, predicted):

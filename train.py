@@ -168,7 +168,7 @@ def parse_arguments(argv=None):
         hint = f" (did you mean {near[0]}?)" if near else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if not args.model.endswith(("/", os.sep)):
-        args.model = Path(args.model).as_posix()  # `./model` is `model`
+        args.model = model.prefix_of(Path(args.model).as_posix())  # `./model.h5` is `model`
     processes.find_processes(args)
     return args
 
@@ -471,7 +471,7 @@ def run_rounds(run, state):
     if state is None:
         remove_state(run.args.model)
         head, rows = train_head(run)
-        start = {"round": -1, "stale": 0, "best": None, "history": []}
+        start = {"round": -1, "rounds_without_gain": 0, "best": None, "history": []}
         state = end_round(run, None, start, rows, head)
     elif run.recipe["rounds"]:
         head, trained = None, restore_trained(run, state)
@@ -491,9 +491,9 @@ def end_round(run, trained, state, rows, variables):
     """
     number = state["round"] + 1
     best = finish_round(run, trained, number, rows, state["best"])
-    stale = 0 if best != state["best"] else state["stale"] + 1
+    without_gain = 0 if best != state["best"] else state["rounds_without_gain"] + 1
     history = state["history"] + rows
-    state = {"round": number, "stale": stale, "best": best, "history": history}
+    state = {"round": number, "rounds_without_gain": without_gain, "best": best, "history": history}
     if run.args.process == 0:
         save_state(run, state, variables)
         write_history(run.args, history)  # after it: on Windows a CSV that is open is an error
@@ -510,7 +510,7 @@ def is_finished(run, state):
     is_scratch = run.networks.settings.cut is None
     if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
         return True
-    return bool(recipe["patience"] and state["stale"] >= recipe["patience"])
+    return bool(recipe["patience"] and state["rounds_without_gain"] >= recipe["patience"])
 
 
 def finish_round(run, trained, number, rows, best):
@@ -949,7 +949,7 @@ def read_state(args):
         if not model.model_paths(args.model)[0].exists():
             utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the last is saved")
             state["best"] = None
-        known = {"round", "stale", "best", "history", "settings", "files", "weights"}
+        known = {"round", "rounds_without_gain", "best", "history", "settings", "files", "weights"}
         if not known <= state.keys() or not state["history"]:
             raise ValueError
         return state

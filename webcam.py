@@ -34,6 +34,8 @@ import films
 import imaging
 import model
 import report
+import sources
+import tracker
 
 # isort: split
 import argparse
@@ -42,50 +44,21 @@ import contextlib
 import datetime
 import functools
 import hashlib
-import io
-import itertools
 import json
 import os
-import re
 import shlex
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# OpenCV reads these when it is imported: no chatter, and cameras on Windows that open at once.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-os.environ.setdefault("QT_LOGGING_RULES", "*=false")
-os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")
-try:
-    import cv2
-except ImportError as error:
-    sys.exit(f"error: {utils.missing(error)}")
-if not hasattr(cv2, "CascadeClassifier"):
-    advice = 'run `pip install "opencv-python<5"`'
-    sys.exit(f"error: OpenCV {cv2.__version__} has no face detector: {advice}")
-
 # ---------------------------------------------------------------- settings
-
-SCALE_FACTOR = 1.2  # between two sizes of the face detector
-MIN_NEIGHBORS_START = 6  # overlapping detections that begin a track
-MIN_NEIGHBORS_KEEP = 2  # and that keep it going
-SCAN_EVERY = 10  # frames between searches of the whole picture while a face is followed
-FEW_TRACKS = 6  # with more, searching near each costs more than searching the whole picture
-DETECT_FACE = 60  # pixels that the smallest face looked for has in the picture that is searched
-MIN_IOU = 0.25  # intersection over union from which on two boxes are one face
-SMOOTHING_IOU = 0.75  # above it a face hardly moves: its box is averaged, so that it does not jump
-MAX_MISSED = 0.3  # seconds that a face may be hidden before its track ends
-MAX_MISSED_ONCE = 0.6  # the same if that was in one frame only: on slow machines these are rare
 
 CLASSIFY_EVERY = 8  # frames between two classifications of a track
 AVERAGE_WINDOW = 5  # classifications in the running mean
@@ -93,21 +66,8 @@ MAX_BATCH = 8  # faces classified at once
 AGREEING = 3  # classifications with one label before --events reports somebody
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
-FILM_ENDINGS = """
-    .mp4 .m4v .mov .qt .avi .divx .mkv .webm .mpg .mpeg .mpe .m1v .m2v .vob .mod .ts .mts .m2ts .tod
-    .trp .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogm .rm .rmvb .dv .mxf .nut .mjpeg .mjpg .y4m .h264
-    .264 .h265 .265 .hevc .lrv .insv .360 .mp
-""".split()
 PICTURES = (".png", ".jpg", ".jpeg")
-LIVE = ("camera", "stream")
-RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried again
-READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
-CAMERAS = 5  # numbers tried where the wanted camera does not open
 LIVE_FPS = 30  # of the .avi that --output makes of a camera or stream
-NO_PICTURE = {  # what to do
-    "camera": "is it connected, used by another program, or forbidden by the privacy settings?",
-    "stream": "check address, user and password",
-}
 TITLE = "webcam"
 WINDOW = (1280, 800)  # largest size in which the window opens
 
@@ -117,56 +77,6 @@ SHARP_SIDE = 64  # pixels to which a face is brought before its sharpness is mea
 MIN_SHARPNESS = 50.0  # variance of the Laplacian: sharp faces have 90 or more, blurred ones 25
 THUMBNAIL = 32  # pixels at which crops are compared
 MIN_DIFFERENCE = 2.5  # mean difference of grey levels between two crops kept
-
-
-@dataclass
-class Frame:
-    """One frame of a source, or one picture."""
-
-    index: int  # 0, 1, …; on a camera those that came too fast are left out
-    timestamp: float  # seconds from the start
-    image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
-    path: Path | None = None  # of a picture's file
-    files: dict = field(default_factory=dict)  # {box: bytes of a JPEG file}
-
-    def crop_face(self, box, context):
-        """Return the square of `context` boxes around a face; None: the whole frame."""
-        if not context:
-            return self.image
-        x, y, w, h = box
-        side = min(context * w, imaging.MAX_PIXELS**0.5 - 1)  # so that it can be read again
-        return imaging.crop_square(self.image, x + w / 2, y + h / 2, side)
-
-    def encode_crop(self, box, context):
-        """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
-        if self.path and not context:
-            return self.path.read_bytes()
-        if box not in self.files:  # to be classified and saved
-            file = io.BytesIO()
-            imaging.save_jpeg(file, self.crop_face(box, context))
-            self.files[box] = file.getvalue()
-        return self.files[box]
-
-
-@dataclass(eq=False)
-class Track:
-    """One face followed from frame to frame."""
-
-    id: int
-    box: tuple  # x, y, width, height in pixels of the source
-    seen: float  # timestamp of the frame in which it was found last
-    since: float  # timestamp of the first one, or when somebody lost for a moment appeared
-    mean: np.ndarray | float = 0.0  # running mean of its probabilities, (classes,)
-    classifications: int = 0
-    agreeing: int = 0  # classifications since its label changed
-    classified: int = -(10**9)  # index of the frame classified last
-    classified_at: float = 0.0  # and its timestamp
-    label: str = ""
-    best: str = ""  # the most probable class
-    probability: float = float("nan")  # of that class
-    kept_at: float = -(10.0**9)  # timestamp of the crop kept last
-    kept: tuple = ()  # and its thumbnail and box
-    reported: tuple = ()  # label and probability that --events told
 
 
 # ---------------------------------------------------------------- arguments
@@ -218,77 +128,6 @@ def parse_arguments(argv=None):
     return args
 
 
-@dataclass
-class Source:
-    """What --source names."""
-
-    kind: str  # camera, stream, folder, film or picture
-    name: str  # number, address or path
-    title: str = ""  # what messages call it, never with a password
-    files: list = ()  # paths
-    films: set = ()  # those of them that are films
-
-    def shown(self, path):
-        """Return the name that lines and events give to one of the files."""
-        folder = self.kind == "folder"
-        return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
-
-
-def find_source(text):
-    """Return the Source that was typed. Raises UserError if there is nothing."""
-    if not text:  # an unset variable of a shell; as a path it would be the current folder
-        raise utils.UserError("--source is empty: give a camera number, file, folder or address")
-    if text.startswith("file:///"):
-        text = urllib.request.url2pathname(urllib.parse.urlsplit(text).path)
-    if "://" in text:
-        return Source("stream", text, f"stream {host_of(text)}")
-    for name in (text, os.path.realpath(text)):  # /dev/v4l/by-id/… leads to /dev/video0
-        if number := re.fullmatch(r"(?:/dev/video)?([0-9]{1,5})", name):
-            return Source("camera", number[1], f"camera {number[1]}")
-    path, title = Path(text), f"--source {utils.escape(text)}"
-    if path.is_dir():
-        files = utils.list_files(path)
-        named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}
-        return Source("folder", text, title, files, named_so)
-    if is_film(path):
-        return Source("film", text, title, [path], {path})
-    return Source("picture", text, title, [path])
-
-
-def host_of(address):
-    """Return the host of a stream, `here` where it is sent to this machine.
-
-    Raises UserError where there is none. The address may hold a password: it is never shown.
-    """
-    with contextlib.suppress(ValueError):
-        parts = urllib.parse.urlsplit(address)
-        if parts.hostname or parts.port:
-            return utils.escape(parts.hostname or "here")
-    scheme = utils.escape(address.partition("://")[0])
-    example = "give one like rtsp://192.168.1.20/live"
-    raise utils.UserError(f"--source {scheme}://…: no address: {example}")
-
-
-def is_film(path):
-    """Say whether a file is a film or else a picture. Raises UserError if it can be neither."""
-    reason = "no such file"
-    try:
-        if path.is_file():
-            data, image = imaging.read_picture(path)
-            if image.format == "JPEG":  # several in a row are a film, raw MJPEG
-                seam = b"\xff\xd9\xff\xd8\xff"
-                last = data[data.rfind(seam) + 2 :]  # of a photo it is a map of depths, say
-                return data.count(seam) > 1 and imaging.open_picture(last).size == image.size
-            return image.format in ("GIF", "PNG") and imaging.is_animated(image)
-    except imaging.RefusedError as error:  # FFmpeg would read some of these
-        reason = error
-    except imaging.PictureError:
-        return True
-    raise utils.UserError(
-        f"--source {utils.escape(path)}: {reason}: give a camera number, file, folder or address"
-    )
-
-
 def check_arguments(args, source):
     """Check all that can be checked before any work, and settle what is left to the model."""
     if args.by_name and source.kind != "folder":
@@ -296,10 +135,10 @@ def check_arguments(args, source):
     for option, path in (("--output", args.output), ("--save-faces", args.save_faces)):
         if path:
             check_output(option, path, source)
-    if args.events and not source.films and source.kind not in LIVE:
+    if args.events and not source.films and source.kind not in sources.LIVE:
         raise utils.UserError("--events: there is no film in the source: leave it out")
     if args.model:
-        args.model = re.sub(r"(\.h5|(-labels)?\.json)$", "", args.model)
+        args.model = model.prefix_of(args.model)
         info = model.check_model(args.model)
         if args.whole_picture is None:  # as the model was trained
             args.whole_picture = not model.looks_at_faces(info)
@@ -315,7 +154,7 @@ def check_output(option, path, source):
     """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
     kind, problem, what = source.kind, None, "is"
     endings = PICTURES if kind == "picture" else films.CODECS
-    if kind not in LIVE and utils.is_inside(path, Path(source.name)):
+    if kind not in sources.LIVE and utils.is_inside(path, Path(source.name)):
         problem = "is or lies in the source: choose another place"
     elif kind == "folder" or option == "--save-faces":
         what = "files of the same names in it are"
@@ -329,254 +168,6 @@ def check_output(option, path, source):
         raise utils.UserError(f"{option} {utils.escape(path)}: {problem}")
     if option == "--output" and path.exists():
         utils.warn(f"{utils.escape(path)}: {what} replaced")
-
-
-# ---------------------------------------------------------------- films and pictures → frames
-
-
-def load_picture(path):
-    """Read a picture in full, upright. Returns its Frame; the PictureError if it is broken."""
-    try:
-        _, image = imaging.read_picture(path)
-        if imaging.is_animated(image):
-            utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
-        return Frame(0, 0.0, np.asarray(imaging.upright(image)), path)
-    except imaging.PictureError as error:
-        return error
-
-
-# ---------------------------------------------------------------- cameras and streams → frames
-
-
-def live_frames(source, stop, opened=None):
-    """Yield the Frames of a camera or stream as they come; a served film ends.
-
-    stop: an event, everything is to end. opened: what `open_live` gave. A lost source is tried
-    again after each of RECONNECT_DELAYS. Raises UserError where none comes (back).
-    """
-    index, start, tries = 0, None, 0
-    while True:
-        images, ends = opened or open_live(source)
-        opened = None
-        for image in itertools.takewhile(lambda _: not stop.is_set(), images):
-            now, tries = time.monotonic(), 0
-            start = start or now
-            yield Frame(index, now - start, image)
-            index += 1
-        if stop.is_set() or (ends and index):
-            return
-        if not index:
-            others = other_cameras(source.name) if source.kind == "camera" else ""
-            problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
-        elif tries == len(RECONNECT_DELAYS):
-            problem = f"lost, and {tries} tries did not bring it back: check it"
-        else:
-            utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
-            stop.wait(RECONNECT_DELAYS[tries])
-            tries += 1
-            continue
-        raise utils.UserError(f"{source.title}: {problem}")
-
-
-def open_live(source):
-    """Return a generator of a camera's or stream's images, and whether it is a film, which ends."""
-    if source.kind == "camera":
-        capture = cv2.VideoCapture(int(source.name))
-        return camera_images(capture), capture.get(cv2.CAP_PROP_FRAME_COUNT) > 0
-    try:
-        film = films.Film(source.name, source.title, live=True)
-    except imaging.PictureError:
-        return (), False
-    return stream_images(film), film.is_finite()
-
-
-def stream_images(film):
-    """Yield the images of a stream; a film comes faster than it plays and has to wait."""
-    clock = PlaybackClock()
-    with contextlib.suppress(imaging.PictureError):
-        for timestamp, image in film.frames():
-            if film.is_finite():
-                time.sleep(clock.seconds_until(timestamp))
-            yield image
-
-
-def camera_images(capture):
-    """Yield the images of an OpenCV capture until it gives none for READ_TIMEOUT seconds."""
-    last = time.monotonic()
-    try:
-        while True:
-            good, image = capture.read()
-            if good:
-                yield cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-                last = time.monotonic()
-            elif not capture.isOpened() or time.monotonic() - last > READ_TIMEOUT:
-                return
-            else:
-                time.sleep(0.02)
-    finally:
-        capture.release()
-
-
-def other_cameras(number):
-    """Return words that name the cameras that do open."""
-    others = {str(n) for n in range(CAMERAS)} - {number}
-    found = [n for n in sorted(others) if cv2.VideoCapture(int(n)).isOpened()]
-    return f" ({', '.join(found)} can be opened)" if found else ""
-
-
-def newest_frames(newest, stop, threads, wait=time.sleep):
-    """Yield the newest Frame, again and again, until one of the threads ends, or all is to.
-
-    newest: [the last one that came]; threads: futures. wait: called with some seconds while there
-    is no new one.
-    """
-    done = None
-    while not stop.is_set():
-        ended = any(thread.done() for thread in threads)
-        frame = newest[-1]  # looked at last: it may have come before the end
-        if frame is not done:
-            done = frame
-            yield frame
-        elif ended:
-            return
-        else:
-            wait(0.005)
-
-
-# ---------------------------------------------------------------- frames → boxes → tracks
-
-
-def shrink(image, smallest):
-    """Return the grey picture to search and its scale: `smallest` px become DETECT_FACE px."""
-    scale = min(1.0, DETECT_FACE / smallest)
-    size = [max(1, round(n * scale)) for n in image.shape[1::-1]]
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), scale
-
-
-def detect(grey, scale, smallest, largest=0):
-    """Find faces of `smallest` to `largest` (0: any) source pixels in a grey picture.
-
-    Returns [(box in source pixels, neighbors)]; the neighbors say how sure the cascade is.
-    """
-    if min(grey.shape) < 24:
-        return []
-    least, most = ((round(side * scale),) * 2 for side in (smallest, largest))
-    boxes, neighbors = imaging.load_cascade().detectMultiScale2(
-        grey, SCALE_FACTOR, MIN_NEIGHBORS_KEEP, minSize=least, maxSize=most
-    )
-    return [(tuple(round(v / scale) for v in box), int(n)) for box, n in zip(boxes, neighbors)]
-
-
-def detect_with_flip(grey, scale, smallest):
-    """Find faces as `detect` does, with the mean neighbors of a picture and its mirror image.
-
-    A picture is seen only once, and what is no face is seldom taken for one both ways round: of 448
-    flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
-    single frames of 14 films).
-    """
-    width, found = round(grey.shape[1] / scale), []
-    mirrored = detect(cv2.flip(grey, 1), scale, smallest)
-    for (x, y, w, h), n in detect(grey, scale, smallest):
-        twin = width - x - w, y, w, h
-        others = [m for other, m in mirrored if iou(twin, other) > MIN_IOU]
-        found.append(((x, y, w, h), (n + max(others, default=0)) / 2))
-    return found
-
-
-def detect_near(grey, scale, box):
-    """Find faces around a known box (source pixels) of about its size, as `detect` does."""
-    x, y, w, h = (v * scale for v in box)
-    left, top = max(0, round(x - w / 2)), max(0, round(y - h / 2))
-    part = grey[top : round(y + 1.5 * h), left : round(x + 1.5 * w)]
-    right, down = round(left / scale), round(top / scale)
-    found = detect(part, scale, 0.75 * box[2], 1.35 * box[2])
-    return [((x + right, y + down, w, h), n) for (x, y, w, h), n in found]
-
-
-def iou(a, b):
-    """Return intersection over union of two boxes (x, y, w, h)."""
-    width, height = (min(a[i] + a[i + 2], b[i] + b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
-    both = max(0, width) * max(0, height)
-    return both / (a[2] * a[3] + b[2] * b[3] - both)
-
-
-def distinct_faces(found):
-    """Return [(box, neighbors)] without those that overlap a surer one."""
-    found = sorted(found)  # of equally sure ones always the same is kept
-    boxes, neighbors = [box for box, _ in found], [n for _, n in found]
-    return [found[n] for n in cv2.dnn.NMSBoxes(boxes, neighbors, 0, MIN_IOU)]
-
-
-def match_boxes(old, new):
-    """Match boxes of two frames so that the sum of IoUs is largest. Returns {index: new index}."""
-    from scipy.optimize import linear_sum_assignment
-
-    if not old or not new:
-        return {}
-    ious = np.array([[iou(a, b) for b in new] for a in old])
-    pairs = zip(*linear_sum_assignment(-ious))
-    return {i: j for i, j in pairs if ious[i, j] >= MIN_IOU}
-
-
-class Tracker:
-    """Follows the faces of one film, camera or stream, or finds those of one picture.
-
-    whole: the whole picture is the only "face".
-    """
-
-    def __init__(self, whole=False, min_face=None):
-        self.whole, self.min_face = whole, min_face
-        self.tracks, self.ids = [], itertools.count()
-        self.size = ()  # of the last frame
-        self.smallest = 0  # face looked for, pixels
-        self.scanned = 0  # index of the frame of which the whole was searched last
-        self.previous = 0.0  # timestamp of the last frame
-
-    def update(self, frame):
-        """Return the tracks after a Frame."""
-        size = frame.image.shape[1::-1]
-        if self.size != size:  # the first frame, or a film that changes its size
-            self.size, self.tracks = size, []
-            self.smallest = self.min_face or max(40, size[1] // 8)
-        self.update_tracks(self.detect(frame), frame.timestamp)
-        return self.tracks
-
-    def detect(self, frame):
-        """Find faces: now all over the picture, now only near the tracks."""
-        if self.whole:
-            return [((0, 0, *self.size), MIN_NEIGHBORS_START)]
-        grey, scale = shrink(frame.image, self.smallest)
-        if frame.path:
-            found = detect_with_flip(grey, scale, self.smallest)
-        elif frame.index - self.scanned >= SCAN_EVERY or not 0 < len(self.tracks) <= FEW_TRACKS:
-            found = detect(grey, scale, self.smallest)
-            self.scanned = frame.index
-        else:
-            boxes = [track.box for track in self.tracks]
-            found = [face for box in boxes for face in detect_near(grey, scale, box)]
-        return distinct_faces(found)
-
-    def update_tracks(self, faces, timestamp):
-        """Match faces to the tracks, end those that are lost, and begin new ones."""
-        matches = match_boxes([track.box for track in self.tracks], [box for box, _ in faces])
-        for old, new in matches.items():
-            track, box = self.tracks[old], faces[new][0]
-            if iou(box, track.box) > SMOOTHING_IOU:
-                box = tuple(round((a + b) / 2) for a, b in zip(box, track.box))
-            track.box, track.seen = box, timestamp
-        self.tracks = [track for track in self.tracks if not self.is_lost(track, timestamp)]
-        for box, neighbors in sorted(faces):
-            free = all(iou(box, track.box) < MIN_IOU for track in self.tracks)
-            if free and neighbors >= MIN_NEIGHBORS_START:
-                self.tracks.append(Track(next(self.ids), box, timestamp, timestamp))
-        self.previous = timestamp
-
-    def is_lost(self, track, timestamp):
-        """Say whether a track has ended: in seconds, however many frames come."""
-        missed_once = track.seen == self.previous
-        limit = MAX_MISSED_ONCE if missed_once else MAX_MISSED
-        return timestamp - track.seen > limit + 1e-6
 
 
 # ---------------------------------------------------------------- tracks → labels
@@ -646,8 +237,8 @@ class Tagger:
 
     def __init__(self, args, source):
         self.args, self.source = args, source
-        self.labeller = Labeller(args, source.kind in LIVE)
-        self.tracker = Tracker()
+        self.labeller = Labeller(args, source.kind in sources.LIVE)
+        self.tracker = tracker.Tracker()
         # what the summary tells
         self.counts = collections.Counter()
         self.begun = None  # when the first frame was handled
@@ -660,7 +251,7 @@ class Tagger:
     @contextlib.contextmanager
     def session(self, path=None):
         """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
-        self.tracker = Tracker(not self.args.context, self.args.min_face)
+        self.tracker = tracker.Tracker(not self.args.context, self.args.min_face)
         self.file = self.source.shown(path) if path else ""
         self.run = run_name(self.source, path)
         several = self.source.kind == "folder"
@@ -695,7 +286,7 @@ class Tagger:
     def keep_sample(self, frame):
         """Keep photos and frames 0, 1, 2, 4… until a face is found: smaller ones may be in them."""
         if not self.counts["tagged"] and frame.index & (frame.index - 1) == 0:
-            sample = shrink(frame.image, frame.image.shape[0] / 20)
+            sample = tracker.shrink(frame.image, frame.image.shape[0] / 20)
             self.samples.append((*sample, self.tracker.smallest))
 
 
@@ -705,7 +296,7 @@ class Tagger:
 def columns(source):
     """Return the names of the columns of a source's lines."""
     face = "x y w h label probability best".split()
-    if source.films or source.kind in LIVE:
+    if source.films or source.kind in sources.LIVE:
         return ["file"] * (source.kind == "folder") + ["frame", "time", "track", *face]
     return ["file", "face", *face]
 
@@ -898,20 +489,6 @@ def draw_tracks(frame, tracks, whole):
 # ---------------------------------------------------------------- window and output
 
 
-class PlaybackClock:
-    """Says when a frame of a film is due; a pause, or slow work, stops the clock."""
-
-    def __init__(self):
-        self.due, self.previous = time.monotonic(), 0.0
-
-    def seconds_until(self, timestamp):
-        """Return the seconds until the next frame, of this timestamp, is due."""
-        now = time.monotonic()
-        self.due = max(now, self.due + min(timestamp - self.previous, films.MAX_FRAME_GAP))
-        self.previous = timestamp
-        return self.due - now
-
-
 class Viewer:
     """Draws frames with the tagger's tracks, and shows and writes them."""
 
@@ -1057,7 +634,7 @@ def tag_files(source, tagger, viewer):
     """Handle all pictures and films in turn. Broken ones in a folder are warned about."""
 
     def load(path):  # pictures are read ahead; films are read where their turn comes
-        return None if path in source.films else load_picture(path)
+        return None if path in source.films else sources.load_picture(path)
 
     pictures = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
     if source.kind == "folder":
@@ -1085,12 +662,12 @@ def tag_file(path, picture, tagger, viewer):
     """
     if isinstance(picture, imaging.PictureError):
         raise picture
-    source, clock = tagger.source, PlaybackClock()
+    source, clock = tagger.source, sources.PlaybackClock()
     output, rate, frames = output_path(path, source, tagger.args.output), None, [picture]
     if path in source.films:
         film = films.Film(str(path.resolve()), utils.escape(path))
         rate = film.rate
-        frames = (Frame(n, *shown) for n, shown in enumerate(film.frames()))
+        frames = (sources.Frame(n, *shown) for n, shown in enumerate(film.frames()))
         if film.container.streams.audio and output:
             warn_once("the sound of a film is not written to --output")
         total = round(min(film.duration * film.rate, 10**7))
@@ -1127,20 +704,20 @@ def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
     pool, stop = ThreadPoolExecutor(2), viewer.stop
     # macOS asks for permission in the main thread only
-    opened = open_live(source) if source.kind == "camera" else None
+    opened = sources.open_live(source) if source.kind == "camera" else None
     newest = collections.deque([None], 1)
 
     def work():
         """Thread: handle the newest frame, again and again."""
-        for frame in newest_frames(newest, stop, [reader]):
+        for frame in sources.newest_frames(newest, stop, [reader]):
             if not viewer.paused:
                 tagger.handle(frame)
 
     with tagger.session(), open_output(tagger.args.output, LIVE_FPS) as viewer.write:
-        reader = pool.submit(newest.extend, live_frames(source, stop, opened))
+        reader = pool.submit(newest.extend, sources.live_frames(source, stop, opened))
         worker = pool.submit(work)
         try:
-            for frame in newest_frames(newest, stop, [reader, worker], viewer.wait):
+            for frame in sources.newest_frames(newest, stop, [reader, worker], viewer.wait):
                 viewer.show(frame)
             wait([worker])  # the last frame counts, too
         finally:
@@ -1190,8 +767,10 @@ def smaller_face(tagger):
     """Search the samples for faces of any size; say what would have found the smallest."""
     sides = []
     for grey, scale, smallest in tagger.samples:
-        found = detect_with_flip(grey, scale, 24 / scale)
-        sides += [box[2] for box, n in found if n >= MIN_NEIGHBORS_START and box[2] < smallest]
+        found = tracker.detect_with_flip(grey, scale, 24 / scale)
+        sides += [
+            box[2] for box, n in found if n >= tracker.MIN_NEIGHBORS_START and box[2] < smallest
+        ]
     most = max(smallest for _, _, smallest in tagger.samples)
     text = f"nothing was tagged: no face of {most} px or larger was found"
     if not sides:
@@ -1208,7 +787,7 @@ def next_step(args, source):
     parent = args.save_faces.parent  # the current folder may hold anything
     data = "FOLDER" if parent == Path() else shlex.quote(utils.escape(parent))
     # pictures have no folder for each occasion
-    grouped = " --group-by-folder" if source.films or source.kind in LIVE else ""
+    grouped = " --group-by-folder" if source.films or source.kind in sources.LIVE else ""
     train = f"python train.py {data} model{grouped}"
     return f"next: the same for the other classes, beside it, then {train}"
 
@@ -1216,7 +795,7 @@ def next_step(args, source):
 def main():
     """Read the command line, tag or collect what the source shows, and sum it up."""
     args = parse_arguments()
-    source = find_source(args.source)
+    source = sources.find_source(args.source)
     check_arguments(args, source)
     if args.by_name:
         import regions
@@ -1229,7 +808,7 @@ def main():
     if not args.events:
         utils.print_line("\t".join(columns(source)))
     try:
-        tag = tag_live if source.kind in LIVE else tag_files
+        tag = tag_live if source.kind in sources.LIVE else tag_files
         tag(source, tagger, viewer)
     finally:
         if viewer.count:

@@ -25,6 +25,8 @@ from common import model, utils
 
 import films
 import imaging
+import sources
+import tracker
 import webcam
 
 SURE = 15  # neighbors: every box with so many lay on a head in the films looked at
@@ -54,7 +56,7 @@ def new_tagger(network, side, kind):
     """Return webcam.py's tagger with our network, for a source of this kind."""
     args = webcam.parse_arguments(["model"])
     args.threshold = 0.0
-    tagger = webcam.Tagger(args, webcam.Source(kind, "0"))
+    tagger = webcam.Tagger(args, sources.Source(kind, "0"))
     labels = [f"person {n}" for n in range(5)]
     tagger.labeller.network = network
     tagger.labeller.info = {"labels": labels, "image_size": side}
@@ -66,14 +68,14 @@ def our_loop(network, side, frames):
     tagger, found, start = new_tagger(network, side, "film"), [], time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()), tagger.session(Path()):
         for number, frame in enumerate(frames):
-            tagger.handle(webcam.Frame(number, number / 30, frame))
+            tagger.handle(sources.Frame(number, number / 30, frame))
             found.append([track.box for track in tagger.tracker.tracks])
     return found, time.perf_counter() - start, tagger
 
 
 def count_found(truth, found):
     """Return how many of the true faces have a box that overlaps by 0.5 or more."""
-    return sum(any(webcam.iou(face, box) >= 0.5 for box in boxes)
+    return sum(any(tracker.iou(face, box) >= 0.5 for box in boxes)
                for faces, boxes in zip(truth, found) for face in faces)  # fmt: skip
 
 
@@ -117,7 +119,7 @@ def play_camera(network, side, frames):
     viewer = webcam.Viewer(tagger)
     # so that frames are drawn without a window, too
     webcam.open_output = lambda path, rate: contextlib.nullcontext(lambda image, timestamp: None)
-    webcam.open_live = lambda source: (camera_images(frames, viewer.stop), False)
+    sources.open_live = lambda source: (camera_images(frames, viewer.stop), False)
     with contextlib.redirect_stdout(io.StringIO()):
         webcam.tag_live(tagger.source, tagger, viewer)
     rate = viewer.count / (viewer.latest[-1] - viewer.first)

@@ -150,7 +150,7 @@ def aim_elsewhere(data, rng):
 
 
 def hdf5_check(kind, folder):
-    """Return a function that makes mutant number n of a small model's `.h5` and loads it."""
+    """Return a function that makes mutant number n of a small model's files and loads it."""
     import tiny_network
 
     model.HIDDEN = 8
@@ -160,20 +160,24 @@ def hdf5_check(kind, folder):
         model.save_model(network, info, folder / "m")
     with h5py.File(folder / "m.h5", "a") as file:  # of which nothing is read
         del file.attrs["model_config"]
-    data = (folder / "m.h5").read_bytes()
+    weights, *others = paths = model.model_paths(folder / "m")
+    files = {path: path.read_bytes() for path in paths}
 
     def check(n):
         rng = random.Random(f"{kind} {n}")
-        change = aim_elsewhere if rng.random() < 0.2 else mutate
-        (folder / "m.h5").write_bytes(change(data, rng))
+        path = rng.choice((*[weights] * 8, *others))
+        change = aim_elsewhere if path == weights and rng.random() < 0.2 else mutate
+        path.write_bytes(change(files[path], rng))
         model.may_replace_model(folder / "m")
         try:
             info = model.check_model(folder / "m")
             assert isinstance(info["labels"], list) and 0 <= info["threshold"] <= 1
-            model.load_arrays(network, folder / "m.h5")
+            model.load_arrays(network, weights)
         except utils.UserError as error:
             assert str(error).isprintable()
             return "reason"
+        finally:
+            path.write_bytes(files[path])
         return "result"
 
     return check

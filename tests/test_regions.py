@@ -11,7 +11,7 @@ from tagged_photos import packet, tag_photo
 
 import imaging
 import regions
-import webcam
+import tracker
 
 SIZE, ANN, BEN = (480, 320), (100, 120, 80), (330, 180, 100)
 FACES = [("Ann", ANN), ("Bén & Co", BEN), ("", (440, 60, 60))]
@@ -41,7 +41,7 @@ def assert_found(path, *faces):
     assert found.keys() == {name for name, _ in faces}, path.name
     for name, (x, y, side) in faces:
         drawn = x - side / 2, y - side / 2, side, side
-        assert webcam.iou(found[name], drawn) >= 0.95, (path.name, name)
+        assert tracker.iou(found[name], drawn) >= 0.95, (path.name, name)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -30,6 +30,8 @@ from PIL import Image
 
 import films
 import report
+import sources
+import tracker
 import webcam
 
 FACE = "x y w h label probability best".split()
@@ -114,7 +116,7 @@ def share_right(lines, truth):
     right = 0
     for row in lines:
         faces = truth[int(row["frame"])]
-        best = max(faces, key=lambda face: webcam.iou(box(row), [face[key] for key in "xywh"]))
+        best = max(faces, key=lambda face: tracker.iou(box(row), [face[key] for key in "xywh"]))
         right += best["name"] == row["label"]
     return right / len(lines)
 
@@ -129,7 +131,7 @@ def test_drawn_people_are_found_and_named(drawn_model, tagged):
     for number, faces in enumerate(truth):
         boxes = [box(row) for row in lines if int(row["frame"]) == number]
         truths = [[face[key] for key in "xywh"] for face in faces]
-        found += all(any(webcam.iou(one, b) >= 0.5 for b in boxes) for one in truths)
+        found += all(any(tracker.iou(one, b) >= 0.5 for b in boxes) for one in truths)
     assert found >= 0.9 * len(truth)
     assert share_right(lines, truth) >= 0.95
     assert float(lines[-1]["time"]) == pytest.approx((len(truth) - 1) / sample_faces.FPS, abs=0.01)
@@ -292,7 +294,7 @@ def test_a_pause_stops_the_clock_of_a_film(monkeypatch):
     """Afterwards every frame is shown for as long as before: the film does not catch up."""
     now = [0.0]
     monkeypatch.setattr(webcam.time, "monotonic", lambda: now[0])
-    clock, left = webcam.PlaybackClock(), []
+    clock, left = sources.PlaybackClock(), []
     for n in range(40):
         left.append(clock.seconds_until(n / 25))
         now[0] += 60 if n == 20 else left[-1]
@@ -578,7 +580,7 @@ def test_a_model_of_things_is_given_whole_pictures(drawn_model, tmp_path, tag_he
 )
 def test_names(threshold, means, expected):
     labels = ["Ann", "Ben", "unknown"]
-    tracks = [webcam.Track(0, (0, 0, 9, 9), 0, 0, mean=np.array(mean)) for mean in means]
+    tracks = [tracker.Track(0, (0, 0, 9, 9), 0, 0, mean=np.array(mean)) for mean in means]
     webcam.assign_labels(tracks, labels, threshold)
     assert [track.label for track in tracks] == expected
     assert [track.best for track in tracks] == [labels[np.argmax(mean)] for mean in means]
@@ -586,7 +588,7 @@ def test_names(threshold, means, expected):
 
 
 def test_a_face_that_loses_its_name_to_a_surer_one_is_no_news_at_once():
-    tracks = [webcam.Track(n, (0, 0, 9, 9), 0, 0) for n in range(2)]
+    tracks = [tracker.Track(n, (0, 0, 9, 9), 0, 0) for n in range(2)]
     tracks[0].mean, tracks[0].label, tracks[0].agreeing = np.array((0.8, 0.2)), "Ann", 5
     tracks[1].mean = np.array((0.9, 0.1))
     webcam.assign_labels(tracks, ["Ann", "Ben"], 0.5)
@@ -614,23 +616,23 @@ def test_every_script_is_drawn(name):
 def test_two_tracks_never_share_one_face(frames):
     """Where people cross, one of them is hidden: only one track goes on."""
     image = cv2.cvtColor(frames[0][:, :300], cv2.COLOR_BGR2RGB)  # one person
-    tracker = webcam.Tracker(min_face=60)
-    x, y, w, h = tracker.update(webcam.Frame(0, 0.0, image))[0].box
+    follower = tracker.Tracker(min_face=60)
+    x, y, w, h = follower.update(sources.Frame(0, 0.0, image))[0].box
     boxes = [(x + shift, y, w, h) for shift in (w // 5, -w // 5)]
-    tracker.tracks = [webcam.Track(n, box, 0.0, 0.0) for n, box in enumerate(boxes)]
-    both = tracker.update(webcam.Frame(1, 0.04, image))  # looks around both of them
+    follower.tracks = [tracker.Track(n, box, 0.0, 0.0) for n, box in enumerate(boxes)]
+    both = follower.update(sources.Frame(1, 0.04, image))  # looks around both of them
     assert sorted(track.seen for track in both) == [0.0, 0.04]
-    late = webcam.MAX_MISSED + 0.05
-    tracker.update(webcam.Frame(8, late - 0.04, image))
-    assert [track.seen for track in tracker.update(webcam.Frame(9, late, image))] == [late]
+    late = tracker.MAX_MISSED + 0.05
+    follower.update(sources.Frame(8, late - 0.04, image))
+    assert [track.seen for track in follower.update(sources.Frame(9, late, image))] == [late]
 
 
 def test_boxes_are_matched_so_that_the_overlaps_are_largest():
     old = [(0, 0, 100, 100), (60, 0, 100, 100)]
     new = [(55, 0, 100, 100), (-10, 0, 100, 100), (400, 0, 50, 50)]
-    assert webcam.match_boxes(old, new) == {0: 1, 1: 0}
-    assert webcam.match_boxes(old, []) == webcam.match_boxes([], old) == {}
-    assert webcam.iou((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(1 / 3)
+    assert tracker.match_boxes(old, new) == {0: 1, 1: 0}
+    assert tracker.match_boxes(old, []) == tracker.match_boxes([], old) == {}
+    assert tracker.iou((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -643,10 +645,10 @@ def test_boxes_are_matched_so_that_the_overlaps_are_largest():
     ],
 )
 def test_a_track_lives_for_seconds_however_many_frames_come(step, faces, expected):
-    tracker, shown = webcam.Tracker(), ""
+    follower, shown = tracker.Tracker(), ""
     for n, face in enumerate(faces):
-        tracker.update_tracks([((10, 10, 50, 50), 9)] * (face == "x"), n * step / 30)
-        shown += "x" if [track.id for track in tracker.tracks] == [0] else "."
+        follower.update_tracks([((10, 10, 50, 50), 9)] * (face == "x"), n * step / 30)
+        shown += "x" if [track.id for track in follower.tracks] == [0] else "."
     assert shown == expected
 
 
@@ -658,9 +660,9 @@ def events(capsys, *moments):
     writer, tracks = webcam.EventWriter(), {}
     for timestamp, people in moments:
         for n, (label, agreeing) in people.items():
-            track = tracks.setdefault(n, webcam.Track(n, (0, 0, 9, 9), timestamp, 0.0))
+            track = tracks.setdefault(n, tracker.Track(n, (0, 0, 9, 9), timestamp, 0.0))
             track.seen, track.label, track.agreeing = timestamp, label, agreeing
-        writer.write(webcam.Frame(0, timestamp, IMAGE), [tracks[n] for n in people])
+        writer.write(sources.Frame(0, timestamp, IMAGE), [tracks[n] for n in people])
     writer.close()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return [(line["event"], line["time"], line["label"], line["seconds"]) for line in lines]
@@ -694,11 +696,11 @@ def test_events_of_a_film(drawn_model, tag_here):
 
 
 def test_dropped_frames_are_no_loss(monkeypatch):
-    monkeypatch.setattr(webcam, "READ_TIMEOUT", 0.1)
+    monkeypatch.setattr(sources, "READ_TIMEOUT", 0.1)
     answers = iter([False, False, True, False, True, True])
     capture = SimpleNamespace(read=lambda: (next(answers, False), IMAGE))
     capture.isOpened, capture.release = lambda: True, lambda: None
-    assert len(list(webcam.camera_images(capture))) == 3
+    assert len(list(sources.camera_images(capture))) == 3
 
 
 @pytest.mark.parametrize("moments", [[0.0], [0.01], [0.0, 0.5, 1.0], [0.0, 0.01, 3600.0]])
@@ -721,7 +723,7 @@ def test_the_film_of_a_camera_runs_as_fast_as_the_camera_did(tmp_path, moments):
     ],
 )
 def test_captions(label, best, whole, expected):
-    track = webcam.Track(0, (0, 0, 9, 9), 0, 0, label=label, best=best, probability=0.512)
+    track = tracker.Track(0, (0, 0, 9, 9), 0, 0, label=label, best=best, probability=0.512)
     assert webcam.caption(track, whole) == expected
 
 
@@ -729,8 +731,8 @@ def live_parts(monkeypatch, images, *arguments):
     """Return what `tag_live` takes, for a camera that gives these images; of whole pictures."""
     args = webcam.parse_arguments([*COLLECT, "0", "--no-display", *arguments])
     args.save_faces = args.context = None
-    source = webcam.Source("camera", "0")
-    monkeypatch.setattr(webcam, "open_live", lambda *_: (iter(images), False))
+    source = sources.Source("camera", "0")
+    monkeypatch.setattr(sources, "open_live", lambda *_: (iter(images), False))
     tagger = webcam.Tagger(args, source)
     return source, tagger, webcam.Viewer(tagger)
 
@@ -782,7 +784,7 @@ def test_only_the_window_shows_how_fast_it_is(monkeypatch):
     monkeypatch.setattr(webcam, "is_closed", lambda: False)
     monkeypatch.setattr(webcam, "save_snapshot", written.append)
     for n in range(5):
-        viewer.show(webcam.Frame(n, n / 25, IMAGE))
+        viewer.show(sources.Frame(n, n / 25, IMAGE))
     assert [np.asarray(image).any() for image in written] == [False] * 10
     assert [image.any() for image in shown] == [False] + [True] * 4
 
@@ -797,13 +799,13 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
 
 
 def test_a_lost_camera_is_tried_three_times(monkeypatch, capsys):
-    monkeypatch.setattr(webcam, "RECONNECT_DELAYS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(sources, "RECONNECT_DELAYS", (0.01, 0.02, 0.03))
     images = iter([[IMAGE] * 3, [], [IMAGE, IMAGE], [], [], []])
-    monkeypatch.setattr(webcam, "open_live", lambda *_: (next(images), False))
+    monkeypatch.setattr(sources, "open_live", lambda *_: (next(images), False))
     got, lost = [], "camera 0: lost, and 3 tries did not bring it back"
     with pytest.raises(webcam.utils.UserError, match=lost):
-        source = webcam.Source("camera", "0", "camera 0")
-        for frame in webcam.live_frames(source, threading.Event()):
+        source = sources.Source("camera", "0", "camera 0")
+        for frame in sources.live_frames(source, threading.Event()):
             got.append(frame.index)
     assert got == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.count("lost: trying again") == 2 + 3
@@ -927,7 +929,7 @@ SOURCES = {
 
 def test_sources(film):
     for text, (kind, name) in SOURCES.items():
-        source = webcam.find_source(text.replace("FILM", str(film)))
+        source = sources.find_source(text.replace("FILM", str(film)))
         assert (source.kind, source.name) == (kind, name.replace("FILM", str(film)))
 
 
