@@ -470,33 +470,42 @@ def run_rounds(run, state):
     trained = None
     if state is None:
         remove_state(run.args.model)
+        scored = finish_round(run, None, 0, None)  # before the dense layers: only rounds need them
         head, rows = train_head(run)
         start = {"round": -1, "rounds_without_gain": 0, "best": None, "history": []}
-        state = end_round(run, None, start, rows, head)
+        state = end_round(run, start, scored, rows, head)
     elif run.recipe["rounds"]:
         head, trained = None, restore_trained(run, state)
     if state["best"] is None:  # its files have gone
-        state["best"] = finish_round(run, trained, state["round"], [], None)
+        state["best"], _ = finish_round(run, trained, state["round"], None)
     while not is_finished(run, state):
         trained = trained or build_trained(run, head)
-        rows = train_top(run, trained, state["round"] + 1)
-        state = end_round(run, trained, state, rows, variables_of(trained))
+        round_number = state["round"] + 1
+        rows = train_top(run, trained, round_number)
+        scored = finish_round(run, trained, round_number, state["best"])
+        state = end_round(run, state, scored, rows, variables_of(trained))
     return state
 
 
-def end_round(run, trained, state, rows, variables):
-    """Score a round, save what --resume needs. Returns the state after it.
+def end_round(run, state, scored, rows, variables):
+    """Save what --resume needs, and the history. Returns the state after the round.
 
-    rows: of the history; variables: arrays or Keras variables that a later round begins with.
+    scored: what finish_round gave; rows: of the history; variables: arrays or Keras variables that
+    a later round begins with.
     """
-    number = state["round"] + 1
-    best = finish_round(run, trained, number, rows, state["best"])
+    best, accuracy = scored
     without_gain = 0 if best != state["best"] else state["rounds_without_gain"] + 1
-    history = state["history"] + rows
-    state = {"round": number, "rounds_without_gain": without_gain, "best": best, "history": history}
+    state = {
+        "round": state["round"] + 1,
+        "rounds_without_gain": without_gain,
+        "best": best,
+        "history": state["history"] + rows,
+    }
     if run.args.process == 0:
+        rows[-1]["plain_accuracy"] = accuracy
         save_state(run, state, variables)
-        write_history(run.args, history)  # after it: on Windows a CSV that is open is an error
+        # after it: on Windows a CSV that is open is an error
+        write_history(run.args, state["history"])
     return state
 
 
@@ -513,28 +522,27 @@ def is_finished(run, state):
     return bool(recipe["patience"] and state["rounds_without_gain"] >= recipe["patience"])
 
 
-def finish_round(run, trained, number, rows, best):
-    """Print a round's line, save the model if it is the best yet, draw. Returns the best now.
+def finish_round(run, trained, number, best):
+    """Print a round's line, save the model if it is the best yet, draw. In all processes.
 
-    best: {"round", "right", "loss", "loo"} of the best so far, or None. In all processes.
+    best: {"round", "right", "loss", "loo"} of the best so far, or None. Returns (the best now,
+    accuracy of this round).
     """
-    made = round_readout(run, number)
+    made, scored = round_readout(run, number), None
     if run.args.process == 0:
         candidates = [readout_candidate(run, made)]
         candidates += trained_candidates(run, trained, made) if number else []
-        best = score_round(run, number, rows, made, candidates, best)
-    return processes.all_gather(run.args, best)[0]
+        scored = score_round(run, number, made, candidates, best)
+    return processes.all_gather(run.args, scored)[0]
 
 
-def score_round(run, number, rows, made, candidates, best):
+def score_round(run, number, made, candidates, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
     actual = data.targets[data.validation]
     chosen = min(candidates, key=lambda c: score(c.probabilities, actual))
     wrong, loss = score(chosen.probabilities, actual)
     right = len(actual) - wrong
-    if rows:
-        rows[-1]["plain_accuracy"] = right / len(actual)
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(line)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
@@ -543,7 +551,7 @@ def score_round(run, number, rows, made, candidates, best):
         best = {"round": number, "right": right, "loss": loss, "loo": loo}
         save_candidate(run, number, right, made, chosen)
     draw_round(run, number, line, chosen.probabilities)
-    return best
+    return best, right / len(actual)
 
 
 def score(probabilities, actual):
@@ -1117,7 +1125,7 @@ def train_alone(args):
                 locks.enter_context(utils.file_lock(lock))
             return train(args)
     except KeyboardInterrupt:
-        hint = "nothing is saved yet"
+        hint = "no whole round is saved yet"
         if state_path(args.model).exists():
             hint = "the best whole round is saved; the same command with --resume goes on"
         print(hint, file=sys.stderr)

@@ -158,8 +158,9 @@ def check_output(option, path, source):
         problem = "is or lies in the source: choose another place"
     elif kind == "folder" or option == "--save-faces":
         what = "files of the same names in it are"
-        if path.is_file():
-            problem = "is a file: give a folder"
+        is_named_so = path.suffix.lower() in (*films.CODECS, *PICTURES)
+        if path.is_file() or (is_named_so and not path.is_dir()):
+            problem = "is a file, or named like one: give a folder"
     elif path.suffix.lower() not in endings:
         problem = f"cannot hold what a {kind} gives: give a name with {' or '.join(endings)}"
     elif path.is_dir() or not path.parent.is_dir():
@@ -802,7 +803,8 @@ def main():
 
         return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
-    if source.kind != "camera":  # it is shown meanwhile; other threads are not heard then
+    # else with the first frame; where other threads read ahead, their warnings would be lost then
+    if source.kind not in ("camera", "film"):
         tagger.labeller.load()
     viewer = Viewer(tagger)
     if not args.events:

@@ -4,8 +4,9 @@
 
 For each set, a folder of classes: the nearest neighbour on 16 x 16 thumbnails, ridge regression on
 `mixed8` of the same frozen network, train.py's round 0 and its end, all on the split of each seed.
-Accuracy as median (least to largest); seconds from the command, of the first seed, whose features
-the others find in a kept cache. With `SET:by-folder` the option --group-by-folder is given.
+Accuracy as median (least to largest); in how many seeds the best round uses what was trained; and
+seconds from the command, of the first seed, whose features the others find in a kept cache. With
+`SET:by-folder` the option --group-by-folder is given.
 """
 
 import re
@@ -17,7 +18,10 @@ import numpy as np
 
 
 def one_set(name, weights, seeds, options):
-    """Return rows of accuracies (pixels, mixed8, round 0, end), and seconds of the first seed."""
+    """Return rows of a seed each, and (seconds to round 0, in all, rounds) of the first seed.
+
+    A row: accuracies (pixels, mixed8, round 0, end), share of the trained part in the best round.
+    """
     folder, _, kind = name.partition(":")
     options = [*options, *(["--group-by-folder"] if kind else [])]
     features, rows, seconds = None, [], None
@@ -33,7 +37,8 @@ def one_set(name, weights, seeds, options):
             command = common.train_py(Path(folder).resolve(), "--weights", weights, "--seed", seed)
             outcome = common.run_command([*command, "--cache-dir", "cache", *options], work)
             curve = common.accuracies(outcome)
-            rows.append([*row, curve[0][1], max(accuracy for _, accuracy in curve)])
+            share = common.model.read_info(f"{work}/m")["trained_share"]
+            rows.append([*row, curve[0][1], max(accuracy for _, accuracy in curve), share])
             seconds = seconds or (curve[0][0], outcome.seconds, len(curve))
             strangers = [line for _, line in outcome.lines if line.startswith("strangers")]
             print(name, seed, [f"{x:.4f}" for x in rows[-1]], *strangers, flush=True)
@@ -52,10 +57,12 @@ def main():
     table = []
     for name in args.sets:
         rows, (first, last, rounds) = one_set(name, weights, args.seeds, options)
-        cells = [common.spread(column, 3) for column in rows.T]
+        cells = [common.spread(column, 3) for column in rows.T[:4]]
+        cells.append(f"{(rows[:, 4] > 0).sum()} of {len(rows)}")
         cells += [f"{first:.0f}", f"{last:.0f} ({rounds} rounds)"]
         table.append([re.sub(".*/", "", name), *cells])
-    names = ["set", "pixels", "mixed8", "round 0", "end", "s to round 0", "s in all"]
+    names = ["set", "pixels", "mixed8", "round 0", "end", "trained part used"]
+    names += ["s to round 0", "s in all"]
     common.print_table(names, table)
 
 

@@ -25,7 +25,7 @@ import cv2
 import numpy as np
 import pytest
 import sample_faces
-from conftest import ROOT, on_terminal, rows, run_process, train_here
+from conftest import ROOT, on_terminal, rows, run_here, run_process, train_here
 from PIL import Image
 
 import films
@@ -1054,6 +1054,7 @@ MISTAKES = """
 1 | FACES --source rtsp://me:secret@[::1/live | error: --source rtsp://…: no address: give one
 2 | FACES --by-name --source rtsp://me:secret@10.0.0.1/live | error: stream 10.0.0.1: --by-name
 1 | --save-faces notes.txt --source film.mp4 | error: --save-faces notes.txt: is a file
+1 | FACES --source photos --output tagged.mp4 | error: --output tagged.mp4: is a file, or named
 1 | --save-faces photos/x --source photos | error: --save-faces photos/x: is or lies in the source
 1 | FACES --source film.mp4 --output film.mp4 | error: --output film.mp4: is or lies in the source
 1 | FACES --source film.mp4 --output twin.mp4 | error: --output twin.mp4: is or lies in the source
@@ -1074,6 +1075,14 @@ def test_mistakes_are_told_in_one_line(mistaken, tag_here, tmp_path, mistake):
     assert code == "2" or len(done.stderr.splitlines()) == 1, done.stderr
     assert "secret" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_no_film_is_told_before_the_model_is_loaded(drawn_model, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("milk, bread\n" * 99)
+    monkeypatch.setattr(webcam.model, "load_model", None)
+    source = tmp_path / "notes.txt"
+    done = run_here("webcam.py", drawn_model, "model", "--source", source, "--no-display")
+    assert done.returncode == 1 and "there is no film in it" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["CascadeClassifier", "cascade file", "half a file"])
