@@ -305,10 +305,10 @@ def weigh_thresholds(friends, right, strangers, taken_for):
     """Return Strangers for every threshold that makes a difference, with the chosen one.
 
     friends: probabilities of friends' answers; right: whether these are correct. strangers:
-    probabilities with which strangers are taken for somebody. Chosen is the middle, in log odds,
-    between the lowest threshold that calls STRANGERS_UNKNOWN of the strangers unknown and the one
-    where both shares have the largest sum; never one that refuses over FRIENDS_REFUSED of the
-    correct answers.
+    probabilities with which strangers are taken for somebody. Chosen is the threshold where both
+    shares have the largest sum, among those that call STRANGERS_UNKNOWN of the strangers unknown
+    and refuse at most FRIENDS_REFUSED of the correct answers; if none does both, the highest that
+    refuses no more. Of all that make no difference, the middle in log odds.
     """
     from scipy.special import expit, logit
 
@@ -317,14 +317,12 @@ def weigh_thresholds(friends, right, strangers, taken_for):
     passed = len(correct) - np.searchsorted(correct, thresholds)
     friends_share = passed / max(1, len(friends))
     unknown = np.searchsorted(np.sort(strangers), thresholds) / max(1, len(strangers))
-    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))[-1]
-    enough = np.flatnonzero(unknown >= STRANGERS_UNKNOWN)
-    low = min(enough[0] if len(enough) else allowed, allowed)
-    high = max(low, min(np.argmax(friends_share + unknown), allowed))
-    ends = thresholds[[low, high]]
-    middle = expit(logit(np.clip(ends, 1e-9, 1 - 1e-9)).mean())
-    middle = np.clip(middle, *ends)  # rounded up, it would refuse one more
-    return Strangers(thresholds, friends_share, unknown, float(middle), taken_for)
+    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))
+    enough = allowed[unknown[allowed] >= STRANGERS_UNKNOWN]
+    best = enough[np.argmax((friends_share + unknown)[enough])] if len(enough) else allowed[-1]
+    ends = np.clip(thresholds[[max(0, best - 1), best]], 1e-9, 1 - 1e-9)
+    middle = min(float(expit(logit(ends).mean())), float(thresholds[best]))
+    return Strangers(thresholds, friends_share, unknown, middle, taken_for)
 
 
 def shares_at(strangers, threshold):

@@ -47,8 +47,21 @@ def test_an_animation_on_a_vast_canvas_is_refused():
     data[place + 2] = 16
     with pytest.raises(imaging.RefusedError, match="larger than 20,000,000 pixels"):
         imaging.open_picture(bytes(data))
-    data[place + 2] = 1
-    assert imaging.open_picture(bytes(data)).size == (65576, 40)
+    data[place + 1 : place + 3] = b"\x80\0"
+    assert imaging.open_picture(bytes(data)).size == (32808, 40)
+    data[place : place + 3] = b"\0\0\x3d"  # four million
+    one_frame = data.replace(b"ANMF", b"A)MF", 1)  # no animation: one like it took four minutes
+    with pytest.raises(imaging.RefusedError, match="a side longer than 65,535 pixels"):
+        imaging.open_picture(bytes(one_frame))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_long_strip_is_refused(kind):
+    """Broken headers say so; with a palette or of floats these took seconds and gigabytes."""
+    file = io.BytesIO()
+    Image.new("L", (1, 65_536)).save(file, kind)
+    with pytest.raises(imaging.RefusedError, match="a side longer than 65,535 pixels"):
+        imaging.open_picture(file.getvalue())
 
 
 def test_pixels_that_look_like_comments_are_none():
