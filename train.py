@@ -49,7 +49,6 @@ import utils  # first: it says which Python and packages are needed
 # isort: split
 import dataset
 import features
-import imaging
 import model
 import processes
 import readout
@@ -87,8 +86,6 @@ LABEL_SMOOTHING = 0.1
 SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
 CACHE_GB = 20.0
-FACE_SIDES = (0.35, 0.75)  # of a picture: a face box in a crop of the tagger's framing
-FACE_SAMPLE = 100  # pictures in which faces are looked for
 MATRICES = "[0-9][0-9][0-9].png"
 
 # network: a twin of the base, which is saved; top, hidden: what is trained of it
@@ -604,7 +601,7 @@ def save_candidate(run, number, right, made, chosen):
         "base": model.BASE.builder,
         "has_grids": settings.has_grids,
         "image_size": data.pixels.rows.shape[1],
-        "face_crops": share_of_face_crops(data),
+        "face_crops": dataset.share_of_face_crops(data),
         "round": number,
         "trained_share": chosen.trained_share,
         "threshold": threshold,
@@ -634,25 +631,6 @@ def save_network(args, network, kernel, bias, info):
         raise utils.UserError("training has led to numbers that are not finite: use --float32")
     network.get_layer("probabilities").set_weights([kernel, bias])
     model.save_model(network, info, args.model)
-
-
-def share_of_face_crops(data):
-    """Return in what share of the training pictures there is one face of a crop's size.
-
-    The tagger's crops are twice as wide as the face box.
-    """
-    import cv2
-
-    found, side = [], data.pixels.rows.shape[1]
-    step = max(1, len(data.local) // FACE_SAMPLE)
-    low, high = (max(24, round(share * side)) for share in FACE_SIDES)
-    for index in data.local[::step]:
-        grey = cv2.cvtColor(dataset.square_of(data, index), cv2.COLOR_RGB2GRAY)
-        faces = imaging.load_cascade().detectMultiScale(
-            grey, 1.1, 3, minSize=(low, low), maxSize=(high, high)
-        )
-        found.append(len(faces) == 1)
-    return round(float(np.mean(found)), 3)
 
 
 def versions():
