@@ -50,7 +50,9 @@ MAX_LABEL = 255  # characters
 MAX_LABELS = 1_500_000  # characters, all of them as JSON
 MAX_JSON = 4_000_000  # bytes; a real model.json has 300,000
 MAX_WEIGHTS = 2**29  # bytes; a real model.h5 has 1e8
-HEAP = b"GCOL\x01"  # begins a part of an HDF5 file that holds texts
+TEXT_HEAP = b"GCOL\x01"  # begins a part of an HDF5 file that holds texts
+NAME_HEAP = b"HEAP\0\0\0\0"  # and one that holds the names of a group's members
+NO_GAP = 1  # ends the list of a name heap's gaps
 MAX_CHUNKS = 10_000  # of an array
 
 JITTING = threading.Lock()  # functools.cache lets two threads make the same thing twice
@@ -517,6 +519,7 @@ def open_hdf5(path):
 
     check_file(path)
     try:
+        check_heaps(path.read_bytes())
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as error:
@@ -527,7 +530,6 @@ def open_hdf5(path):
 def read_metadata(path):
     """Return what `save_model` has put into a `.h5` beside the weights, None if nothing."""
     with open_hdf5(path) as file:
-        check_texts(path)
         if METADATA_ATTRIBUTE not in file.attrs:
             return None
         attribute = file.attrs.get_id(METADATA_ATTRIBUTE)
@@ -537,10 +539,20 @@ def read_metadata(path):
     return parse_json(path, text)
 
 
-def check_texts(path):
-    """Raise ValueError if a text in an HDF5 file is too long, or would keep HDF5 in a circle."""
-    data = path.read_bytes()
-    for heap in re.finditer(HEAP, data):
+def check_heaps(data):
+    """Raise ValueError if the bytes of an HDF5 file would keep HDF5 in a circle as it reads texts.
+
+    Or if one of these is too long. HDF5 notes each gap that it comes to, gigabytes of them.
+    """
+    for heap in re.finditer(NAME_HEAP, data):
+        gap, start = struct.unpack("<QQ", data[heap.start() + 16 : heap.start() + 32].ljust(16))
+        seen = set()
+        while gap != NO_GAP and start + gap + 8 <= len(data):
+            if gap in seen:
+                raise ValueError("names that lead in a circle")
+            seen.add(gap)
+            (gap,) = struct.unpack_from("<Q", data, start + gap)
+    for heap in re.finditer(TEXT_HEAP, data):
         place = heap.start() + 16
         end = heap.start() + int.from_bytes(data[place - 8 : place], "little")
         # header and text, by turns; index 0: free. HDF5 itself refuses what ends too late

@@ -189,6 +189,14 @@ def endless_text(folder):
     (folder / "m.h5").write_bytes(data)
 
 
+def endless_gaps(folder):
+    """The first gap among the names of the first group is followed by itself: took 10 GB."""
+    data = bytearray((folder / "m.h5").read_bytes())
+    gap, start = struct.unpack_from("<QQ", data, data.index(b"HEAP\0") + 16)
+    data[start + gap : start + gap + 8] = gap.to_bytes(8, "little")
+    (folder / "m.h5").write_bytes(data)
+
+
 def add_bush(weights):
     """Give a group six names, seven levels deep: 280,000 ways to its end, none of them a loop."""
     for _ in range(7):
@@ -267,6 +275,7 @@ REFUSED = {
     "attribute of many texts": set_attribute(["{}"] * 1000),
     "one text for all names": one_text,
     "a text that never ends": endless_text,
+    "gaps without end": endless_gaps,
     "threshold a text": attribute(threshold="high"),
     "threshold not finite": attribute(threshold=float("nan")),
     "image size 1e9": attribute(image_size=10**9),
