@@ -30,7 +30,7 @@ NO_PICTURE = "not a picture of a known format"
 MAX_LINES = 20  # of one kind of warning
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
-MAX_SIDE = 65_535  # a JPEG's; of as many pixels in one long strip, decoders need minutes
+MAX_PICTURE_SIDE = 65_535  # a JPEG's; of as many pixels in one long strip, decoders need minutes
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
 THREADS = 2  # pictures in work at once for a training set: one of 12 megapixels takes 90 MB
 SHAPE_TOLERANCE = 0.02  # of width / height
@@ -85,7 +85,7 @@ def open_picture(data):
 
     data: the bytes of the file, or the open file. Returns a PIL image of which only the header has
     been read. Raises PictureError for what is no picture of a known format, has over MAX_PIXELS
-    pixels or MAX_SIDE in a row, or is only a preview.
+    pixels or MAX_PICTURE_SIDE in a row, or is only a preview.
     """
     with picture_errors():
         file = io.BytesIO(drop_png_metadata(data)) if isinstance(data, bytes) else data
@@ -94,8 +94,8 @@ def open_picture(data):
         limit = MAX_ANIMATED if is_animated(image, ("WEBP", "AVIF")) else MAX_PIXELS
         if image.width * image.height > limit:
             raise RefusedError(f"larger than {limit:,} pixels")
-        if max(image.size) > MAX_SIDE:
-            raise RefusedError(f"a side longer than {MAX_SIDE:,} pixels")
+        if max(image.size) > MAX_PICTURE_SIDE:
+            raise RefusedError(f"a side longer than {MAX_PICTURE_SIDE:,} pixels")
         if getattr(image, "tag_v2", {}).get(TIFF_SUBFILE_TYPE, 0) & 1:
             raise RefusedError("begins with a small preview, as RAW files do: export it as JPEG")
         return image

@@ -33,7 +33,7 @@ BASE = Base(
     offset=-1,
     blocks=tuple(f"mixed{number}" for number in range(11)),  # the last ones can be trained
     levels=("mixed3", "mixed5", "mixed8", "mixed10"),  # the last is the top
-    grid_levels=("mixed3", "mixed5"),  # before the maps become too small for cells
+    grid_levels=("mixed3", "mixed5"),  # maps that are large enough for cells
     address="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
     md5="bcbd6486424b2319ff4ef7d526e38f63",
@@ -519,7 +519,10 @@ def open_hdf5(path):
 
     check_file(path)
     try:
-        check_heaps(path.read_bytes())
+        data = path.read_bytes()
+        check_names(data)
+        check_texts(data)
+        del data  # a tenth of a gigabyte
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as error:
@@ -539,10 +542,10 @@ def read_metadata(path):
     return parse_json(path, text)
 
 
-def check_heaps(data):
-    """Raise ValueError if the bytes of an HDF5 file would keep HDF5 in a circle as it reads texts.
+def check_names(data):
+    """Raise ValueError if a list of gaps among names, in the bytes of an HDF5 file, never ends.
 
-    Or if one of these is too long. HDF5 notes each gap that it comes to, gigabytes of them.
+    HDF5 notes each gap that it comes to, gigabytes of them.
     """
     for heap in re.finditer(NAME_HEAP, data):
         gap, start = struct.unpack("<QQ", data[heap.start() + 16 : heap.start() + 32].ljust(16))
@@ -552,6 +555,10 @@ def check_heaps(data):
                 raise ValueError("names that lead in a circle")
             seen.add(gap)
             (gap,) = struct.unpack_from("<Q", data, start + gap)
+
+
+def check_texts(data):
+    """Raise ValueError if a text in the bytes of an HDF5 file is too long, or makes a circle."""
     for heap in re.finditer(TEXT_HEAP, data):
         place = heap.start() + 16
         end = heap.start() + int.from_bytes(data[place - 8 : place], "little")

@@ -491,6 +491,8 @@ def end_round(run, state, scored, rows, variables):
     a later round begins with.
     """
     best, accuracy = scored
+    if rows:  # the first process has them
+        rows[-1]["plain_accuracy"] = accuracy
     without_gain = 0 if best != state["best"] else state["rounds_without_gain"] + 1
     state = {
         "round": state["round"] + 1,
@@ -499,7 +501,6 @@ def end_round(run, state, scored, rows, variables):
         "history": state["history"] + rows,
     }
     if run.args.process == 0:
-        rows[-1]["plain_accuracy"] = accuracy
         save_state(run, state, variables)
         # after it: on Windows a CSV that is open is an error
         write_history(run.args, state["history"])

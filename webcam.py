@@ -803,7 +803,8 @@ def main():
 
         return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
-    # else with the first frame; where other threads read ahead, their warnings would be lost then
+    # These two load it with their first frame. Elsewhere threads read ahead, and what they warn of
+    # would be lost while libraries are silenced.
     if source.kind not in ("camera", "film"):
         tagger.labeller.load()
     viewer = Viewer(tagger)
