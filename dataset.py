@@ -253,8 +253,8 @@ def group_pictures(pictures, data_dir, by_folder, depth=1):
         tied = tied_classes(pictures, groups) - tied_classes(pictures, merge(keys, []))
         for label in sorted(tied):
             utils.warn(
-                f"{label}: near copies link all its folders, so that its accuracy looks too good: "
-                "add pictures of another time or place"
+                f"{label}: its folders hold near copies of each other's pictures, which "
+                "flatters the accuracy: add pictures of another time or place"
             )
         near = [(i, j) for i, j in near
                 if pictures[i].label not in tied or keys[i][1:] == keys[j][1:]]  # fmt: skip

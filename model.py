@@ -330,7 +330,7 @@ def jitted(model):
 
 def prefix_of(text):
     """Return the prefix of a model, of which somebody may have typed one of the files."""
-    return re.sub(r"(\.h5|(-labels)?\.json)$", "", text)
+    return re.sub(r"(?<=[^/\\])(\.h5|(-labels)?\.json)$", "", text)
 
 
 def model_paths(prefix):

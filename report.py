@@ -280,7 +280,7 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
     """
     title, label = "Strangers", f"threshold {chosen:.3f}"
     if abs(threshold - chosen) > 5e-4:
-        title += f" (the readout alone; the saved model has the threshold {threshold:.3f})"
+        title += f" before fine-tuning (after it the threshold is {threshold:.3f})"
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
     axes.plot(thresholds, strangers, "--", color=ORANGE[0], label="strangers unknown")
     axes.axvline(chosen, color="#999999", linewidth=1, label=label)

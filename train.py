@@ -141,7 +141,7 @@ def parse_arguments(argv=None):
         ("rounds", "rounds of fine-tuning, all of them made if given", 0, 999),
         ("round-epochs", "epochs a round", 1, 10**6),
         ("patience", "rounds without improvement before stopping, 0: never", 0, 10**6),
-        ("views", "augmented views of each picture at the start", 1, 10**6),
+        ("views", "augmented copies of each picture that a round trains on", 1, 10**6),
         ("batch-size", "pictures a training step", 1, 10**6),
     ):
         key = name.replace("-", "_")

@@ -41,6 +41,7 @@ def test_a_saved_model_comes_back(saved, folder, tiny):
     assert (info["labels"], info["image_size"], info["threshold"]) == (LABELS, 75, 0.5)
     for name in ("a/m.h5", "a/m.json", "a/m-labels.json", "a/m"):
         assert model.prefix_of(name) == "a/m"
+    assert model.prefix_of("a/.h5") == "a/.h5"  # a name of nothing else is no ending
 
 
 @pytest.mark.slow

@@ -213,7 +213,7 @@ def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
             folder.mkdir(parents=True, exist_ok=True)
             image.save(folder / f"{n}.jpg", quality=70 + n)
     data = read(tmp_path / "data", "--group-by-folder")
-    assert "a: near copies link all its folders" in capsys.readouterr().err
+    assert "a: its folders hold near copies" in capsys.readouterr().err
     held = [data.pictures[i] for i in data.validation]
     assert sorted(Counter(picture.path.parent for picture in held).values()) == [4, 4]
     assert {picture.label for picture in held} == {"a", "b"}
