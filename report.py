@@ -18,7 +18,8 @@ TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MATRIX_CLASSES = 40  # more would leave thumbnails too small to recognise
 REVIEW_PICTURES, REVIEW_COLUMNS = 40, 8
 RELIABILITY_BINS = 10
-# right and wrong, strong and pale: told apart by all
+PANEL_HEIGHT = 3.2  # inches
+# right and wrong, strong and pale: the colour-blind tell them apart, too
 BLUE, ORANGE = ("#0072b2", "#deebf5"), ("#d55e00", "#fae3d5")
 COLOR_FONT = 2**14  # FreeType's flag
 INK, GREY, LINE = "#222222", "#666666", "#e4e4e4"
@@ -180,14 +181,13 @@ def thumbnail(picture, side):
 
 
 def draw_review_sheet(path, pictures, files, labels, suggested):
-    """Draw the first REVIEW_PICTURES pictures, each with its file, label and the label suggested.
+    """Draw pictures, each with its file, its label and the label suggested.
 
-    pictures: list of uint8 (side, side, 3). files, labels, suggested: lists of text as long.
+    pictures: at most REVIEW_PICTURES of uint8 (side, side, 3). files, labels, suggested: texts.
     """
-    pictures = pictures[:REVIEW_PICTURES]
     side, step_x, step_y, gap = 160, 172, 246, 12
-    columns = min(REVIEW_COLUMNS, max(1, len(pictures)))
-    rows = math.ceil(max(1, len(pictures)) / columns)
+    columns = min(REVIEW_COLUMNS, len(pictures))
+    rows = math.ceil(len(pictures) / columns)
     canvas = Image.new("RGB", (gap + columns * step_x, gap + rows * step_y), "white")
     for n, (picture, file, label, other) in enumerate(zip(pictures, files, labels, suggested)):
         row, column = divmod(n, columns)
@@ -204,7 +204,7 @@ def draw_review_sheet(path, pictures, files, labels, suggested):
 
 
 def draw_report(path, title, labels, actual, probabilities, history=None, strangers=None):
-    """Draw learning curves, scores of each class, reliability and strangers as one PNG.
+    """Draw learning curves, reliability, strangers and scores of each class as one PNG.
 
     actual: int (n,). probabilities: (n, classes). history: list of dicts, an epoch each, with the
     columns of `model-history.csv`. strangers: the arguments of `plot_strangers` after the axes.
@@ -213,17 +213,19 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
     import_matplotlib()
     from matplotlib.figure import Figure
 
-    plots = {plot_history: (history,)} if history else {}  # {function: arguments after the axes}
-    plots[plot_reliability] = (actual, probabilities)
+    plots = []  # (height in inches, function, its arguments after the axes), from top to bottom
+    if history:
+        plots.append((PANEL_HEIGHT, plot_history, (history,)))
+    plots.append((PANEL_HEIGHT, plot_reliability, (actual, probabilities)))
     if strangers:
-        plots[plot_strangers] = strangers
-    plots[plot_classes] = (labels, actual, probabilities.argmax(1))
-    inches = [3.2] * len(plots)
-    inches[-1] = 1.2 + 0.24 * min(len(labels), MATRIX_CLASSES)
+        plots.append((PANEL_HEIGHT, plot_strangers, strangers))
+    height = 1.2 + 0.24 * min(len(labels), MATRIX_CLASSES)
+    plots.append((height, plot_classes, (labels, actual, probabilities.argmax(1))))
+    inches = [height for height, *_ in plots]
     figure = Figure(figsize=(9, sum(inches) + 0.3), layout="constrained")
     figure.suptitle(title, parse_math=False, font=Path(font_file(title)))
     panels = figure.subplots(len(plots), 1, height_ratios=inches)
-    for axes, (plot, arguments) in zip(panels, plots.items()):
+    for axes, (_, plot, arguments) in zip(panels, plots):
         plot(axes, *arguments)
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9)
     with utils.atomic_write(path) as part:
@@ -273,7 +275,7 @@ def plot_reliability(axes, actual, probabilities):
 
 
 def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
-    """Plot shares against the threshold: friends correctly classified, strangers told as unknown.
+    """Plot shares against the threshold: friends correctly classified, strangers called unknown.
 
     thresholds, friends, strangers: arrays (n,), of the readout. chosen: its threshold, marked.
     threshold: of the saved model, another one where it averages the readout with what was trained.

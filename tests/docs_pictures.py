@@ -4,7 +4,7 @@
     python tests/docs_pictures.py docs how-it-works
 
 The second command draws the network only. All else shows what the programs make of cartoon faces:
-eight people with twenty pictures each, three of which lie in a wrong folder on purpose.
+six people with twenty pictures each, three of which lie in a wrong folder on purpose.
 """
 
 import subprocess

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from conftest import ROOT, run_process
+from matplotlib.figure import Figure
 from PIL import Image
 
 import report
@@ -57,27 +58,33 @@ def test_the_settings_of_a_notebook_or_of_a_stranger_change_nothing(tmp_path):
     assert Image.open(tmp_path / "r.png").width == 990
 
 
-def test_a_report_has_all_its_panels(tmp_path):
+def test_a_report_has_all_its_panels(tmp_path, monkeypatch):
+    titles, save = [], Figure.savefig
+
+    def note(figure, *some, **more):
+        titles.append([axes.get_title("left").partition(" ")[0] for axes in figure.axes])
+        save(figure, *some, **more)
+
+    monkeypatch.setattr(Figure, "savefig", note)
     actual, probabilities = predictions()
     row = {"accuracy": 0.5, "val_accuracy": 0.6, "plain_accuracy": ""}
     history = [row, row | {"plain_accuracy": 0.7}]
-    report.draw_report(tmp_path / "two.png", "t", ["a", "b"], actual, probabilities)
     shares = np.linspace(0, 1, 5)
     strangers = (shares, 1 - shares, shares, 0.5, 0.4)
-    more = (actual, probabilities, history, strangers)
-    report.draw_report(tmp_path / "four.png", "t", ["a", "b"], *more)
-    heights = [Image.open(tmp_path / name).height for name in ("two.png", "four.png")]
-    assert heights[1] - heights[0] == 704  # two panels of 3.2 inches
+    for more in ((), (history, strangers)):
+        report.draw_report(tmp_path / "r.png", "t", ["a", "b"], actual, probabilities, *more)
+        assert Image.open(tmp_path / "r.png").width == 990
+    assert titles == [["Reliability", "Classes"], "Learning Reliability Strangers Classes".split()]
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, (184, 258)), (3, (528, 258)), (50, (1388, 1242))])
-def test_a_review_sheet_shows_the_first_forty(tmp_path, count, size):
+@pytest.mark.parametrize(("count", "size"), [(3, (528, 258)), (40, (1388, 1242))])
+def test_a_review_sheet_shows_its_pictures(tmp_path, count, size):
     colors = [np.full((30, 30, 3), (n * 5, 0, 255 - n * 5), "uint8") for n in range(count)]
     report.draw_review_sheet(
         tmp_path / "s.png", colors, ["a.jpg"] * count, ["Ann"] * count, ["王"] * count
     )
     sheet = Image.open(tmp_path / "s.png")
     assert sheet.size == size
-    for n in range(min(count, 40)):
+    for n in range(count):
         middle = (12 + n % 8 * 172 + 80, 12 + n // 8 * 246 + 80)
         assert sheet.getpixel(middle) == (n * 5, 0, 255 - n * 5)
