@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import http.server
 import importlib
 import io
 import itertools
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,12 +36,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=f"{SHARED.name}/ is not beside the project"))
 
 
+def start(script, cwd, *arguments, **environment):
+    """Start a script in the background."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
+
+
 def run_process(script, cwd, *arguments, **environment):
     """Run a script as a user does: a process of its own."""
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, encoding="utf-8", env=os.environ | environment
-    )
+    process = start(script, cwd, *arguments, **environment)
+    output, errors = process.communicate()
+    return SimpleNamespace(returncode=process.returncode, stdout=output, stderr=errors)
 
 
 def run_tiny(cwd, *arguments, **environment):
@@ -75,6 +83,20 @@ def error_line(done):
     lines = done.stderr.splitlines()
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], done.stderr
     return lines[-1]
+
+
+@contextlib.contextmanager
+def serve(handler, port=0, **attributes):
+    """Run a web server while the block runs; gives it, with these attributes."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+    vars(server).update(attributes, daemon_threads=True, ended=threading.Event())
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.ended.set()
+        server.shutdown()
+        server.server_close()
 
 
 def limit(name, size):
