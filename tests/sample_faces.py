@@ -108,15 +108,14 @@ BODY += "106,300 108,500 110,900"
 
 
 def person(index):
-    """Return who number `index` (from 0) is: a namespace with the TRAITS, always the same."""
+    """Return who number `index` (from 0) is: a namespace with the TRAITS."""
     return SimpleNamespace(**dict(zip(TRAITS, PEOPLE[index])))
 
 
 def random_pose(rng, x, y, side):
     """Return a pose whose face box has its centre near (x, y) and is `side` pixels wide.
 
-    angle in degrees; turn and nod shift the features on the head, gaze the pupils, lift the brows
-    (head units); smile from 0.05 to 1; gape, how far the mouth is open, from 0 to 0.08.
+    angle in degrees; turn, nod, lift (of the brows) and gaze shift parts by head units.
     """
     ranges = {"angle": (-7, 7), "turn": (-0.05, 0.05), "nod": (-0.03, 0.03), "smile": (0.05, 1)}
     ranges |= {"gape": (-0.08, 0.08), "lift": (-0.02, 0.03), "gaze": (-0.02, 0.02)}
@@ -125,10 +124,7 @@ def random_pose(rng, x, y, side):
 
 
 def face_box(pose):
-    """Return the square in which a Haar detector sees the face, brows to chin.
-
-    {"x", "y", "w", "h"} in whole pixels.
-    """
+    """Return the square in which a Haar detector sees the face, in whole pixels, as a dict."""
     x, y = place([(0, 0)], pose, 1)[0] - pose.side / 2
     return {"x": round(x), "y": round(y), "w": round(pose.side), "h": round(pose.side)}
 
@@ -137,31 +133,25 @@ def face_box(pose):
 
 
 def place(points, pose, depth=0):
-    """Turn points in head units into pixels.
-
-    depth: 0 for the outline of the head, 1 for what is on the face.
-    """
+    """Turn points in head units into pixels. depth: 0 for the head's outline, 1 for the face."""
     x, y = (np.asarray(points, float) + (pose.turn * depth, pose.nod * depth)).T
     angle = np.radians(pose.angle)
-    turned = np.stack(
-        [x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)], 1
-    )
+    cos, sin = np.cos(angle), np.sin(angle)
+    turned = np.stack([x * cos - y * sin, x * sin + y * cos], 1)
     return turned * pose.side / BOX + (pose.x, pose.y)
 
 
 def fill(image, pose, points, colour, depth=0):
     """Fill a polygon given in head units, on an image SMOOTH times larger than the pose says."""
-    ImageDraw.Draw(image).polygon(
-        (place(points, pose, depth) * SMOOTH).ravel().tolist(), fill=colour
-    )
+    outline = (place(points, pose, depth) * SMOOTH).ravel().tolist()
+    ImageDraw.Draw(image).polygon(outline, fill=colour)
 
 
 def glow(image, pose, x, y, width, height, colour, strength):
     """Blend a colour into the face: `strength` (0 to 1) amid an ellipse, nothing at its edge."""
     half = np.array((width, height)) * pose.side / BOX
-    left, top, right, bottom = np.round(
-        (place([(x, y)], pose, 1) + ([-half], [half])).ravel() * SMOOTH
-    ).astype(int)
+    corners = place([(x, y)], pose, 1) + ([-half], [half])
+    left, top, right, bottom = np.round(corners.ravel() * SMOOTH).astype(int)
     image.paste(colour, (left, top), soft_disc(strength).resize((right - left, bottom - top)))
 
 
@@ -174,10 +164,7 @@ def soft_disc(strength):
 
 @functools.cache
 def curve(text, scale=1.0):
-    """Return a closed curve through "x,y x,y …" in hundredths, x scaled: (8 n, 2).
-
-    It is a Catmull-Rom spline.
-    """
+    """Return the Catmull-Rom spline through "x,y x,y …" in hundredths, x scaled: (8 n, 2)."""
     p = np.array([pair.split(",") for pair in text.split()], float) * (scale / 100, 0.01)
     a, b, c, d = (np.roll(p, n, 0) for n in (1, 0, -1, -2))
     t = np.linspace(0, 1, 8, endpoint=False)[:, None, None]
@@ -204,10 +191,7 @@ def stroke(x0, y0, x1, y1, sag, thick):
 
 
 def shade(colour, factor):
-    """Make a colour "#rrggbb" darker (factor 0 to 1) or lighter (1 to 2).
-
-    Three factors, for red, green and blue, change the hue.
-    """
+    """Make a colour "#rrggbb" darker (factor 0 to 1) or lighter (1 to 2); three: by channel."""
     rgb, factor = np.array(ImageColor.getrgb(colour)), np.array(factor)
     rgb = np.where(factor <= 1, rgb * factor, 255 - (255 - rgb) * (2 - factor))
     return "#{:02x}{:02x}{:02x}".format(*rgb.astype(int))
@@ -352,32 +336,25 @@ def draw_shelf(rng, draw, x, y, w, h):
 def light(rng, width, height, strength=1.0):
     """Return factors (height, width, 3) for pixels: brightness, warmth, one side lit more."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
-    side_x, side_y, gain, warm = strength * rng.uniform(
-        (-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06)
-    )
+    low, high = (-0.2, -0.1, -0.4, -0.06), (0.2, 0.1, 0.06, 0.06)
+    side_x, side_y, gain, warm = strength * rng.uniform(low, high)
     return (np.exp(gain) * (1 + side_x * x + side_y * y))[..., None] * (1 + warm, 1, 1 - warm)
 
 
 def draw_scene(room, lit, noise, faces):
-    """Draw people into a room.
+    """Return the picture of people in a room.
 
-    room: RGB image; lit: the factors of `light`; noise: (height, width, 1), added; faces: a list of
-    (person's index, pose in pixels of the room, shirt colour). Returns an RGB image of the room's
-    size.
+    lit: the factors of `light`; noise: is added; faces: [(person's index, pose, shirt colour)].
     """
     image = room.resize((room.width * SMOOTH, room.height * SMOOTH), Image.Resampling.NEAREST)
     for index, pose, shirt in faces:
         draw_figure(image, person(index), pose, shirt)
-    return Image.fromarray(
-        np.clip(np.asarray(image.reduce(SMOOTH)) * lit + noise, 0, 255).astype("uint8")
-    )
+    pixels = np.asarray(image.reduce(SMOOTH)) * lit + noise
+    return Image.fromarray(np.clip(pixels, 0, 255).astype("uint8"))
 
 
 def draw_person(index, rng, size=SIDE):
-    """Return a training picture of person number `index`, RGB, size x size pixels.
-
-    All else is drawn by lot from `rng`.
-    """
+    """Return a training picture of a person, all else by lot from `rng`: RGB, size x size."""
     side = size / rng.uniform(1.8, 2.2)
     pose = random_pose(rng, *(size / 2 + rng.uniform(-0.06, 0.06, 2) * side), side)
     noise = rng.normal(0, rng.uniform(0, 5), (size, size, 1))
@@ -389,8 +366,7 @@ def draw_person(index, rng, size=SIDE):
 def draw_set(folder, people=5, pictures=40, seed=SEED):
     """Draw folder/<name>/<nnn>.jpg, `pictures` of each of the first `people`.
 
-    Raises UserError if the folder holds files that this would not write: they are somebody's, or of
-    a larger set.
+    Raises UserError if the folder holds files that this would not write.
     """
     pairs = [(i, n) for i in range(people) for n in range(pictures)]
     wanted = {Path(folder, person(i).name, f"{n:03}.jpg"): (i, n) for i, n in pairs}
@@ -403,10 +379,7 @@ def draw_set(folder, people=5, pictures=40, seed=SEED):
 
 
 def film_poses(rng, frames, left, right):
-    """Return a pose for each frame of somebody between two x in pixels.
-
-    By turns they stand nearly still and move.
-    """
+    """Return a pose for each frame of somebody between two x; by turns they stand and move."""
     from scipy.interpolate import PchipInterpolator
 
     largest = min(120, (right - left) / 2.2)
@@ -424,10 +397,9 @@ def film_poses(rng, frames, left, right):
 
 
 def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
-    """Write a film (.mp4 or .avi) in which the people of these numbers move side by side.
+    """Write a film in which these people move side by side; beside it as .json, return the truth.
 
-    The truth lies beside it as .json.
-    Returns the truth: for each frame a list of {"name", "x", "y", "w", "h"}, face boxes in pixels.
+    That is, for each frame, a list of {"name", "x", "y", "w", "h"}: face boxes in pixels.
     Raises UserError where OpenCV cannot write such a film.
     """
     import cv2
@@ -436,9 +408,8 @@ def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
     width, height = FRAME
     room, lit = draw_room(rng, width, height), light(rng, width, height, 0.5)
     shirts = rng.permutation(SHIRTS)
-    zone = width / len(people)
+    zone, truth = width / len(people), []
     poses = [film_poses(rng, frames, zone * n, zone * (n + 1)) for n in range(len(people))]
-    truth = []
     with utils.atomic_write(path) as part:
         code = cv2.VideoWriter.fourcc(*CODECS[Path(path).suffix])
         film = cv2.VideoWriter(str(part), code, FPS, FRAME)
@@ -449,8 +420,7 @@ def draw_clip(path, people=(0, 1), seconds=SECONDS, seed=SEED):
             noise = rng.normal(0, 2, (height, width, 1))
             image = draw_scene(room, lit, noise, list(zip(people, now, shirts)))
             film.write(np.ascontiguousarray(np.asarray(image)[..., ::-1]))
-            pairs = zip(people, now)
-            truth.append([{"name": person(i).name} | face_box(pose) for i, pose in pairs])
+            truth.append([{"name": person(i).name} | face_box(p) for i, p in zip(people, now)])
         film.release()
     text = json.dumps(truth, ensure_ascii=False)
     Path(path).with_suffix(".json").write_text(text, encoding="utf-8")
