@@ -37,14 +37,12 @@ def pytest_collection_modifyitems(items):
 
 
 def start(script, cwd, *arguments, **environment):
-    """Start a script in the background."""
     command = [sys.executable, str(script), *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
     return subprocess.Popen(command, cwd=cwd, env=os.environ | environment, **pipes)
 
 
 def run_process(script, cwd, *arguments, **environment):
-    """Run a script as a user does: a process of its own."""
     process = start(script, cwd, *arguments, **environment)
     output, errors = process.communicate()
     return SimpleNamespace(returncode=process.returncode, stdout=output, stderr=errors)
@@ -178,7 +176,6 @@ def rows(text):
 
 @pytest.fixture
 def make_classes(tmp_path):
-    """Draw a data_dir in the test's folder."""
     return lambda folder="data", **classes: draw_classes(tmp_path / folder, classes)
 
 
@@ -222,7 +219,6 @@ def weights_file(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory):
-    """Save weights of the tiny network without its top."""
     import keras
     import tiny_network
 
@@ -260,7 +256,6 @@ def drawn_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tagged(drawn_model):
-    """Tag the drawn film once."""
     import tiny_network
 
     words = "model --source film.mp4 --output tagged.mp4 --no-display".split()

@@ -25,13 +25,12 @@ STORED |= {6: WAYS.ROTATE_90, 7: WAYS.TRANSVERSE, 8: WAYS.ROTATE_270}
 def make_library(path, generation, photos):
     """Make a library at `path` and return its path.
 
-    photos: list of (upright PIL image, faces), faces: list of (name or None, (x, y, side)): the
-    box's centre and side in pixels from the top left.
+    photos: [(upright PIL image, [(name or None, (x, y, side))])]: a face's centre and side.
     """
     library = LIBRARIES[generation](path)
     persons = {None: None}
-    for image, faces in photos:
-        photo = library.photo(image)
+    for number, (image, faces) in enumerate(photos):
+        photo = library.photo(data=jpeg(image, 1 + 5 * number % 8))  # turned in eight ways
         for name, box in faces:
             if name not in persons:
                 persons[name] = library.person(name)
@@ -49,10 +48,7 @@ def jpeg(image, orientation=1):
 
 
 def fractions(size, box):
-    """Return Photos' three numbers for a box in an image of `size`.
-
-    These are x, y from below, and the side as a part of the longer side of the image.
-    """
+    """Return Photos' numbers for a box: x, y from below, and side by the image's longer side."""
     return box[0] / size[0], 1 - box[1] / size[1], box[2] / max(size)
 
 
@@ -80,19 +76,16 @@ class Library:
         return self.open[file].execute(query, values)
 
     def insert(self, table, **columns):
-        """Insert a row and return its key."""
         marks = ", ".join("?" * len(columns))
         query = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks})"
         return self.execute(table, query, *columns.values()).lastrowid
 
     def update(self, table, key, **columns):
-        """Change columns of the row with this key."""
         changes = ", ".join(f"{column} = ?" for column in columns)
         query = f"UPDATE {table} SET {changes} WHERE rowid = ?"
         self.execute(table, query, *columns.values(), key)
 
     def write(self, place, data):
-        """Write a file of the library."""
         file = self.path / place
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)

@@ -1,5 +1,6 @@
 """What collect_apple_photos.py promises: on libraries drawn here, and on real ones at hand."""
 
+import collections
 import hashlib
 import io
 import json
@@ -10,14 +11,12 @@ import shutil
 import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_crop, limit, limited, run_here, texture
+from conftest import ROOT, assert_same_crop, limit, limited, run_here, start, texture
 from photos_library import LIBRARIES, jpeg, make_library
 from PIL import Image, ImageOps
 
@@ -25,7 +24,6 @@ import collect_apple_photos
 
 SCRIPT = ROOT / "collect_apple_photos.py"
 REAL = ROOT.parent / "shared" / "data" / "photos_libraries"
-GENERATIONS = [pytest.param(generation, id=f"Photos {generation}") for generation in LIBRARIES]
 SIZE = (640, 480)
 IN_FRAME = (300, 200, 80)
 NO_PICTURE = "1 skipped: no picture on this disk (perhaps only in iCloud)"
@@ -54,7 +52,6 @@ def collect_beside(library, *options):
 
 
 def crop_of(library, name="Ann"):
-    """Return the one file that a person has."""
     (file,) = library.path.with_name("people").joinpath(name).iterdir()
     return file
 
@@ -86,7 +83,7 @@ def counts_of(out):
 # ---------------------------------------------------------------- the whole, for each generation
 
 
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("generation", LIBRARIES)
 def test_every_face_goes_to_its_person_from_the_right_place(tmp_path, generation):
     """Two of Ann's faces, the second and the third, have uuids that differ by case in old ones."""
     first, second = texture(1), texture(2, (480, 640))
@@ -114,30 +111,14 @@ def test_every_face_goes_to_its_person_from_the_right_place(tmp_path, generation
         assert_same_crop(path, *place)
     assert state_of(library) == before
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
-    hexes = "[0-9A-F]{8}(-[0-9A-Z]{4}){3}-[0-9A-F]{12}"
-    new, old = rf"{hexes}-{hexes}\.jpg", r"[\w%+]{22}-[\w%+]{22}-[1-5]\.jpg"
-    names = [path.name for path in cut]
-    assert all(re.fullmatch(new if generation in (5, 6, 9, 10) else old, n) for n in names), names
-    assert len({name.lower() for name in names}) == 5
+    assert len({path.name.lower() for path in cut}) == 5
     image = Image.open(cut[0])
     assert (image.format, image.mode, dict(image.getexif())) == ("JPEG", "RGB", {})
 
 
-ORIENTATIONS = [(n, SIZE) for n in range(9)] + [(6, (480, 640))]
-
-
-@pytest.mark.parametrize(("orientation", "size"), ORIENTATIONS)
-def test_pictures_are_turned_upright_first(tmp_path, orientation, size):
-    library, box = new_library(tmp_path), (200, 150, 70)
-    photo = library.photo(data=jpeg(texture(3, size), orientation))
-    library.face(photo, library.person("Ann"), size, box)
-    assert_collected(library, texture(3, size), box)
-
-
-EDGES = [((10, 10, 90), 2.2), ((630, 470, 90), 1.0), ((320, 5, 200), 2.2), ((320, 240, 250), 2.2)]
-
-
-@pytest.mark.parametrize(("box", "context"), [*EDGES, ((20, 460, 290), 1.5)], ids=str)
+@pytest.mark.parametrize(
+    ("box", "context"), [((10, 10, 90), 2.2), ((630, 470, 90), 1), ((320, 240, 250), 2.2)]
+)
 def test_crops_at_the_edge_are_shifted_or_padded_and_stay_square(tmp_path, box, context):
     library = make_library(tmp_path / "Test.photoslibrary", 6, [(texture(4), [("Ann", box)])])
     collect(library, tmp_path / "people", "--context", context)
@@ -148,124 +129,100 @@ def test_crops_at_the_edge_are_shifted_or_padded_and_stay_square(tmp_path, box, 
 # ---------------------------------------------------------------- rows
 
 
-NO_FACES = {  # generation: columns of the photo, columns of the face
-    10: [
-        ({}, {"ZISINTRASH": 1}),
-        ({}, {"ZHIDDEN": 1}),
-        ({"ZTRASHEDSTATE": 1}, {}),
-        ({"ZHIDDEN": 1}, {}),
-        ({}, {"ZSIZE": 0.0, "ZCENTERX": 0.0, "ZCENTERY": 0.0}),  # a body without a face
-        ({}, {"ZSIZE": None}),
-        ({}, {"ZASSETFORFACE": None, "ZTRAININGTYPE": 1}),
-        ({}, {"ZASSETFORFACE": None, "ZASSETFORTORSO": 1}),
-        ({}, {"ZDETECTIONTYPE": 3}),  # a cat
-    ],
-    2: [
-        ({}, {"isInTrash": 1}),
-        ({}, {"hidden": 1}),
-        ({"isInTrash": 1}, {}),
-        ({"isHidden": 1}, {}),
-        ({}, {"size": 0}),
-        ({}, {"imageModelId": None, "trainingType": 1}),
-    ],
-}
-NO_FACES[1] = [*NO_FACES[2][:-1], ({}, {"imageId": "nowhere"})]
-
-
-@pytest.mark.parametrize("generation", NO_FACES)
-def test_rows_that_are_no_faces_are_not_counted(tmp_path, generation):
-    library = new_library(tmp_path, generation)
-    add_face(library, library.photo(texture(1)), "Maria")
-    for number, (photo, face) in enumerate(NO_FACES[generation]):
-        add_face(library, library.photo(texture(2), **photo), f"row {number}", **face)
-    lines, _ = collect_beside(library)
-    assert lines[1:] == ["     1  Maria", "1 faces: 1 named (1 persons), 0 unknown, 0 skipped"]
-
-
 PERSON, BURST = "of a person hidden in People", "of a burst, not picked"
-
-
-@pytest.mark.parametrize(
-    ("generation", "person", "photo", "reason"),
-    [
-        (10, {}, {"ZHIDDEN": 1}, None),
-        (2, {}, {"isHidden": 1}, None),
-        (1, {}, {"isHidden": 1}, None),
-        (10, {"ZTYPE": -1}, {}, PERSON),
-        (5, {"ZTYPE": -1}, {}, PERSON),
-        (2, {"personType": -1}, {}, PERSON),
-        (10, {}, {"ZVISIBILITYSTATE": 2}, BURST),
-        (9, {}, {"ZAVALANCHEPICKTYPE": 2}, BURST),
-        (2, {}, {"burstPickType": 2}, BURST),
-        (2, {}, {"burstPickType": 4, "showInLibrary": 0}, BURST),
-    ],
+ROWS = (  # generations, table, its columns, what becomes of a face with such a row
+    ([10], "face", {"ZISINTRASH": 1}, "no face"),
+    ([10], "face", {"ZHIDDEN": 1}, "no face"),
+    ([10], "face", {"ZSIZE": 0.0, "ZCENTERX": 0.0, "ZCENTERY": 0.0}, "no face"),  # only a body
+    ([10], "face", {"ZSIZE": None}, "no face"),
+    ([10], "face", {"ZASSETFORFACE": None, "ZASSETFORTORSO": 1}, "no face"),
+    ([10], "face", {"ZDETECTIONTYPE": 3}, "no face"),  # a cat's
+    ([10], "photo", {"ZTRASHEDSTATE": 1}, "no face"),
+    ([10], "photo", {"ZHIDDEN": 1}, "hidden"),
+    ([5, 10], "person", {"ZTYPE": -1}, PERSON),
+    ([10], "photo", {"ZVISIBILITYSTATE": 2}, BURST),
+    ([9, 10], "photo", {"ZAVALANCHEPICKTYPE": 2}, BURST),
+    ([9, 10], "photo", {"ZAVALANCHEPICKTYPE": 8}, "shown"),  # picked
+    ([9, 10], "photo", {"ZAVALANCHEPICKTYPE": 16}, "shown"),  # the key picture
+    ([9, 10], "photo", {"ZAVALANCHEPICKTYPE": 52}, "shown"),  # Photos' own choice
+    ([1, 2], "face", {"isInTrash": 1}, "no face"),
+    ([1, 2], "face", {"hidden": 1}, "no face"),
+    ([1, 2], "face", {"size": 0}, "no face"),
+    ([2], "face", {"imageModelId": None, "trainingType": 1}, "no face"),
+    ([1], "face", {"imageId": "nowhere"}, "no face"),
+    ([1, 2], "photo", {"isInTrash": 1}, "no face"),
+    ([1, 2], "photo", {"isHidden": 1}, "hidden"),
+    ([2], "person", {"personType": -1}, PERSON),
+    ([2], "photo", {"burstPickType": 2}, BURST),
+    ([2], "photo", {"burstPickType": 4, "showInLibrary": 0}, BURST),
+    ([2], "photo", {"burstPickType": 8}, "shown"),
 )
-def test_what_the_user_does_not_want_to_see_is_taken_on_demand(
-    tmp_path, generation, person, photo, reason
-):
-    library = new_library(tmp_path, generation)
-    pick = "ZAVALANCHEPICKTYPE" if generation > 2 else "burstPickType"
-    for bits in (0, 8, 16, 52):  # none, picked, key picture, Photos' own choice
-        shown = library.photo(texture(1), **{pick: bits})
-        library.face(shown, library.person("Ben"), SIZE, IN_FRAME)
-    hidden = library.photo(texture(2), **photo)
-    library.face(hidden, library.person("Ann", **person), SIZE, IN_FRAME)
-    path, count = library.finish(), int(bool(reason))
-    lines, _ = collect(path, tmp_path / "people")
-    assert f"1 skipped: {reason} (--include-hidden)" in lines or not reason
-    assert lines[-1] == f"{4 + count} faces: 4 named (1 persons), 0 unknown, {count} skipped"
+
+
+@pytest.mark.parametrize("generation", [1, 2, 5, 9, 10])
+def test_faces_that_nobody_wants_are_not_counted_or_taken_on_demand(tmp_path, generation):
+    library, found = new_library(tmp_path, generation), collections.Counter(shown=1)
+    add_face(library, library.photo(texture(1)))
+    for generations, table, columns, outcome in ROWS:
+        if generation in generations:
+            of = {name: columns if name == table else {} for name in ("face", "photo", "person")}
+            photo = library.photo(texture(2), **of["photo"])
+            person = library.person("Ann", **of["person"])
+            library.face(photo, person, SIZE, IN_FRAME, **of["face"])
+            found[outcome] += 1
+    path, shown, skipped = library.finish(), found["shown"], found[BURST] + found[PERSON]
+    reasons = [f"{found[r]} skipped: {r} (--include-hidden)" for r in (BURST, PERSON) if found[r]]
+    total = f"{shown + skipped} faces: {shown} named (1 persons), 0 unknown, {skipped} skipped"
+    assert collect(path, tmp_path / "people")[0][1:] == [f"{shown:6}  Ann", *reasons, total]
+    shown += skipped + found["hidden"]
+    total = f"{shown} faces: {shown} named (1 persons), 0 unknown, 0 skipped"
     lines, _ = collect(path, tmp_path / "all", "--include-hidden")
-    assert lines[-1] == "5 faces: 5 named (2 persons), 0 unknown, 0 skipped"
+    assert lines[1:] == [f"{shown:6}  Ann", total]
 
 
 # ---------------------------------------------------------------- persons
 
 
-def persons_of_photos_10(library):
-    """Yield (key of a person, folder in which the face must end)."""
-    for person in (None, 999, library.person(None), library.person(""), library.person("  ")):
-        yield person, "unknown"
-    yield library.person(None, ZDISPLAYNAME="Shown"), "Shown"
-    yield library.person("Full", ZDISPLAYNAME="Shown"), "Full"
-    suzy = library.person("Suzy")
-    second = library.person("Susan", ZMERGETARGETPERSON=suzy, ZVERIFIEDTYPE=-2)
-    yield library.person("Su", ZMERGETARGETPERSON=second, ZVERIFIEDTYPE=-2), "Suzy"
-    library.person("Back", Z_PK=501, ZMERGETARGETPERSON=502)
-    yield library.person("Forth", Z_PK=502, ZMERGETARGETPERSON=501), "unknown"
-    yield library.person("Lost", ZMERGETARGETPERSON=999), "unknown"
-
-
 def test_names_come_from_the_right_column_and_through_merges(tmp_path):
     library = new_library(tmp_path)
-    photo, wanted = library.photo(texture(5)), []
-    for person, folder in persons_of_photos_10(library):
-        face = library.face(photo, person, SIZE, IN_FRAME)
+    person, photo, wanted = library.person, library.photo(texture(5)), []
+    suzy = person("Suzy")
+    second = person("Susan", ZMERGETARGETPERSON=suzy, ZVERIFIEDTYPE=-2)
+    person("Back", Z_PK=501, ZMERGETARGETPERSON=502)
+    for key, folder in (
+        (None, "unknown"),
+        (999, "unknown"),
+        (person(None), "unknown"),
+        (person("  "), "unknown"),
+        (person(None, ZDISPLAYNAME="Shown"), "Shown"),
+        (person("Full", ZDISPLAYNAME="Shown"), "Full"),
+        (person("Su", ZMERGETARGETPERSON=second, ZVERIFIEDTYPE=-2), "Suzy"),
+        (person("Forth", Z_PK=502, ZMERGETARGETPERSON=501), "unknown"),
+        (person("Lost", ZMERGETARGETPERSON=999), "unknown"),
+    ):
+        face = library.face(photo, key, SIZE, IN_FRAME)
         wanted.append(f"{folder}/{library.uuid(photo)}-{face:08X}-FACE-4000-8000-000000000000.jpg")
     collect_beside(library)
     assert files(tmp_path / "people") == sorted(wanted)
 
 
-NAMES = ["Katie", "Katie", " Katie ", "katie", "José", "Jose\u0301", "unknown", "Unknown", "CON"]
-NAMES += ["../../up", "a/b:c", ".x", "x" * 300, "tab\tand\x1b[31m", "王", "dot."]
-FOLDERS = {"Katie", "katie (2)", "José", "unknown", "Unknown (2)", "unknown (3)", "_CON"}
-FOLDERS |= {"a_b_c", "_x", "王", "dot"}
+FOLDERS = {"Katie": 3, "katie (2)": 1, "José": 2, "unknown": 1, "unknown (2)": 1, "_._.._up": 1}
+FOLDERS |= {"tab__[31m": 1}
 
 
 @pytest.mark.parametrize("generation", [1, 2, 10])
 def test_persons_of_one_name_share_a_folder_and_others_never_do(tmp_path, generation):
     library = new_library(tmp_path, generation)
     photo = library.photo(texture(6))
-    for name in NAMES:
+    names = "Katie", "Katie", " Katie ", "katie", "José", "Jose\u0301", "unknown", "../../up"
+    for name in (*names, "tab\t\x1b[31m"):
         add_face(library, photo, name)
     library.face(photo, None, SIZE, IN_FRAME)
     lines, _ = collect_beside(library)
-    counts = counts_of(tmp_path / "people")
-    assert counts == dict.fromkeys(counts, 1) | {"Katie": 3, "José": 2}
-    assert len({name.casefold() for name in counts}) == len(counts) == len(NAMES) - 3 + 1
-    assert counts.keys() >= FOLDERS
+    assert counts_of(tmp_path / "people") == FOLDERS
     assert lines[-2:] == [
         "     1  unknown",
-        "17 faces: 16 named (13 persons), 1 unknown, 0 skipped",
+        "10 faces: 9 named (6 persons), 1 unknown, 0 skipped",
     ]
     assert all("\x1b" not in line and "\t" not in line for line in lines)
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
@@ -294,13 +251,16 @@ def test_edited_photos_are_cut_from_the_edited_picture(tmp_path, generation, mor
 
 
 @pytest.mark.parametrize("generation", [1, 2, 10])
-def test_the_original_never_stands_in_for_a_lost_edited_picture(tmp_path, generation):
+def test_neither_films_nor_originals_of_lost_edited_pictures_are_cut(tmp_path, generation):
     library = new_library(tmp_path, generation)
+    film = {"ZKIND": 1} if generation == 10 else {"type": 8}
+    add_face(library, library.photo(texture(1), **film))
     photo = library.photo(texture(7))
     library.edit(photo)
     add_face(library, photo)
     lines, _ = collect_beside(library)
-    assert lines[1:] == [NO_PICTURE, "1 faces: 0 named (0 persons), 0 unknown, 1 skipped"]
+    total = "2 faces: 0 named (0 persons), 0 unknown, 2 skipped"
+    assert lines[1:] == [NO_PICTURE, "1 skipped: on a film", total]
     assert not (tmp_path / "people").exists()
 
 
@@ -337,18 +297,6 @@ def test_raw_files_give_way_to_copies_or_are_counted(tmp_path):
     assert lines[-2] == f"1 skipped: {reason}"
 
 
-FILMS = {10: {"ZKIND": 1}, 2: {"type": 8}, 1: {"type": 8}}
-
-
-@pytest.mark.parametrize("generation", FILMS)
-def test_faces_on_films_are_counted(tmp_path, generation):
-    library = new_library(tmp_path, generation)
-    add_face(library, library.photo(texture(1), **FILMS[generation]))
-    lines, _ = collect_beside(library)
-    total = "1 faces: 0 named (0 persons), 0 unknown, 1 skipped"
-    assert lines[-2:] == ["1 skipped: on a film", total]
-
-
 @pytest.mark.parametrize("generation", [1, 2])
 @pytest.mark.parametrize("number", [0x2B, 0x19B14])
 def test_tiles_stand_in_and_never_those_of_another_row(tmp_path, generation, number):
@@ -364,17 +312,12 @@ def test_tiles_stand_in_and_never_those_of_another_row(tmp_path, generation, num
         assert_same_crop(crop_of(library, name), tile, (120, 160, 240), 1)
 
 
-def add_untyped_tiles(library, tile, name, *filenames):
-    """Add a face with pictures of its own, of which only that with a telling name is the tile."""
-    face = add_face(library, library.photo(), name)
-    for filename in filenames:
-        image = tile if "Tile" in filename else texture(33, (240, 240))
-        library.resource_of(face, None, image, filename)
-
-
 def test_tiles_without_a_type_are_told_by_their_names(tmp_path):
     library, tile = new_library(tmp_path, "1 untyped"), texture(32, (240, 240))
-    add_untyped_tiles(library, tile, "Ann", "IMG_0001.jpg", "FaceTile.PNG", "IMG_0002.jpg")
+    face = add_face(library, library.photo())
+    for filename in ("IMG_0001.jpg", "FaceTile.PNG", "IMG_0002.jpg"):
+        image = tile if "Tile" in filename else texture(33, (240, 240))
+        library.resource_of(face, None, image, filename)
     assert_collected(library, tile, (120, 120, 240), 1)
 
 
@@ -402,10 +345,10 @@ def test_pictures_that_icloud_keeps_of_faces_are_the_last_resort(tmp_path):
     assert lines[-1] == "3 faces: 1 named (1 persons), 0 unknown, 2 skipped"
 
 
-SHARED = ["resources/cloudsharing/data", "scopes/cloudsharing/data", "scopes/syndication/originals"]
-
-
-@pytest.mark.parametrize("place", SHARED)
+@pytest.mark.parametrize(
+    "place",
+    ["resources/cloudsharing/data", "scopes/cloudsharing/data", "scopes/syndication/originals"],
+)
 def test_shared_pictures(tmp_path, place):
     library = new_library(tmp_path, 9)
     library.write(f"{place}/album/IMG_1.JPG", jpeg(texture(14)))
@@ -414,20 +357,17 @@ def test_shared_pictures(tmp_path, place):
     assert_collected(library, texture(14))
 
 
-SHARED_COPIES = [
-    "resources/derivatives/{}_1_202_a.jpeg",
-    "resources/cloudsharing/resources/derivatives/masters/{}_4_5005_c.jpeg",
-    "scopes/cloudsharing/resources/derivatives/masters/{}_4_5005_c.jpeg",
-    "scopes/syndication/resources/derivatives/{}_1_105_c.jpeg",
-]
-
-
-@pytest.mark.parametrize("place", SHARED_COPIES)
-@pytest.mark.parametrize("generation", [5, 10])
-def test_copies_of_edited_and_shared_pictures_are_found_and_the_larger_one_wins(
-    tmp_path, generation, place
-):
-    library = new_library(tmp_path, generation)
+@pytest.mark.parametrize(
+    "place",
+    [
+        "resources/derivatives/{}_1_202_a.jpeg",
+        "resources/cloudsharing/resources/derivatives/masters/{}_4_5005_c.jpeg",
+        "scopes/cloudsharing/resources/derivatives/masters/{}_4_5005_c.jpeg",
+        "scopes/syndication/resources/derivatives/{}_1_105_c.jpeg",
+    ],
+)
+def test_of_copies_of_edited_and_shared_pictures_the_larger_one_wins(tmp_path, place):
+    library = new_library(tmp_path)
     photo = library.photo()
     library.edit(photo)
     library.smaller_copy(photo, texture(16), place)
@@ -480,18 +420,6 @@ def test_only_referenced_pictures_may_lie_outside(tmp_path, kind, named):
 # ---------------------------------------------------------------- hostile databases
 
 
-PATHS = [
-    {"ZDIRECTORY": "../../elsewhere"},
-    {"ZDIRECTORY": "../../elsewhere", "ZSAVEDASSETTYPE": 10},
-    {"ZDIRECTORY": "link"},
-    {"ZDIRECTORY": "loop"},
-    {"ZDIRECTORY": "nul\0"},
-    {"ZDIRECTORY": "x" * 5000},
-    {"ZDIRECTORY": b"\xff\x00", "ZFILENAME": 1e300},
-    {"ZUUID": None, "ZFILENAME": None},
-]
-
-
 def test_paths_that_leave_the_library_are_not_read(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "a.jpg").write_bytes(jpeg(texture(15)))
@@ -500,24 +428,24 @@ def test_paths_that_leave_the_library_are_not_read(tmp_path):
     originals.mkdir(parents=True)
     (originals / "link").symlink_to(tmp_path / "elsewhere")
     (originals / "loop").symlink_to("loop")
-    for columns in PATHS:
-        add_face(library, library.photo(**{"ZFILENAME": "a.jpg"} | columns))
+    for folder in ("../../elsewhere", "link", "loop", "nul\0", "x" * 5000, b"\xff\x00"):
+        add_face(library, library.photo(ZDIRECTORY=folder, ZFILENAME="a.jpg"))
+    columns = {"ZDIRECTORY": "../../elsewhere", "ZFILENAME": "a.jpg", "ZSAVEDASSETTYPE": 10}
+    add_face(library, library.photo(**columns))
+    add_face(library, library.photo(ZUUID=None, ZFILENAME=1e300))
     lines, _ = collect_beside(library)
     assert lines[-1] == "8 faces: 0 named (0 persons), 0 unknown, 8 skipped"
-
-
-BOXES = [{"ZSIZE": value} for value in (1e9, float("inf"), "wide", b"\x01")]
-BOXES += [{"ZCENTERX": float("nan")}, {"ZCENTERX": 1e300}, {"ZCENTERY": -3}, {"ZCENTERY": "high"}]
-SIZES = [(0, 0), (None, None), ("a", "b"), (float("inf"), 1), (10**18, 10**18)]
 
 
 def test_numbers_that_make_no_sense_are_counted_or_do_no_harm(tmp_path):
     library = new_library(tmp_path)
     photo = library.photo(texture(1))
-    for columns in BOXES:
-        add_face(library, photo, **columns)
-    for width, height in SIZES:  # of the picture, told beside the face
-        add_face(library, photo, "Ben", ZSOURCEWIDTH=width, ZSOURCEHEIGHT=height)
+    for number in (1e9, float("inf"), "wide", b"\x01"):
+        add_face(library, photo, ZSIZE=number)
+    for number in (float("nan"), 1e300, -3, "high"):
+        add_face(library, photo, ZCENTERX=number)
+    for side in (0, None, "a", float("inf"), 10**18):  # of the picture, told beside the face
+        add_face(library, photo, "Ben", ZSOURCEWIDTH=side, ZSOURCEHEIGHT=side)
     lines, _ = collect_beside(library)
     assert "8 skipped: the face's box makes no sense" in lines
     assert lines[-1].startswith("13 faces: ")
@@ -537,14 +465,6 @@ def test_uuids_do_not_lead_out_of_the_dataset_nor_overwrite_each_other(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
 
 
-def test_text_that_is_not_utf_8(tmp_path):
-    library = new_library(tmp_path)
-    add_face(library, library.photo(texture(1)), "x")
-    library.execute("ZPERSON", "UPDATE ZPERSON SET ZFULLNAME = CAST(x'41ff42' AS TEXT)")
-    lines, _ = collect_beside(library)
-    assert lines[1] == "     1  A\ufffdB"
-
-
 # ---------------------------------------------------------------- options
 
 
@@ -556,9 +476,9 @@ def family(tmp_path):
     return make_library(tmp_path / "Test.photoslibrary", 10, [(texture(1), faces)])
 
 
-FEW = "1 skipped: of a person with fewer than 2 (--min-images)"
 SMALL = "1 skipped: smaller than 48 pixels (--min-size)"
 NAMELESS = "1 skipped: without a name (--no-unknown)"
+FEW = "1 skipped: of a person with fewer than 2 (--min-images)"
 
 
 @pytest.mark.parametrize(
@@ -578,13 +498,13 @@ def test_options_move_faces_and_every_face_is_accounted_for(
     pairs = [text.split() for text in counts.split(", ")]
     table = [f"{count:>6}  {name}" for count, name in pairs]
     last = "5 faces: {} named ({} persons), {} unknown, {} skipped".format(*total)
-    wanted = ["images  person", *table, *reasons, last]
-    lines, _ = collect(family, tmp_path / "dry", *options.split(), "--dry-run")
-    assert lines == wanted
+    dry, errors = collect(family, tmp_path / "people", *options.split(), "--dry-run")
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary"]
     lines, _ = collect(family, tmp_path / "people", *options.split())
-    assert lines == wanted
+    assert lines == dry == ["images  person", *table, *reasons, last]
     assert counts_of(tmp_path / "people") == {name: int(count) for count, name in pairs}
+    command = f"next: the same without --dry-run, then python train.py {tmp_path / 'people'} model"
+    assert errors[-1] == command or len(pairs) == 1
 
 
 def test_too_many_wanted_images_say_what_fewer_would_keep(tmp_path, family):
@@ -592,39 +512,29 @@ def test_too_many_wanted_images_say_what_fewer_would_keep(tmp_path, family):
     kept = "1 person with 2 pictures (2 would keep 1), 1 person with 1 picture (1 would keep 2)"
     assert f"warning: --min-images 3 leaves nobody with a name: {kept}" in errors
     assert errors[-1].startswith("not enough to train on")
-    _, errors = collect(family, tmp_path / "more", "--min-images", 2)
-    assert not any("--min-images" in line for line in errors)
 
 
-def test_a_dry_run_leaves_a_full_folder_alone_and_says_what_comes_next(tmp_path, family):
+def test_a_dry_run_leaves_a_full_folder_alone(tmp_path, family):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("kept")
     before = state_of(tmp_path / "full")
-    _, errors = collect(family, tmp_path / "full", "--dry-run")
+    collect(family, tmp_path / "full", "--dry-run")
     assert state_of(tmp_path / "full") == before
-    command = f"python train.py {tmp_path / 'full'} model"
-    assert errors[-1] == f"next: the same without --dry-run, then {command}"
 
 
 @pytest.mark.parametrize(
     "options",
     ["--context 0", "--context nan", "--min-size 0", "--min-images -1", "--min-size x", "--x"],
 )
-def test_wrong_usage_ends_with_2(tmp_path, family, options):
-    _, errors = collect(family, tmp_path / "people", *options.split(), code=2)
+def test_wrong_usage_ends_with_2(tmp_path, options):
+    _, errors = collect(tmp_path, tmp_path / "people", *options.split(), code=2)
     assert errors[0].startswith("usage: ")
 
 
 # ---------------------------------------------------------------- failures
 
 
-def an_iphoto_library(path):
-    (path / "Database" / "apdb").mkdir(parents=True)
-    for name in ("Library.apdb", "ImageProxies.apdb", "Faces.db"):
-        (path / "Database" / name).touch()
-
-
-def a_database(content):
+def database_of(content):
     """Return a function that makes a library whose database holds these bytes."""
 
     def make(path):
@@ -658,21 +568,19 @@ def a_truncated_database(path):
 
 
 RENAME = "ALTER TABLE ZDETECTEDFACE RENAME COLUMN ZISINTRASH TO ZGONE"
-UNKNOWN = "damaged, incomplete or of an unknown layout"
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda path: path.mkdir(), "no Apple Photos library"),
-        (lambda path: None, "no such folder"),
         (lambda path: path.touch(), "no such folder"),
-        (an_iphoto_library, "iPhoto or Aperture"),
-        (a_database(b""), "no table of faces"),
+        (lambda path: (path / "Database" / "apdb").mkdir(parents=True), "iPhoto or Aperture"),
+        (database_of(b""), "no table of faces"),
+        (database_of(b"no database" * 1000), "damaged, incomplete or of an unknown layout"),
         (changed_database("DROP TABLE RKFace", 2), "no table of faces"),  # without its -wal
         (only_the_wal, "copy the library again, whole"),
-        (a_truncated_database, UNKNOWN),
-        (a_database(b"no database" * 1000), UNKNOWN),
+        (a_truncated_database, "damaged, incomplete or of an unknown layout"),
         (changed_database(RENAME), "no such column: f.ZISINTRASH"),
     ],
 )
@@ -682,12 +590,10 @@ def test_other_folders_and_broken_databases_give_one_line(tmp_path, make, words)
     lines, (error,) = collect(path, tmp_path / "people", code=1)
     assert lines == [] and error.startswith("error: ") and words in error
     assert "\\x1b" in error and "\x1b" not in error
-    assert set(os.listdir(tmp_path)) <= {path.name}
+    assert os.listdir(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize(
-    "out", ["Test.photoslibrary/people", "Test.photoslibrary", "link/people", "full", "file"]
-)
+@pytest.mark.parametrize("out", ["Test.photoslibrary", "link/people", "full", "file"])
 def test_folders_that_are_refused(tmp_path, family, out):
     (tmp_path / "link").symlink_to(family)
     (tmp_path / "full").mkdir()
@@ -764,11 +670,6 @@ def large(tmp_path_factory):
     return library.finish()
 
 
-def start(library, out):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, SCRIPT, library, out], **pipes)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.long)])
 def test_kills_at_random_moments_leave_all_or_nothing(tmp_path, large, kills):
@@ -777,7 +678,7 @@ def test_kills_at_random_moments_leave_all_or_nothing(tmp_path, large, kills):
     seconds, whole = time.monotonic() - started, files(tmp_path / "whole")
     people = tmp_path / "people"
     for number in range(kills):
-        process = start(large, people)
+        process = start(SCRIPT, tmp_path, large, people)
         time.sleep(seconds * (number + rng.random()) / kills)
         process.kill()
         process.communicate()
@@ -797,7 +698,7 @@ def wait_for(condition):
 
 
 def test_what_is_unfinished_is_private_and_ctrl_c_removes_it(tmp_path, large, family):
-    process, folder = start(large, tmp_path / "people"), tmp_path / ".people-unfinished"
+    process, folder = start(SCRIPT, tmp_path, large, "people"), tmp_path / ".people-unfinished"
     wait_for(lambda: list(folder.glob("**/*.jpg")) and list(folder.glob("**/photos.sqlite")))
     assert sorted(os.listdir(tmp_path)) == [".people-unfinished", "Test.photoslibrary"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
@@ -806,21 +707,22 @@ def test_what_is_unfinished_is_private_and_ctrl_c_removes_it(tmp_path, large, fa
     assert process.poll() is None and list(folder.glob("**/*.jpg"))
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and b"Traceback" not in errors
+    assert process.returncode == 130 and "Traceback" not in errors
     assert os.listdir(tmp_path) == ["Test.photoslibrary"]
 
 
-@pytest.mark.parametrize("content", ["folder", "file", "link"])
-def test_what_is_not_from_here_is_never_removed(tmp_path, family, content):
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_not_from_here_is_never_removed(tmp_path, family, kind):
     mine, way = tmp_path / "mine", tmp_path / ".people-unfinished"
-    (mine / "work").mkdir(parents=True)
-    (mine / "work" / "precious").write_text("kept")
-    if content == "file":
+    mine.mkdir()
+    (mine / "precious").write_text("kept")
+    (mine / collect_apple_photos.LOCK).touch()
+    if kind == "file":
         way.write_text("kept")
-    elif content == "link":
+    elif kind == "link":
         way.symlink_to(mine)
-        (mine / collect_apple_photos.LOCK).touch()
     else:
+        (mine / collect_apple_photos.LOCK).unlink()
         mine.rename(way)
     before = state_of(tmp_path)
     _, errors = collect(family, tmp_path / "people", code=1)
@@ -843,16 +745,13 @@ def test_what_a_killed_run_left_is_removed(tmp_path, family, left):
 # ---------------------------------------------------------------- real libraries
 
 
-def names_of_real_libraries():
-    return [path.name.removesuffix(".tar.xz") for path in sorted(REAL.glob("*.tar.xz"))]
-
-
 @pytest.mark.slow
 @pytest.mark.needs_shared
-@pytest.mark.parametrize("name", names_of_real_libraries())
+@pytest.mark.parametrize("name", sorted(path.name for path in REAL.glob("*.tar.xz")))
 def test_every_face_of_a_real_library(tmp_path, name):
-    with tarfile.open(REAL / f"{name}.tar.xz") as archive:
+    with tarfile.open(REAL / name) as archive:
         archive.extractall(tmp_path, filter="data")
+    name = name.removesuffix(".tar.xz")
     library, before = tmp_path / name, state_of(tmp_path / name)
     lines, errors = collect(library, tmp_path / "people")
     truth = json.loads((REAL / "truth.json").read_text())["libraries"][name]

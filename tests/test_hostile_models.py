@@ -40,12 +40,10 @@ def good(tmp_path_factory):
 
 @pytest.fixture
 def trio(good, tmp_path):
-    """Return a folder with a copy of the good trio, to spoil."""
     return shutil.copytree(good[0], tmp_path / "trio")
 
 
 def text(name, content):
-    """A file holds something else."""
     return lambda folder: (folder / name).write_bytes(content)
 
 
@@ -60,8 +58,6 @@ def rewrite(change):
 
 
 def replace(place=f"{LAST}/kernel", **dataset):
-    """An array becomes another dataset."""
-
     def change(weights):
         del weights[place]
         weights.create_dataset(place, **dataset)
@@ -90,18 +86,11 @@ def sign(folder):
 
 
 def attribute(**values):
-    """What travels with the model says something else."""
-
     def change(weights):
         attributes = weights.parent.attrs
         attributes["kit"] = json.dumps(json.loads(attributes["kit"]) | values)
 
     return rewrite(change)
-
-
-def set_attribute(value, **more):
-    """What travels with the model is something else."""
-    return rewrite(lambda weights: weights.parent.attrs.create("kit", value, **more))
 
 
 def labels(value):
@@ -149,36 +138,6 @@ def packed_bias(**options):
         bias.id.write_direct_chunk((0,), packed_zeros())
 
     return rewrite(change)
-
-
-def linked(folder):
-    """Make the model a link to one elsewhere."""
-    (folder / "m.h5").rename(folder / "elsewhere.h5")
-    (folder / "m.h5").symlink_to(folder / "elsewhere.h5")
-
-
-def linked_weights(folder):
-    """Keep all weights in another file, which a link names."""
-    shutil.copy(folder / "m.h5", folder / "elsewhere.h5")
-    with h5py.File(folder / "m.h5", "a") as file:
-        del file["model_weights"]
-        file["model_weights"] = h5py.ExternalLink("elsewhere.h5", "/model_weights")
-
-
-def one_text(folder):
-    """List 450 layers whose names are one and the same text of 20 MB: 9 GB where they are read."""
-    with h5py.File(folder / "m.h5", "a") as file:
-        del file["model_weights"].attrs["layer_names"]
-        names = ["x" * 20_000_000] + ["y" * 7] * 449
-        file["model_weights"].attrs.create("layer_names", names, dtype=h5py.string_dtype())
-    data = bytearray((folder / "m.h5").read_bytes())
-    size, other = struct.pack("<I", 20_000_000), struct.pack("<I", 7)
-    start = data.index(size)
-    while data[start + 16 : start + 20] != other:  # elsewhere these bytes mean something else
-        start = data.index(size, start + 1)
-    reference = data[start : start + 16]  # size, place, number
-    data[start : start + 450 * 16] = reference * 450
-    (folder / "m.h5").write_bytes(data)
 
 
 def endless_text(folder):
@@ -268,19 +227,17 @@ REFUSED = {
     "external storage": rewrite(external),
     "virtual dataset": rewrite(virtual),
     "a layer less": rewrite(lambda w: w.pop(next(name for name in w if "conv2d" in name))),
-    "weights linked away": linked_weights,
     "no attribute": rewrite(lambda w: w.parent.attrs.pop("kit")),
-    "attribute no json": set_attribute("{"),
-    "attribute a long text": set_attribute("x" * 30_000_000),
-    "attribute of many texts": set_attribute(["{}"] * 1000),
-    "one text for all names": one_text,
+    "attribute no json": rewrite(lambda w: w.parent.attrs.create("kit", "{")),
+    "attribute a long text": rewrite(lambda w: w.parent.attrs.create("kit", "x" * 30_000_000)),
+    "attribute of many texts": rewrite(lambda w: w.parent.attrs.create("kit", ["{}"] * 1000)),
     "a text that never ends": endless_text,
     "gaps without end": endless_gaps,
     "threshold a text": attribute(threshold="high"),
     "threshold not finite": attribute(threshold=float("nan")),
     "image size 1e9": attribute(image_size=10**9),
     "round with escapes": attribute(round="\x1b[2J"),
-    "a link": linked,
+    "a link": lambda f: (f / "m.h5").symlink_to((f / "m.h5").rename(f / "elsewhere.h5")),
     "missing labels": lambda f: (f / "m-labels.json").unlink(),
     "a folder": lambda f: (f / "m.h5").unlink() or (f / "m.h5").mkdir(),
     "a named pipe": lambda f: (f / "m.json").unlink() or os.mkfifo(f / "m.json"),
@@ -322,7 +279,6 @@ def test_a_model_that_names_code_is_used_without_it(trio):
 
 
 WORST = "deep json,sparse h5,32 GiB bomb,bomb in a piece,attribute a long text"
-WORST += ",one text for all names"
 MEASURE = """
 import resource, sys
 import tiny_network, train, utils
@@ -349,7 +305,7 @@ def test_the_worst_take_little_memory(good, tmp_path):
     done = run_process("-c", tmp_path, program, **environment)
     ends = [tuple(map(int, line.split())) for line in done.stdout.splitlines() if line[:1] in "01"]
     assert [code for code, _ in ends] == [0] + [1] * len(names), done.stderr
-    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 6
+    assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 5
     assert ends[-1][1] - ends[0][1] < 300_000  # kB more than a good model
 
 

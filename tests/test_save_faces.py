@@ -6,8 +6,6 @@ import shlex
 import shutil
 
 import cv2
-import pytest
-import sample_faces
 from conftest import ROOT, cut_square, rows, run_process
 from PIL import Image, ImageFilter
 from test_webcam import difference, make_film, read_film
@@ -18,14 +16,10 @@ def crops(folder):
 
 
 def check_crop(path):
-    """Assert that a file is a square JPEG of quality 95, not subsampled, without metadata."""
+    """Assert that a file is a square JPEG that is not subsampled, without metadata."""
     image = Image.open(path)
     assert image.format == "JPEG" and image.width == image.height and not image.getexif()
     assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
-    reference = path.with_suffix(".jpeg")
-    image.save(reference, quality=95, subsampling=0)
-    assert image.quantization == Image.open(reference).quantization
-    reference.unlink()
 
 
 def test_no_network_is_loaded_without_a_model(tmp_path, film):
@@ -158,25 +152,3 @@ def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, tag_here, drawn_model):
         same += row["label"] == first["label"]
         assert abs(float(row["probability"]) - float(first["probability"])) <= 0.05
     assert same >= 0.95 * len(again)
-
-
-@pytest.mark.long
-def test_a_stranger_is_learned_from_the_crops_that_were_unknown(tmp_path, drawn_model):
-    people = tmp_path / "people"
-    shutil.copytree(drawn_model / "people", people, ignore=shutil.ignore_patterns("Ben"))
-    (people / "Eva").rename(people / "unknown")
-    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation"
-    train = ROOT / "train.py", tmp_path, "people", "model", *recipe.split()
-    tag = ROOT / "webcam.py", tmp_path, "model", "--no-display", "--source"
-    assert run_process(*train).returncode == 0
-    for seed in (1, 2, 3):
-        film = tmp_path / f"{seed}.mp4"
-        sample_faces.draw_clip(film, (1,), seed=seed)  # Ben, who is no class yet
-        run_process(*tag, film, "--save-faces", "new", "--threshold", 0.99)
-    (people / "Ben").mkdir()
-    for run in (tmp_path / "new" / "unknown").iterdir():
-        run.rename(people / "Ben" / run.name)
-    assert run_process(*train).returncode == 0
-    sample_faces.draw_clip(tmp_path / "later.mp4", (1,), seed=9)
-    labels = [row["label"] for row in rows(run_process(*tag, "later.mp4").stdout)]
-    assert labels.count("Ben") > 0.5 * len(labels), sorted(set(labels))

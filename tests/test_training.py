@@ -4,11 +4,9 @@ import csv
 import itertools
 import json
 import re
-import shutil
 import timeit
 from types import SimpleNamespace
 
-import h5py
 import numpy as np
 import pytest
 import tiny_network
@@ -32,18 +30,11 @@ def read_table(path):
         return list(csv.DictReader(file))
 
 
-def metadata(prefix):
-    """Return what travels with a model."""
-    with h5py.File(f"{prefix}.h5") as file:
-        return json.loads(file.attrs[model.METADATA_ATTRIBUTE])
-
-
-SHARE, NUMBER = r"\d\.\d{4}", r"\d+\.\d+"
 LINES = (
-    r"round 0: validation accuracy {share} \(\d+/9\)",
-    r"round 0 epoch 1: loss {n}, accuracy {n}, val_loss {n}, val_accuracy {n}, \d+ s",
-    r"best: round \d, validation accuracy {share} \(\d/9\), 95% interval {share} to {share}",
-    r"strangers: threshold 0\.\d{{3}}: \d\.\d\d of friends correct, \d\.\d\d of strangers unknown",
+    "round 0: validation accuracy N (N/9)",
+    "round 0 epoch 1: loss N, accuracy N, val_loss N, val_accuracy N, N s",
+    "best: round N, validation accuracy N (N/9), 95% interval N to N",
+    "strangers: threshold N: N of friends correct, N of strangers unknown",
 )
 
 
@@ -51,9 +42,9 @@ def test_the_lines_that_programs_read(scratch_run):
     _, done = scratch_run
     lines = done.stdout.splitlines()
     assert lines[0] == "images: 34 train, 9 validation, 3 classes, 0 skipped"
-    for pattern in LINES:
-        whole = pattern.format(share=SHARE, n=NUMBER)
-        assert any(re.fullmatch(whole, line) for line in lines), whole
+    for line in LINES:
+        pattern = re.escape(line).replace("N", r"\d+(\.\d+)?")
+        assert any(re.fullmatch(pattern, printed) for printed in lines), line
     assert [line.partition(":")[0] for line in lines[-2:]] == ["best", "strangers"]
     assert accuracy_counts(done.stdout, "round 0") == accuracy_counts(done.stdout, "best")
     assert "oneDNN" not in done.stderr and "WARNING" not in done.stderr
@@ -76,7 +67,7 @@ def test_the_files(scratch_run):
     history = read_table(folder / "model-history.csv")
     epochs = [(row["round"], row["epoch"], bool(row["plain_accuracy"])) for row in history]
     assert epochs == [("0", "1", False), ("0", "2", True)]
-    info = metadata(folder / "model")
+    info = model.read_info(folder / "model")
     expected = {"labels": ["grün", "red", "unknown"], "image_size": 75, "seed": 1337}
     assert info | expected | {"weights": "none"} == info
     assert 0 <= info["threshold"] <= 1 and len(info["interval"]) == 2
@@ -227,13 +218,6 @@ def test_a_kept_cache_saves_the_frozen_pass(tuned, tiny):
     (folder / "data" / "a" / "new.png").unlink()
 
 
-def test_views_are_made_and_cached_as_asked(tiny, tmp_path, small, tiny_weights):
-    words = [small, "m", *TINY, "--weights", tiny_weights, "--views", 3, "--cache-dir", "kept"]
-    assert train_here(tmp_path, *words).returncode == 0
-    views = {path.stem.rpartition("-")[2] for path in tmp_path.glob("kept/*.features")}
-    assert views == {"0", "1", "2", "3", "1000000"}  # the last is that of validation
-
-
 @pytest.mark.slow
 def test_a_gpu_does_what_the_cores_do(tiny, tmp_path, small, tiny_weights, monkeypatch):
     """Views are made on it then, in larger batches."""
@@ -288,28 +272,11 @@ def test_bfloat16_is_taken_where_it_is_faster_and_works(monkeypatch):
     assert features.fastest_format(args) == "float32"
 
 
-def test_features_too_large_for_the_cache_are_told(tiny, tmp_path, small, tiny_weights):
-    large = shutil.copy(tiny_weights, tmp_path / "large.weights.h5")
-    with h5py.File(large, "a") as file:
-        for layer in file["layers"].values():
-            if "vars/0" in layer and layer["vars/0"].ndim == 1:  # beta, of a normalisation
-                layer["vars/0"][...] = 1e6
-    done = train_here(tmp_path, small, "m", *TINY, "--weights", large)
-    assert "too large for 16 bits: use --float32" in error_line(done)
-
-
 def test_a_cache_that_is_too_small_is_told_before_the_work(tiny, tmp_path, small, tiny_weights):
     words = [small, "m", *TINY, "--weights", tiny_weights, "--cache-gb", "0.000001"]
     done = train_here(tmp_path, *words)
     assert re.search(r"--cache-gb 1e-06.*needs .* GB.*--cache-dir", error_line(done))
     assert "round 0" not in done.stdout
-
-
-def test_a_strangers_picture_of_the_name_is_not_overwritten(tmp_path, small):
-    Image.new("RGB", (10, 10)).save(tmp_path / "001.png")
-    done = train_here(tmp_path, small, "model", *TINY)
-    assert error_line(done).startswith("error: 001.png: not a picture of this")
-    assert list(tmp_path.glob("model*")) == []
 
 
 @pytest.mark.slow

@@ -96,13 +96,11 @@ def difference(one, other):
 
 @pytest.fixture(scope="session")
 def frames(film):
-    """The fifty frames of the drawn film."""
     return read_film(film)
 
 
 @pytest.fixture(scope="session")
 def two(frames):
-    """A picture of two people."""
     return Image.fromarray(frames[0][..., ::-1])
 
 
@@ -710,7 +708,6 @@ def test_a_device_is_a_camera_and_an_address_without_a_host_is_here():
 
 @pytest.fixture
 def screen():
-    """Start a virtual screen; returns its name."""
     if not (shutil.which("Xvfb") and shutil.which("xdotool")):
         pytest.skip("needs Xvfb, xdotool")
     read, write = os.pipe()
