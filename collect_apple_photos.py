@@ -39,14 +39,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import imaging
-import utils  # first: it says which Python and packages are needed
-
-# isort: split
-from PIL import Image
+import utils
 
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours; locked while in use
-# Other endings are films, or RAW files of which Pillow would give a preview.
-ENDINGS = {end for end, name in Image.registered_extensions().items() if name in imaging.FORMATS}
 # Where Photos 5 to 11 keep pictures: own originals, those of shared albums (until Photos 7, since
 # Photos 8), those shared with you;
 ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
@@ -147,7 +142,7 @@ def columns(db, table):
 def add_missing(db, table, names):
     """Add the columns that this version of Photos lacks to a table, with NULL in all rows.
 
-    The databases are copies, so one query does for all versions.
+    The databases are copies, so one query does for all versions. A misspelt name is added, too.
     """
     for name in set(names.split()) - columns(db, table):
         db.execute(f"ALTER TABLE {table} ADD COLUMN {name}")
@@ -176,7 +171,7 @@ def index_by_name(folders, pattern, place):
     found = collections.defaultdict(list)
     for folder in folders:
         for path in sorted(folder.rglob(pattern)):
-            if path.suffix.lower() in ENDINGS:
+            if path.suffix.lower() in imaging.PICTURE_ENDINGS:
                 found[path.stem.split("_")[place]].append(path)
     return found
 
@@ -300,20 +295,28 @@ def faces_query(db, include_hidden):
 
 
 def make_face(row, person, pictures, derivatives, thumbnail):
-    """Return the Face of a database's row; what should be a number and is none becomes NaN.
+    """Return the Face of a database's row. A value that should be a number and is not becomes NaN.
 
     The columns that each reader's SQL names: asset and uuid; x and y of the box's centre and its
     size, in shares of the picture; width and height of the picture in pixels; is_film; is_spare
     for an unpicked picture of a burst. Whatever else a Face is to know comes in here.
     """
-    stem = re.sub(r"[^a-zA-Z0-9_+%-]", "_", f"{row['asset']}-{row['uuid']}")[:150]
-    numbers = [row[name] for name in ("x", "y", "size", "width", "height")]
-    numbers = [float(value) if isinstance(value, int | float) else math.nan for value in numbers]
+    numbers = {name: row[name] for name in ("x", "y", "size", "width", "height")}
+    for name, value in numbers.items():
+        numbers[name] = float(value) if isinstance(value, int | float) else math.nan
     hidden = "of a person hidden in People" if person[1] else None
     if row["is_spare"]:
         hidden = "of a burst, not picked"
-    paths, is_film = (tuple(pictures), tuple(derivatives)), bool(row["is_film"])
-    return Face(person[0], stem, *paths, thumbnail, is_film, hidden, *numbers)
+    return Face(
+        person=person[0],
+        stem=re.sub(r"[^a-zA-Z0-9_+%-]", "_", f"{row['asset']}-{row['uuid']}")[:150],
+        pictures=tuple(pictures),
+        derivatives=tuple(derivatives),
+        thumbnail=thumbnail,
+        is_film=bool(row["is_film"]),
+        hidden=hidden,
+        **numbers,
+    )
 
 
 def collect(faces, library, dataset, args):
@@ -420,7 +423,8 @@ def open_photo(path, library):
     is_outside = not path.is_relative_to(library)
     if not os.path.isfile(path) or not (is_outside or utils.leads_into(path, library)):
         raise FileNotFoundError(path)
-    if path.suffix.lower() not in ENDINGS:
+    # others are films, or RAW files of which Pillow would give a preview
+    if path.suffix.lower() not in imaging.PICTURE_ENDINGS:
         raise imaging.PictureError("not a kind of picture that can be opened")
     return imaging.read_picture(path)[1]
 
@@ -440,7 +444,8 @@ def read_thumbnail(face, library):
 def save_crop(face, image, context, target, args):
     """Save the square around a face, `context` times as large as its box.
 
-    Returns None, or why not.
+    face: its box in shares of `image`, which may be Photos' own picture of it. Returns None, or why
+    it was not saved.
     """
     width, height = image.size
     side = face.size * max(width, height)

@@ -20,7 +20,8 @@ import utils
 
 CODECS = {".mp4": ("libx264", "yuv420p"), ".avi": ("mjpeg", "yuvj420p")}  # and pixel formats
 STREAM_TIMEOUTS = (10.0, 5.0)  # seconds to open a stream and to read from it
-MAX_FRAME_GAP = 60.0  # seconds that a frame is shown; what is longer is a broken clock
+MAX_FRAME_GAP = 60.0  # seconds that a frame is shown or written; what is longer is a broken clock
+SLOWEST, FASTEST, USUAL = 0.05, 500.0, 25.0  # frames a second; of other rates the usual one is used
 NO_FILMS = re.compile("tty|x?bin|adf|idf|image2|.*_pipe")  # formats of texts and single pictures
 PQ, HLG = 16, 18  # FFmpeg's numbers of the transfer functions of HDR (ITU-R BT.2100)
 
@@ -49,7 +50,7 @@ class Film:
             raise imaging.PictureError("there is no film in it, or none of a known codec")
         stream.thread_type = "SLICE" if live else "AUTO"  # by frames: faster, but later
         rate = float(stream.average_rate or 0)
-        self.rate = rate if 0.05 <= rate <= 500 else 25.0
+        self.rate = rate if SLOWEST <= rate <= FASTEST else USUAL
         self.duration = (self.container.duration or 0) / av.time_base  # seconds; 0: not known
         if self.format == "avi":  # FFmpeg shortens what was cut
             self.duration = max(self.duration, stream.frames / self.rate)
@@ -186,7 +187,8 @@ def write_film(path, rate):
     """Coroutine: takes pairs (PIL image, timestamp), and writes a film that keeps these times.
 
     All pictures get the size of the first. The film appears whole when the coroutine is closed, and
-    also after Ctrl-C. Raises UserError. rate: of an .avi.
+    also after Ctrl-C. Raises UserError. rate: frames a second; the times of an .avi are multiples
+    of its inverse.
     """
     import av
 

@@ -25,7 +25,9 @@ except ImportError as absent:
 
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
-PICTURE_ENDINGS = ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .avif".split()
+PICTURE_ENDINGS = """
+    .jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .hif .avif
+""".split()
 NO_PICTURE = "not a picture of a known format"
 MAX_LINES = 20  # of one kind of warning
 MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
@@ -101,7 +103,7 @@ def open_picture(data):
         return image
 
 
-def is_animated(image, formats=("GIF", "PNG", "WEBP", "AVIF")):
+def is_animated(image, formats):
     """Say whether a PIL image has frames that follow in time, which pages and previews do not.
 
     formats: of those that are looked at. Raises PictureError for broken data.
@@ -263,7 +265,7 @@ def apply_orientation(image):
 
 
 def is_other_shape(a, b):
-    """Say whether two sizes (width, height) have different ratios; one with 0 or nan has not."""
+    """Say whether two sizes (width, height) have different ratios; no if one holds 0 or nan."""
     return abs(a[0] * b[1] - a[1] * b[0]) > SHAPE_TOLERANCE * a[1] * b[0]
 
 

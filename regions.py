@@ -44,7 +44,7 @@ PNG_XMP = re.compile(rb"XML:com\.adobe\.xmp\0(.).[^\0]*\0[^\0]*\0(.*)", re.DOTAL
 
 MAX_XMP, MAX_DEPTH = 2**22, 100  # bytes; elements in each other. Real ones have 20 kB and 12
 MAX_REGIONS = 1000  # of a picture
-UNTOLD = (math.nan, math.nan)  # a size
+NO_SIZE = (math.nan, math.nan)  # a size
 MIN_SIDE = 48  # pixels of a box, as in the collector
 HAAR_BOX = 1.1  # a Haar box of webcam.py is so many times as large as a photo program's
 ORIENTATION = 0x0112  # the EXIF tag
@@ -80,21 +80,12 @@ def read_regions(path, picasa):
 
 
 def read_beside(path):
-    """Return the bytes of a file beside a picture, none if it is absent or too large."""
-    try:
-        if not path.is_file():
-            return b""
-        if path.stat().st_size <= MAX_XMP:
-            return path.read_bytes()
-        warn_refused(path, f"larger than {MAX_XMP:,} bytes")
-    except OSError as error:
-        warn_refused(path, error.strerror or str(error))
+    """Return the first MAX_XMP + 1 bytes of a file beside a picture, none if it cannot be read."""
+    with contextlib.suppress(OSError):
+        if path.is_file():
+            with open(path, "rb") as file:
+                return file.read(MAX_XMP + 1)
     return b""
-
-
-def warn_refused(path, reason):
-    """Warn that names are not read from a file."""
-    utils.warn(f"{utils.escape(path)}: the names in its metadata are not read: {reason}")
 
 
 def embedded_xmp(data, image):
@@ -125,7 +116,8 @@ def parse_xmp(packet, path):
     try:
         return find_regions(parse_xml(packet))
     except (ValueError, SyntaxError, LookupError) as error:  # LookupError: an unknown encoding
-        warn_refused(path, utils.first_line(error))
+        reason = utils.first_line(error)
+        utils.warn(f"{utils.escape(path)}: the names in its metadata are not read: {reason}")
     return []
 
 
@@ -144,7 +136,7 @@ def parse_xml(data):
 
 def find_regions(root):
     """Return the Regions below the root element of an XMP packet."""
-    found, size = [], UNTOLD
+    found, size = [], NO_SIZE
     for node in root.iter(f"{MWG}AppliedToDimensions"):
         size = numbers([field(node, DIMENSIONS + key) for key in "wh"], 2)
     for item in list_items(root, f"{MWG}RegionList"):
@@ -201,7 +193,7 @@ def read_picasa(files):
             corners = struct.unpack(">4H", bytes.fromhex(sides.zfill(16)))
             left, top, right, bottom = (number / 65535 for number in corners)
             box = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-            found[path].append(Region(names.get(person, "").strip(), "face", box, UNTOLD))
+            found[path].append(Region(names.get(person, "").strip(), "face", box, NO_SIZE))
     return found
 
 
@@ -262,13 +254,12 @@ def place(region, orientation, size):
     """Return (box, None) or (None, the reason why there is no face of use).
 
     size: width and height of the upright picture. box: centre x and y, width, height in its pixels.
-    The size for which a box was drawn tells what came later. With the shape of the stored picture
-    the box is turned as EXIF says. With the shape of the upright one some program has turned it
-    already. With any other shape the picture was cropped or turned since, nobody knows how.
+    Programs store the size of the picture in which a box was drawn. If that has the shape of the
+    stored picture, the box is turned as EXIF says; if it has the shape of the upright one, the box
+    is upright already. With any other shape the picture was changed since: the box is of no use.
     """
     if region.kind != "face":
-        kind = region.kind if region.kind in ("pet", "focus", "barcode") else "something else"
-        return None, f"no face but {kind}" if region.kind else "not said to be a face"
+        return None, "not marked as a face (a pet, say)"
     if imaging.is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
         if imaging.is_other_shape(region.drawn_on, size):
             return None, "the picture was cropped or turned after the face was named"
@@ -320,7 +311,7 @@ def save_named_faces(files, out, context):
 
     context: side of a crop in Haar boxes. Prints a table of the names, and why others are left out.
     """
-    files = [path for path in files if path.suffix != ".xmp"]
+    files = [path for path in files if path.suffix.lower() != ".xmp"]
     picasa = read_picasa(files)
     folders, counts, skipped = {"": utils.UNKNOWN}, collections.Counter(), collections.Counter()
     work = utils.ordered_parallel_map(

@@ -40,7 +40,7 @@ LIVE = ("camera", "stream")
 RECONNECT_DELAYS = (1, 2, 4)  # seconds before a lost camera or stream is tried again
 READ_TIMEOUT = 2.0  # seconds for which a camera may give no frame, at its start above all
 CAMERAS = 5  # numbers tried where the wanted camera does not open
-NO_PICTURE = {  # what to do
+CAMERA_ADVICE = {  # what to do where no picture comes
     "camera": "is it connected, used by another program, or forbidden by the privacy settings?",
     "stream": "check address, user and password",
 }
@@ -50,7 +50,7 @@ NO_PICTURE = {  # what to do
 class Frame:
     """One frame of a source, or one picture."""
 
-    index: int  # 0, 1, …; on a camera those that came too fast are left out
+    index: int  # counts what the source gives, not what is handled: intervals in frames rest on it
     timestamp: float  # seconds from the start
     image: np.ndarray  # uint8 RGB (height, width, 3), upright, of square pixels
     path: Path | None = None  # of a picture's file
@@ -61,8 +61,7 @@ class Frame:
         if not context:
             return self.image
         x, y, w, h = box
-        side = min(context * w, imaging.MAX_PIXELS**0.5 - 1)  # so that it can be read again
-        return imaging.crop_square(self.image, x + w / 2, y + h / 2, side)
+        return imaging.crop_square(self.image, x + w / 2, y + h / 2, context * w)
 
     def encode_crop(self, box, context):
         """Return the crop as the bytes of a JPEG file; of a whole picture its own file."""
@@ -134,12 +133,10 @@ def is_film(path):
     reason = "no such file"
     try:
         if path.is_file():
-            data, image = imaging.read_picture(path)
-            if image.format == "JPEG":  # several in a row are a film, raw MJPEG
-                seam = b"\xff\xd9\xff\xd8\xff"
-                last = data[data.rfind(seam) + 2 :]  # of a photo it is a map of depths, say
-                return data.count(seam) > 1 and imaging.open_picture(last).size == image.size
-            return image.format in ("GIF", "PNG") and imaging.is_animated(image)
+            if path.suffix.lower() in FILM_ENDINGS:  # as in a folder
+                return True
+            _, image = imaging.read_picture(path)
+            return imaging.is_animated(image, ("GIF", "PNG"))
     except imaging.RefusedError as error:  # FFmpeg would read some of these
         reason = error
     except imaging.PictureError:
@@ -156,8 +153,6 @@ def load_picture(path):
     """Read a picture in full, upright. Returns its Frame; the PictureError if it is broken."""
     try:
         _, image = imaging.read_picture(path)
-        if imaging.is_animated(image):
-            utils.warn(f"{utils.escape(path)}: only the first of its frames is used")
         return Frame(0, 0.0, np.asarray(imaging.upright(image)), path)
     except imaging.PictureError as error:
         return error
@@ -170,7 +165,7 @@ class PlaybackClock:
         self.due, self.previous = time.monotonic(), 0.0
 
     def seconds_until(self, timestamp):
-        """Return the seconds until the next frame, of this timestamp, is due."""
+        """Return the seconds until the frame of this timestamp is due."""
         now = time.monotonic()
         self.due = max(now, self.due + min(timestamp - self.previous, films.MAX_FRAME_GAP))
         self.previous = timestamp
@@ -199,7 +194,7 @@ def live_frames(source, stop, opened=None):
             return
         if not index:
             others = other_cameras(source.name) if source.kind == "camera" else ""
-            problem = f"no picture comes from it{others}: {NO_PICTURE[source.kind]}"
+            problem = f"no picture comes from it{others}: {CAMERA_ADVICE[source.kind]}"
         elif tries == len(RECONNECT_DELAYS):
             problem = f"lost, and {tries} tries did not bring it back: check it"
         else:

@@ -14,7 +14,9 @@ MIN_NEIGHBORS_KEEP = 2  # and that keep it going
 SCAN_EVERY = 10  # frames between searches of the whole picture while a face is followed
 FEW_TRACKS = 6  # with more, searching near each costs more than searching the whole picture
 DETECT_FACE = 60  # pixels that the smallest face looked for has in the picture that is searched
-MIN_IOU = 0.25  # intersection over union from which on two boxes are one face
+# Intersection over union from which on two boxes are one face: a face that moves by more than about
+# half its width from one frame to the next begins a new track, however long the gap between them.
+MIN_IOU = 0.25
 SMOOTHING_IOU = 0.75  # above it a face hardly moves: its box is averaged, so that it does not jump
 MAX_MISSED = 0.3  # seconds that a face may be hidden before its track ends
 MAX_MISSED_ONCE = 0.6  # the same if that was in one frame only: on slow machines these are rare
@@ -38,7 +40,7 @@ class Track:
     probability: float = float("nan")  # of that class
     kept_at: float = -(10.0**9)  # timestamp of the crop kept last
     kept: tuple = ()  # and its thumbnail and box
-    reported: tuple = ()  # label and probability that --events told
+    reported: tuple = ()  # label and probability that --events printed last
 
 
 # ---------------------------------------------------------------- frames → boxes
@@ -144,7 +146,7 @@ class Tracker:
         return self.tracks
 
     def detect(self, frame):
-        """Find faces: now all over the picture, now only near the tracks."""
+        """Find faces: in the whole picture now and then, else only near the tracks."""
         if self.whole:
             return [((0, 0, *self.size), MIN_NEIGHBORS_START)]
         grey, scale = shrink(frame.image, self.smallest)

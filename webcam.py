@@ -60,10 +60,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 # ---------------------------------------------------------------- settings
 
-CLASSIFY_EVERY = 8  # frames between two classifications of a track
+CLASSIFY_EVERY = 8  # frames of the source between two classifications of a track
 AVERAGE_WINDOW = 5  # classifications in the running mean
 MAX_BATCH = 8  # faces classified at once
-AGREEING = 3  # classifications with one label before --events reports somebody
+AGREEING = 3  # classifications with one label before --events reports somebody: 0.64 s of a film
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -89,7 +89,7 @@ def parse_arguments(argv=None):
         "set. Keys: q or Esc ends, s saves a snapshot, space pauses.",
         epilog="example: python webcam.py model --source party.mp4 --output tagged.mp4",
     )
-    option = parser.add_argument
+    option = parser.add_argument  # each option stands in README.md too, and its help has a default
     option("model", nargs="?",
            help="prefix of a trained model (default: none, with --save-faces only)")  # fmt: skip
     option("--source", default="0", metavar="S", help="camera number, film, stream address, "
@@ -162,7 +162,7 @@ def check_output(option, path, source):
         if path.is_file() or (is_named_so and not path.is_dir()):
             problem = "is a file, or named like one: give a folder"
     elif path.suffix.lower() not in endings:
-        problem = f"cannot hold what a {kind} gives: give a name with {' or '.join(endings)}"
+        problem = f"wrong ending for a {kind}: give a name with {' or '.join(endings)}"
     elif path.is_dir() or not path.parent.is_dir():
         problem = "is a folder, or lies in none: choose another place"
     if problem:
@@ -222,7 +222,11 @@ class Labeller:
 
 
 def assign_labels(tracks, labels, threshold):
-    """Label tracks: `unknown` below the threshold, or with a surer one's name; 0: everybody."""
+    """Give each track a label: its best class, or `unknown`.
+
+    It is unknown below the threshold, or if a more probable track has the same class; never with a
+    threshold of 0.
+    """
     taken = set()
     for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
@@ -246,12 +250,12 @@ class Tagger:
         self.labels = collections.Counter()  # of photos
         self.crops = collections.Counter(saved=0)
         self.times = collections.defaultdict(lambda: collections.deque(maxlen=10**5))
-        # (grey frame, its scale, smallest face looked for) of a few: were there smaller faces?
+        # (grey frame, its scale, smallest face looked for): searched again if nothing was tagged
         self.samples = collections.deque(maxlen=4)
 
     @contextlib.contextmanager
     def session(self, path=None):
-        """Follow, while the block runs, a film or picture of this path, or the camera or stream."""
+        """While the block runs, `handle` is about this film or picture, or the camera or stream."""
         self.tracker = tracker.Tracker(not self.args.context, self.args.min_face)
         self.file = self.source.shown(path) if path else ""
         self.run = run_name(self.source, path)
@@ -260,7 +264,7 @@ class Tagger:
             yield
 
     def handle(self, frame):
-        """Find, label, print and save the faces of a Frame. The first one has the model loaded."""
+        """Find, label, print and save the faces of a Frame. The first call loads the model."""
         self.labeller.load()
         start, counts = time.perf_counter(), self.counts
         self.begun = self.begun or start
@@ -285,8 +289,9 @@ class Tagger:
             self.labels.update(track.label or "faces" for track in tracks)
 
     def keep_sample(self, frame):
-        """Keep photos and frames 0, 1, 2, 4… until a face is found: smaller ones may be in them."""
-        if not self.counts["tagged"] and frame.index & (frame.index - 1) == 0:
+        """Keep the 1st, 2nd, 4th, 8th… frame until a face is found: smaller ones may be in them."""
+        count = self.counts["frames"] + self.counts["photos"] + 1
+        if not self.counts["tagged"] and count & (count - 1) == 0:
             sample = tracker.shrink(frame.image, frame.image.shape[0] / 20)
             self.samples.append((*sample, self.tracker.smallest))
 
@@ -378,11 +383,10 @@ def save_crops(tagger, frame, tracks):
     if frame.path and not args.model and len(tracks) != 1:
         tagger.crops["with several faces" if tracks else "without a face"] += 1
         return
-    keep_all = frame.path and (args.model or not args.context)
     for track in tracks:
         due = frame.timestamp - track.kept_at >= 1 / KEPT_A_SECOND - 1e-6
         if due and track.seen == frame.timestamp:
-            verdict = "saved" if keep_all else judge_crop(frame, track, args.context)
+            verdict = "saved" if frame.path else judge_crop(frame, track, args.context)
             tagger.crops[verdict] += 1
             if verdict == "saved":
                 track.kept_at = frame.timestamp
@@ -505,7 +509,7 @@ class Viewer:
         self.latest = collections.deque(maxlen=30)  # times of the last ones
 
     def show(self, frame, left=0.0):
-        """Show and write a Frame; left: seconds until the next."""
+        """Show and write a Frame; left: seconds until it is due."""
         self.latest.append(time.perf_counter())
         self.first = self.first or self.latest[0]
         self.count += 1
@@ -544,10 +548,7 @@ class Viewer:
         cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
 
     def wait(self, seconds):
-        """Let the window live, for so long and while it is paused, and obey the keys.
-
-        A new key is one more `if` here.
-        """
+        """Let the window live, for so long and while it is paused, and obey the keys."""
         if not self.image:
             time.sleep(seconds)
             return
@@ -616,7 +617,7 @@ def write_picture(path, image, _=0.0):
 def open_output(path, rate):
     """Give a function that writes a PIL image of a timestamp to a picture or film, None to none.
 
-    rate: of an .avi.
+    rate: frames a second; the times of an .avi are multiples of its inverse.
     """
     if not path or path.suffix.lower() in PICTURES:
         yield path and functools.partial(write_picture, path)
@@ -637,7 +638,7 @@ def tag_files(source, tagger, viewer):
     def load(path):  # pictures are read ahead; films are read where their turn comes
         return None if path in source.films else sources.load_picture(path)
 
-    pictures = utils.ordered_parallel_map(load, source.files, min(4, utils.cores()))
+    pictures = utils.ordered_parallel_map(load, source.files, imaging.THREADS)
     if source.kind == "folder":
         pictures = utils.progress(pictures, len(source.files), "files")
     skipped = collections.defaultdict(list)
@@ -657,9 +658,9 @@ def tag_files(source, tagger, viewer):
 
 
 def tag_file(path, picture, tagger, viewer):
-    """Handle a picture, a Frame, or a film, frame by frame, so that two runs print the same lines.
+    """Handle a picture, or a film frame by frame.
 
-    Raises PictureError, the one that is given as a picture.
+    picture: its Frame, or the PictureError that reading it gave, which is raised here.
     """
     if isinstance(picture, imaging.PictureError):
         raise picture
@@ -803,8 +804,8 @@ def main():
 
         return regions.save_named_faces(source.files, args.save_faces, args.context)
     tagger = Tagger(args, source)
-    # These two load it with their first frame. Elsewhere threads read ahead, and what they warn of
-    # would be lost while libraries are silenced.
+    # A camera and a film load the model with their first frame. Elsewhere threads read ahead: what
+    # they warn of would be lost, since loading silences stderr.
     if source.kind not in ("camera", "film"):
         tagger.labeller.load()
     viewer = Viewer(tagger)

@@ -92,7 +92,7 @@ def test_one_face_told_by_several_programs_is_one_under_the_first_name(tmp_path)
     xmp = packet(body + tagged_photos.windows(pet, SIZE))
     path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [], xmp=xmp)
     (tmp_path / ".picasa.ini").write_text(tagged_photos.picasa(moved, "A.JPG"))
-    assert found_in(path).keys() == {"Ann", "Cleo", "no face but pet"}
+    assert found_in(path).keys() == {"Ann", "Cleo", "not marked as a face (a pet, say)"}
 
 
 BODY = tagged_photos.lightroom([("Eve", (0.5, 0.5, 0.5, 0.5))], SIZE)
@@ -134,7 +134,7 @@ def test_numbers_that_make_no_sense(tmp_path, box):
 
 def test_a_gigabyte_of_xmp(tmp_path, capsys):
     path = tag_photo(tmp_path / "a.jpg", texture(1, SIZE), [("Ann", ANN)])
-    (tmp_path / "a.xmp").touch()
+    (tmp_path / "a.xmp").write_text("Region")
     os.truncate(tmp_path / "a.xmp", 2**30)  # takes no space
     assert found_in(path).keys() == {"Ann"}
     assert "a.xmp: the names in its metadata are not read: larger" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_named_faces_become_a_training_set(tmp_path, album):
         "     3  José",
         "     1  unknown (2)",
         "     1  unknown",
-        "1 skipped: no face but pet",
+        "1 skipped: not marked as a face (a pet, say)",
         "1 skipped: smaller than 48 pixels",
         done.stdout.splitlines()[-2],
         "10 faces: 6 named (3 persons), 1 unknown, 3 skipped",
