@@ -82,7 +82,7 @@ def find_parts(data_dir):
 
 
 def list_folders(folder):
-    """Return the folders in a folder that people mean."""
+    """Return the folders in a folder, but for hidden ones and those that systems leave behind."""
     return [p for p in folder.iterdir() if os.path.isdir(p) and not utils.is_ignored(p.name)]
 
 
@@ -234,9 +234,9 @@ def normalise_rows(rows):
 def group_pictures(pictures, data_dir, by_folder, depth=1):
     """Return (sets of indices that stay together, pairs under two classes, number of near copies).
 
-    Together stay equal bytes, near copies within a class and, with by_folder, one folder. depth: of
-    the class folders. Where near copies tie all folders of a class together, so that it could not
-    be tested, its folders alone decide, with a warning.
+    Equal bytes stay together, near copies within a class and, with by_folder, the files of one
+    folder. depth: of the class folders. Where near copies tie all folders of a class together, so
+    that it could not be tested, its folders alone decide, with a warning.
     """
     keys = [[picture.digest] for picture in pictures]
     for picture, own in zip(pictures, keys):
@@ -276,12 +276,9 @@ def merge(keys, pairs):
 
 
 def tied_classes(pictures, groups):
-    """Return the classes that cannot be tested: each of their groups has most of the class."""
-    sizes, testable = Counter(picture.label for picture in pictures), set()
-    for group in groups:
-        members = Counter(pictures[i].label for i in group)
-        testable |= {label for label, count in members.items() if 2 * count <= sizes[label]}
-    return set(sizes) - testable
+    """Return the classes that cannot be tested: all of their pictures are in one group."""
+    numbers = Counter(label for group in groups for label in {pictures[i].label for i in group})
+    return {label for label, number in numbers.items() if number == 1}
 
 
 def warn_about_copies(pictures, copies):
@@ -499,24 +496,19 @@ def file_name(args, data, index):
 # ---------------------------------------------------------------- arrays on disk
 
 
-def cache_folder(args):
-    """Return where the cache lies: in --cache-dir, else beside the model."""
-    return args.cache_dir or Path(args.model).parent
-
-
 def temporary_array(args, shape, dtype):
     """Open an array in a file without a name, which vanishes with the process, kills included.
 
     It is written by ordinary writes, and read through a memory map.
     """
-    file = tempfile.TemporaryFile(dir=cache_folder(args), buffering=0)
-    return map_array(file, shape, dtype)
+    folder = args.cache_dir or Path(args.model).parent
+    return map_array(tempfile.TemporaryFile(dir=folder, buffering=0), shape, dtype)
 
 
 def map_array(file, shape, dtype):
     """Return the DiskArray in an open file, which takes no space before it is written."""
     file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return DiskArray(file, np.memmap(file, dtype, "r", shape=tuple(shape)))
+    return DiskArray(file, np.memmap(file, dtype, "r", shape=shape))
 
 
 def write_rows(array, rows, values):

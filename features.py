@@ -16,21 +16,24 @@ import model
 import processes
 import utils
 
+# A new kind of change takes fields here, neutral ones in LIGHT; random numbers, after the others,
+# and columns in augmentation_parameters; and code in both augment (on the cores) and
+# build_augmentation (on a GPU). Kept caches and --resume see the fields in view_settings.
+# rotation: degrees; shift: share of the side; zoom: factors; colour: of 255
 Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
-# degrees, share of the side, factor, of 255
 HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)
 LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
 
 UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
 VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
-# Of the parameters of an augmentation; and how many there are, and chances that they come from.
+# Columns of augmentation_parameters; how many there are, and how many random numbers they need.
 MATRIX, COLOUR = slice(0, 6), slice(6, 9)
 PARAMETERS, CHANCES = 9, 9
 
 MAX_GRID_PICTURES = 3_000  # that train: with more, levels are read without cells and mirror images
 INFERENCE_BATCH = 16  # pictures; 64 is no faster on a CPU, and wastes more of a last batch
 DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
-CACHE_VERSION = 5  # raise it when the same settings begin to give other features
+CACHE_VERSION = 5  # raise it when code alone, not a setting, makes other features or views
 WORTH_ROUNDING = 1.3  # bfloat16 has to be this much faster to be worth its rounding
 DOWNLOAD_SECONDS = 15
 
@@ -126,7 +129,7 @@ def fastest_format(args):
         for trial in trials:
             trial()  # the first call builds
         times = [[timeit.timeit(trial, number=1) for trial in trials] for _ in range(5)]
-    except Exception:  # what a library raises for want of an instruction is its own affair
+    except Exception:  # libraries differ in what they raise if the processor lacks it
         return "float32"
     exact, rounded = np.median(times, axis=0)
     return "mixed_bfloat16" if exact / rounded >= WORTH_ROUNDING else "float32"
@@ -160,17 +163,16 @@ def build_networks(args, path, data, recipe, number_format):
     base = model.build_network(class_count, side, has_grids)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)
-    cut = model.cut_name(args.unfreeze) if path is not None else None
+    cut = model.BASE.blocks[-1 - args.unfreeze] if path is not None else None  # last frozen layer
     scope = contextlib.nullcontext
     if len(devices) > 1:
         scope = keras.distribution.DataParallel(auto_shard_dataset=False).scope
-    has_map = cut is not None and bool(recipe["rounds"])
-    exact = model.frozen_part(base, cut if has_map else None)
-    fast, rounded = exact, base
+    mapped = cut if recipe["rounds"] else None  # the layer whose feature map is kept
+    exact = fast = model.frozen_part(base, mapped)
     if number_format != "float32":
         rounded = model.build_network(class_count, side, has_grids, number_format)
         rounded.set_weights(base.get_weights())
-        fast = model.frozen_part(rounded, cut if has_map else None)
+        fast = model.frozen_part(rounded, mapped)
     settings = Settings(
         cut=cut,
         levels=model.list_levels(base),
@@ -193,8 +195,8 @@ def augmentation_parameters(args, side, digests, view):
     """Return how one view of pictures with these digests differs from them: (n, PARAMETERS).
 
     MATRIX: from a view's coordinates (x, y, 1) in pixels to those of its picture, row by row;
-    COLOUR: what is added to R, G and B, of 255. Chance is a hash of (seed, view, picture) alone.
-    Draw new chances last, so that the others stay; view_settings tells versions apart.
+    COLOUR: what is added to R, G and B, of 255. The random numbers are a hash of (seed, view,
+    picture), of which a longer one begins like a shorter one.
     """
     parameters = np.zeros((len(digests), PARAMETERS))
     if view in (UNAUGMENTED, MIRRORED):
@@ -221,7 +223,7 @@ def augmentation_parameters(args, side, digests, view):
 
 
 def view_settings(args):
-    """Return all that views are made of, plain data: what the cache and --resume compare."""
+    """Return the settings that views are made with, plain data for the cache and --resume."""
     kind = HEAVY if args.heavy_augmentation else LIGHT
     return [CACHE_VERSION, args.seed, *kind]
 
@@ -229,8 +231,7 @@ def view_settings(args):
 def augment(picture, parameters):
     """Return a turned, shifted, zoomed, tinted and maybe flipped copy of uint8 (side, side, 3).
 
-    parameters: a row of `augmentation_parameters`. A new kind of change belongs into
-    `build_augmentation`, too, which does the same on a GPU.
+    parameters: a row of `augmentation_parameters`.
     """
     import cv2
 
@@ -279,7 +280,7 @@ def list_views(run, round_number):
     next to nothing, fresh ones each round.
     """
     recipe = run.recipe
-    last = recipe["views"] + (round_number - 1) * recipe["fresh"] if round_number else 0
+    last = recipe["views"] + (round_number - 1) * recipe["fresh"]
     room = views_that_fit(run)
     views = list(range(last + 1))
     return views if len(views) <= room else views[:1] + views[len(views) - room + 1 :]
@@ -347,20 +348,20 @@ def compute_view(run, view, indices):
     path = args.cache_dir / f"{cache_name(run, view)}-{view}.features"
     with utils.atomic_write(path) as part, open(part, "r+b", buffering=0) as file:
         array = dataset.map_array(file, (len(indices),), dtype)
-        missing = copy_known_rows(data, path, array, indices)
+        missing = copy_known_rows(data, view, path, array, indices)
         fill_view(run, view, array, indices, missing)
         del array
     return View(np.memmap(path, dtype, "r", shape=(len(indices),)), row_of)
 
 
-def copy_known_rows(data, path, array, indices):
+def copy_known_rows(data, view, path, array, indices):
     """Copy what an earlier file of a view holds into a new one. Returns the rows still missing."""
     dtype, known = array.rows.dtype, {}
     if path.exists() and path.stat().st_size and path.stat().st_size % dtype.itemsize == 0:
         old = np.memmap(path, dtype, "r")
         known = {digest.tobytes(): row for row, digest in enumerate(old["digest"])}
     before = np.array([known.get(data.pictures[i].digest, -1) for i in indices])
-    if known:  # what is scored must have gone through the float32 network
+    if known and view == UNAUGMENTED:  # what is scored must have gone through the float32 network
         before[np.isin(indices, data.validation) & ~old["exact"][before]] = -1
     for rows in dataset.in_batches(np.flatnonzero(before >= 0), 256):
         dataset.write_rows(array, rows, old[before[rows]])
@@ -372,8 +373,6 @@ def fill_view(run, view, array, indices, missing):
 
     While the network works on one batch, the next ones are prepared and the last ones written.
     """
-    if not len(missing):
-        return
     settings, data = run.networks.settings, run.data
     batches = dataset.in_batches(missing, settings.batch)
     if view == UNAUGMENTED:  # what is scored goes through the float32 network
@@ -383,7 +382,7 @@ def fill_view(run, view, array, indices, missing):
 
     def compute(batch, pixels):
         """Return the rows of a batch, computed."""
-        exact = view == UNAUGMENTED and indices[batch[0]] in held_out
+        exact = view == UNAUGMENTED and indices[batch[0]] in data.validation
         values = np.zeros(len(batch), array.rows.dtype)
         digests = b"".join(data.pictures[i].digest for i in indices[batch])
         values["digest"] = np.frombuffer(digests, "V32")
@@ -391,7 +390,6 @@ def fill_view(run, view, array, indices, missing):
         compute_features(run, values, pixels, exact)
         return values
 
-    held_out = set(data.validation.tolist())
     # On the cores two at once: while one batch waits for Python, the other keeps them busy.
     workers, at_once = (4, 8) if on_device() else (1, 2)
     views = utils.ordered_parallel_map(
@@ -402,7 +400,11 @@ def fill_view(run, view, array, indices, missing):
     for batch, values in zip(batches, utils.progress(results, len(batches), label)):
         if not is_finite(values):
             rounded = run.recipe["rounds"] and array.rows.dtype["map"].base == "float16"
-            why = "too large for 16 bits: use --float32" if rounded else "not finite: use others"
+            why = (
+                "too large for 16 bits: use --float32"
+                if rounded
+                else "not finite: use other weights"
+            )
             raise utils.UserError(f"--weights: the network's features are {why}")
         dataset.write_rows(array, batch, values)
 
@@ -431,6 +433,16 @@ def is_finite(values):
     fields = [name for name in ("levels", "map") if name in values.dtype.names]
     return all(np.isfinite(values[name].max()) and np.isfinite(values[name].min())
                for name in fields)  # fmt: skip
+
+
+def trim_cache(args):
+    """Delete the files of a kept cache that were used longest ago, until --cache-gb is kept."""
+    files = [(path, path.stat()) for path in args.cache_dir.glob("*.features")]
+    size = sum(facts.st_size for _, facts in files)
+    for path, facts in sorted(files, key=lambda file: file[1].st_mtime):
+        if size > args.cache_gb * 1e9:
+            path.unlink()
+            size -= facts.st_size
 
 
 def cache_name(run, view):

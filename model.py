@@ -111,8 +111,8 @@ def join_processes(keras):
 def silence_output():
     """Send stderr nowhere while libraries in C++ introduce themselves.
 
-    stdout stays, for another thread may print a line that a program reads, but where several
-    processes meet, which they tell on stdout.
+    stdout stays, since another thread may print a line that a program reads. Only with several
+    processes it is silenced too: their libraries print there when they connect.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -184,11 +184,6 @@ def backbone_of(network):
     """Return the part of a network that weights without a top belong to, a Keras model."""
     scaled, last = network.get_layer("scaled"), network.get_layer(BASE.blocks[-1])
     return import_keras().Model(scaled.output, last.output)
-
-
-def cut_name(unfreeze):
-    """Return the name of the last frozen layer where so many of the top blocks are trained."""
-    return BASE.blocks[-1 - unfreeze]
 
 
 def frozen_part(network, cut):
@@ -280,7 +275,7 @@ def fold(kernel, norm):
 
 
 def compiled(model, **settings):
-    """Compile a Keras model. XLA only with JAX, which is nothing else; it slows TensorFlow down."""
+    """Compile a Keras model. XLA only with JAX, which always uses it; it slows TensorFlow down."""
     model.compile(jit_compile=import_keras().config.backend() == "jax", **settings)
     return model
 
@@ -543,9 +538,9 @@ def read_metadata(path):
 
 
 def check_names(data):
-    """Raise ValueError if a list of gaps among names, in the bytes of an HDF5 file, never ends.
+    """Raise ValueError if a list of free places in a heap of names of an HDF5 file is a circle.
 
-    HDF5 notes each gap that it comes to, gigabytes of them.
+    data: the bytes of the file. HDF5 would follow it until the memory is full.
     """
     for heap in re.finditer(NAME_HEAP, data):
         gap, start = struct.unpack("<QQ", data[heap.start() + 16 : heap.start() + 32].ljust(16))

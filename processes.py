@@ -37,8 +37,8 @@ def find_processes(args):
 def watch(args):
     """Run this process's part of the work as a child; return its exit code.
 
-    JAX ends its process from C++ when another one is gone: somebody has to be left to say so. The
-    child ends with its parent, whose end of a pipe is then closed. Raises UserError.
+    JAX ends its process from C++ when another one is gone, so a parent stays to report it. The
+    child reads a pipe from its parent and ends when that closes. Raises UserError.
     """
     environment = os.environ | {model.CHILD: "1"}
     command = [sys.executable, *sys.argv]
@@ -47,7 +47,7 @@ def watch(args):
     while code is None:
         with contextlib.suppress(KeyboardInterrupt):  # the child has it too
             code = child.wait()
-    if code in (0, 1, 3, 130):
+    if code in (0, 1, 2, 3, 130):
         return code
     raise utils.UserError(LOST)
 

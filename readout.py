@@ -162,7 +162,7 @@ def invert(matrix):
     factor, problem = lapack.dpotrf(matrix, lower=1)
     inverse, problem_2 = lapack.dpotri(factor, lower=1)
     if problem or problem_2 or not np.isfinite(inverse).all():
-        raise utils.UserError("--weights: the network's features are not finite: use others")
+        raise utils.UserError("--weights: the network's features are not finite: use other weights")
     lower = np.tril(inverse)
     return lower + np.tril(lower, -1).T
 
@@ -278,8 +278,8 @@ def simulate_strangers(fit, rows, nobody=None, seed=0):
     """Leave each class out in turn. Returns Strangers, or None with two classes.
 
     The rows of the class left out are the strangers, leave-one-out answers of the others the
-    friends. nobody: number of a class `unknown`, which is no friend: its rows are strangers to the
-    whole fit. seed: draws MAX_LEFT_OUT classes where there are more.
+    friends. nobody: index of the class `unknown`, or None; its rows count as strangers. seed:
+    draws MAX_LEFT_OUT classes where there are more.
     """
     if rows.class_count < 3:
         return None

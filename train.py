@@ -35,7 +35,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shlex
 import sys
 import tempfile
@@ -88,7 +87,8 @@ TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; valida
 CACHE_GB = 20.0
 MATRICES = "[0-9][0-9][0-9].png"
 
-# network: a twin of the base, which is saved; top, hidden: what is trained of it
+# network: a copy of the base that rounds train and that may be saved; top, hidden: see
+# model.trainable_part
 Trained = namedtuple("Trained", "network top hidden")
 # views: {number: View}; readouts: {0, 1 or "frozen": Readout}, as they are made
 Run = namedtuple("Run", "args recipe data networks views readouts")
@@ -96,6 +96,7 @@ Run = namedtuple("Run", "args recipe data networks views readouts")
 Readout = namedtuple("Readout", "fit rows pictures views strangers", defaults=[None])
 # network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
 Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
+# a row of model-mistakes.csv and model-evaluate.csv; probability: of the predicted class
 Prediction = namedtuple("Prediction", "file actual predicted probability")
 Scores = namedtuple("Scores", "probabilities accuracy predictions title")
 
@@ -114,6 +115,7 @@ def parse_arguments(argv=None):
     parser.add_argument("data_dir", type=Path, help="a folder with a folder for each class")
     parser.add_argument("model", help="prefix of the files: model.h5, model.json…")
 
+    # each option stands in README.md too; a % in its text is written %%
     def option(name, text, shown="%(default)s", **settings):
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **settings)
 
@@ -158,12 +160,7 @@ def parse_arguments(argv=None):
     flag("evaluate", "no training: score the saved model on all of data_dir")
     option("min-accuracy", "exit 3 if it is lower", "none", type=number(float, 0, 1))
     flag("dry-run", "read and summarise the data, write nothing")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = re.findall(r"--[a-z0-9-]+", parser.format_help())
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    args = parser.parse_args(argv)
     if not args.model.endswith(("/", os.sep)):
         args.model = model.prefix_of(Path(args.model).as_posix())  # `./model.h5` is `model`
     processes.find_processes(args)
@@ -225,7 +222,7 @@ def training_schedule(run, is_head):
         warm_up = int(total * WARM_UP)
         peak = SCRATCH_RATE if run.networks.settings.cut is None else ROUND_RATE
     rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
-    angles = np.linspace(0, np.pi, max(1, total - warm_up), endpoint=False)
+    angles = np.linspace(0, np.pi, total - warm_up, endpoint=False)
     return np.concatenate([rising, peak / 2 * (1 + np.cos(angles))])
 
 
@@ -311,7 +308,7 @@ def train_head(run):
 def train_top(run, trained, round_number):
     """A round of fine-tuning the top blocks; from scratch, of training the whole network."""
     wanted = features.list_views(run, round_number)
-    kept = {*wanted, features.UNAUGMENTED, features.MIRRORED, features.VALIDATION_VIEW}
+    kept = {*wanted, features.MIRRORED, features.VALIDATION_VIEW}
     for view in set(run.views) - kept:
         if isinstance(view, int):  # its file goes with it
             del run.views[view]
@@ -319,7 +316,7 @@ def train_top(run, trained, round_number):
     held = None if run.args.process else features.get_view(run, features.VALIDATION_VIEW)
 
     def read(indices, rng):
-        """Return the feature maps of pictures, each in a view drawn by lot."""
+        """Return the feature maps of pictures, each in a view chosen at random."""
         chosen = rng.integers(0, len(views), len(indices))
         pairs = ((views[number], index) for number, index in zip(chosen, indices))
         return np.stack([view.rows["map"][view.row_of[index]] for view, index in pairs])
@@ -421,7 +418,7 @@ def trained_candidates(run, trained, made):
     """Yield Candidates that mix the trained layer's logits with a readout of what stayed frozen.
 
     From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
-    What was trained knows its pictures by heart, so only validation can judge these.
+    What was trained fits its own pictures too well, so only validation can judge these.
     """
     data, networks = run.data, run.networks
     actual = data.targets[data.validation]
@@ -463,10 +460,10 @@ def run_rounds(run, state):
     state: of the last whole round of an interrupted run, or None.
     """
     if run.recipe["rounds"]:
-        features.views_that_fit(run)  # or it is told before the work
+        features.views_that_fit(run)  # a cache that is too small is reported before any work
     trained = None
     if state is None:
-        remove_state(run.args.model)
+        state_path(run.args.model).unlink(missing_ok=True)
         scored = finish_round(run, None, 0, None)  # before the dense layers: only rounds need them
         head, rows = train_head(run)
         start = {"round": -1, "rounds_without_gain": 0, "best": None, "history": []}
@@ -512,7 +509,7 @@ def is_finished(run, state):
     recipe, best = run.recipe, state["best"]
     if state["round"] >= recipe["rounds"]:
         return True
-    if best is None or "rounds" in run.args:  # rounds that were asked for are made
+    if "rounds" in run.args:  # those that were asked for are made
         return False
     is_scratch = run.networks.settings.cut is None
     if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
@@ -665,16 +662,16 @@ def check_outputs(args):
         name, problem = f"{name}.h5", "a model from elsewhere: choose another prefix"
     if problem:
         raise utils.UserError(f"{name}: {problem}")
-    if args.cache_dir and not args.dry_run:
+    if args.dry_run:
+        return
+    if args.cache_dir:
         args.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     for place in {folder, Path(), args.cache_dir or folder}:
         try:
             tempfile.TemporaryFile(dir=place).close()
         except OSError as error:
-            error.filename = place.resolve()  # not that of a file that nobody knows
+            error.filename = place.resolve()  # not the temporary file in it
             raise
-    if args.dry_run:
-        return
     for path in [Path("evaluate.png")] if args.evaluate else sorted(Path().glob(MATRICES)):
         check_matrix(path, args.model)
 
@@ -785,6 +782,8 @@ def finish_run(run, state, before):
                               made.fit.strength)  # fmt: skip
     review = review_labels(data, everything, made.fit.temperature)
     write_review(args, data, review)
+    if args.cache_dir:
+        features.trim_cache(args)
     if args.fit_all:
         fit_all(run, network, info, everything.fit, made.fit.temperature)
     print_next_steps(args, info, found.predictions, strangers, len(review), before)
@@ -879,12 +878,9 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
     lines.append(f"Look at {info['round']:03d}.png, {name}-report.png, {name}-mistakes.csv. Then:")
     command = f"    python webcam.py {shlex.quote(name)}"
     lines.append(command if model.looks_at_faces(info) else f"{command} --source FOLDER_OF_PHOTOS")
-    if args.cache_dir and args.cache_dir.exists():
-        files = list(args.cache_dir.glob("*.features"))
-        size = sum(path.stat().st_size for path in files) / 1e9
-        folder = shlex.quote(utils.escape(args.cache_dir))
-        lines.append(f"The kept cache takes {size:.2f} GB and shows what your pictures show.")
-        lines.append(f"To delete it: rm {folder}/*.features")
+    if args.cache_dir:
+        files = utils.escape(args.cache_dir / "*.features")
+        lines.append(f"The kept cache shows what your pictures show: {files}")
     print("\n".join(lines), file=sys.stderr)
 
 
@@ -969,22 +965,20 @@ def check_state(args, state, recipe, data):
 
 def restore_trained(run, state):
     """Return Trained as it was after the last whole round. Raises UserError."""
-    path, after_head = state_path(run.args.model), state["round"] == 0
+    path = state_path(run.args.model)
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = [file[f"v{number}"] for number in range(len(file.files) - 1)]
-        trained = build_trained(run, arrays if after_head else None)
-        variables = [] if after_head else variables_of(trained)
-        for variable, array in zip(variables, arrays, strict=not after_head):
+        if state["round"] == 0:
+            return build_trained(run, arrays)  # weights of the new dense layers
+        trained = build_trained(run)
+        for variable, array in zip(variables_of(trained), arrays, strict=True):
             variable.assign(array)
+        return trained
+    except MemoryError:
+        raise
     except Exception:  # NumPy's and zip's parsers raise much
         raise damaged_state(path) from None
-    return trained
-
-
-def remove_state(prefix):
-    """Remove what --resume needs, at the end of a run that needs it no more."""
-    state_path(prefix).unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- the program
@@ -1009,10 +1003,11 @@ def evaluate(args):
     data = dataset.Scored(pictures, pixels, labels, targets)
     found = score_saved(args, network, data, everything, "evaluate: accuracy")
     write_predictions(f"{args.model}-evaluate.csv", found.predictions)
-    with drawing("evaluate.png"):
-        path = f"{args.model}-evaluate-report.png"
+    path = f"{args.model}-evaluate-report.png"
+    with drawing(path):
         report.draw_report(path, found.title, labels, targets, found.probabilities)
-        predicted = found.probabilities.argmax(1)
+    predicted = found.probabilities.argmax(1)
+    with drawing("evaluate.png"):
         report.draw_confusion_matrix("evaluate.png", args.model, found.title, labels, targets,
                                      predicted, lambda i: dataset.square_of(data, i))  # fmt: skip
     return gate(args, found.accuracy)
@@ -1066,7 +1061,9 @@ def train(args):
         utils.warn(line)
     is_scratch = path is None
     if len(set(processes.all_gather(args, is_scratch))) > 1:
-        raise utils.UserError("--weights auto: a process could not have them: give it their file")
+        raise utils.UserError(
+            "--weights auto: one process could not get them: give all of them a FILE"
+        )
     if is_scratch and args.unfreeze != UNFREEZE:
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     if state and state["weights"] != features.weights_fingerprint(path):
@@ -1084,7 +1081,7 @@ def train(args):
     accuracy = None
     if args.process == 0:
         accuracy = finish_run(run, state, before)
-        remove_state(args.model)
+        state_path(args.model).unlink(missing_ok=True)
     for line in warnings:
         utils.warn(line)
     return gate(args, processes.all_gather(args, accuracy)[0])
@@ -1135,7 +1132,7 @@ def main():
             return processes.watch(args)
         threading.Thread(target=processes.end_with_parent, daemon=True).start()
     if args.process:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     return train_alone(args)
 
 

@@ -51,7 +51,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """A wrong use of the command line that argparse cannot see."""
+    """A wrong use of the command line that argparse cannot see: one line, exit code 2."""
 
 
 def count(number, one, many=None):
@@ -140,7 +140,8 @@ def explain(error):
 def run(main):
     """Call a script's `main()` and leave with its exit code.
 
-    0 (or None) done, 1 an expected failure told in one line, 3 from the accuracy gate, 130 Ctrl-C.
+    0 (or None) done, 1 an expected failure, reported in one line, 2 wrong usage, 3 from the
+    accuracy gate, 130 Ctrl-C.
     Text that leaves the process is UTF-8, save on a terminal, which gets escapes for what it lacks.
     """
     nowhere = open(os.devnull, "w")
@@ -346,7 +347,7 @@ def is_clouded(name):
 
 
 def is_ignored(name):
-    """Say whether people do not mean a file or folder of this name: hidden, or left by a system."""
+    """Say whether a file or folder of this name is ignored: hidden, or left behind by a system."""
     return name.startswith(".") or name.lower() in SKIPPED_NAMES
 
 

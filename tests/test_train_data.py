@@ -34,7 +34,6 @@ def dry_run(data, *options):
 
 MISTYPED = {
     "validation-split 20": "0.2 for 20 %",
-    "validation-spilt 0.2": "mean --validation-split?",
     "rounds x": "--rounds: invalid int value: 'x'",
     "image-size 74": "--image-size",
     "cache-gb nan": "--cache-gb",

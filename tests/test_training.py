@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import re
 import timeit
 from types import SimpleNamespace
@@ -216,6 +217,15 @@ def test_a_kept_cache_saves_the_frozen_pass(tuned, tiny):
     Image.new("RGB", (80, 80), "navy").save(folder / "data" / "a" / "new.png")
     assert 1 <= run_noting(folder, *command).computed <= 4  # the new one, and what it has moved
     (folder / "data" / "a" / "new.png").unlink()
+
+
+def test_a_kept_cache_stays_as_large_as_it_may(tmp_path):
+    for day, name in enumerate(("mine.txt", "older.features", "old.features", "new.features")):
+        (tmp_path / name).write_bytes(bytes(1000))
+        os.utime(tmp_path / name, (day, day))
+    words = ["data", "m", "--cache-dir", str(tmp_path), "--cache-gb"]
+    features.trim_cache(train.parse_arguments([*words, "2e-6"]))
+    assert {path.stem for path in tmp_path.iterdir()} == {"old", "new", "mine"}
 
 
 @pytest.mark.slow
