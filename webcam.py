@@ -212,9 +212,7 @@ class Labeller:
         crops = [imaging.open_picture(file) for file in files]
         side = self.info["image_size"]
         inputs = np.stack([imaging.to_model_input(crop, side) for crop in crops])
-        # a batch of one differs in the last bits from what evaluation computes
-        least = 2 if frame.path else 1
-        size = max(least, min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length()))
+        size = min(MAX_BATCH, 1 << (len(tracks) - 1).bit_length())
         for track, answer in zip(tracks, model.predict(self.network, inputs, size)):
             track.classifications += 1
             step = (answer - track.mean) / min(track.classifications, AVERAGE_WINDOW)
