@@ -150,9 +150,11 @@ def add_missing(db, table, names):
 
 def find_persons(rows):
     """Return {key: (name or None, is hidden)} from rows (key, names, key merged into, type)."""
-    rows, persons = {row[0]: row[1:] for row in rows}, {}
+    rows = {row[0]: row[1:] for row in rows}
+    persons = {}
     for start in rows:
-        key, passed = start, set()
+        key = start
+        passed = set()
         while key in rows and rows[key][2] and key not in passed:
             passed.add(key)
             key = rows[key][2]
@@ -228,7 +230,8 @@ def read_photos_1_to_4(library, db, include_hidden):
     # without the small ones, _mini_
     previews = index_by_name([library / "resources/proxies/derivatives"], "*_[lt]*_*", -1)
     for row in db.execute(faces_query(db, include_hidden)):
-        pictures, is_edited = [f"{library}/Masters/{row['file']}"], bool(row["edited"])
+        pictures = [f"{library}/Masters/{row['file']}"]
+        is_edited = bool(row["edited"])
         if is_edited:
             pictures = edits.get((row["version"], row["tag"]), ())
         elif row["referenced"]:  # kept outside of the library, on this disk or another
@@ -324,7 +327,9 @@ def collect(faces, library, dataset, args):
 
     Returns {person's folder: pictures} and {reason: faces that were skipped}.
     """
-    counts, skipped, smaller = collections.Counter(), collections.Counter(), 0
+    counts = collections.Counter()
+    skipped = collections.Counter()
+    smaller = 0
     dataset.mkdir()
     groups = group_by_picture(faces, dataset, skipped, args)
     work = utils.ordered_parallel_map(
@@ -365,7 +370,9 @@ def collect_picture(faces, library, args):
 
     Returns triples (file, reason or None, from a smaller copy).
     """
-    image, is_smaller, problem = None, True, None
+    image = None
+    is_smaller = True
+    problem = None
     try:
         image, is_smaller = read_photo(faces[0][0], library)
     except imaging.PictureError as error:

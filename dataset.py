@@ -94,7 +94,8 @@ def find_files(data_dir):
     left_out = []
     found = [(p, p.relative_to(data_dir).parts) for p in utils.list_files(data_dir, left_out)]
     files = [(path, label_of(parts[0])) for path, parts in found if len(parts) > 1]
-    name, loose = utils.escape(data_dir), len(found) - len(files)
+    name = utils.escape(data_dir)
+    loose = len(found) - len(files)
     if loose:
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
@@ -266,7 +267,8 @@ def merge(keys, pairs):
     """Return sets of indices that belong together: those that share a key, and those of pairs."""
     from scipy.cluster.hierarchy import DisjointSet
 
-    together, first = DisjointSet(range(len(keys))), {}
+    together = DisjointSet(range(len(keys)))
+    first = {}
     for i, own in enumerate(keys):
         for key in own:
             together.merge(i, first.setdefault(key, i))
@@ -311,7 +313,8 @@ def split(pictures, groups, fraction, seed):
     for group, counts in enumerate(members):
         for label in counts:
             of_class[label].append(group)
-    chosen, taken = set(), Counter()
+    chosen = set()
+    taken = Counter()
     for label in sorted(sizes):
         wanted = max(1, round(sizes[label] * fraction))
         for group in sorted(of_class[label], key=rank.__getitem__):
@@ -476,7 +479,8 @@ def share_of_face_crops(data):
     """
     import cv2
 
-    found, side = [], data.pixels.rows.shape[1]
+    found = []
+    side = data.pixels.rows.shape[1]
     step = max(1, len(data.local) // FACE_SAMPLE)
     low, high = (max(24, round(share * side)) for share in FACE_SIDES)
     for index in data.local[::step]:

@@ -58,7 +58,8 @@ def find_weights(args):
             raise utils.UserError(f"--weights {name}: give a file whose name ends in .h5")
         model.check_file(Path(args.weights))
         return Path(args.weights), []
-    keras, address = model.import_keras(), model.BASE.address
+    keras = model.import_keras()
+    address = model.BASE.address
     name = address.rpartition("/")[2]
     try:
         return download(keras, name), []
@@ -235,7 +236,8 @@ def augment(picture, parameters):
     """
     import cv2
 
-    size, matrix = picture.shape[1::-1], parameters[MATRIX].reshape(2, 3)
+    size = picture.shape[1::-1]
+    matrix = parameters[MATRIX].reshape(2, 3)
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     view = cv2.warpAffine(picture, matrix, size, flags=flags, borderMode=cv2.BORDER_REFLECT)
     colour = parameters[COLOUR]
@@ -356,7 +358,8 @@ def compute_view(run, view, indices):
 
 def copy_known_rows(data, view, path, array, indices):
     """Copy what an earlier file of a view holds into a new one. Returns the rows still missing."""
-    dtype, known = array.rows.dtype, {}
+    dtype = array.rows.dtype
+    known = {}
     if path.exists() and path.stat().st_size and path.stat().st_size % dtype.itemsize == 0:
         old = np.memmap(path, dtype, "r")
         known = {digest.tobytes(): row for row, digest in enumerate(old["digest"])}
@@ -411,7 +414,8 @@ def fill_view(run, view, array, indices, missing):
 
 def compute_features(run, values, pixels, exact):
     """Fill the fields `levels` and `map` of rows (n,) with what the frozen part makes of pixels."""
-    networks, fields = run.networks, values.dtype.names
+    networks = run.networks
+    fields = values.dtype.names
     settings = networks.settings
     is_scratch = settings.cut is None
     if "map" in fields and is_scratch:

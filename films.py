@@ -81,7 +81,8 @@ class Film:
         """Yield the decoded frames as they are; warn if bytes are missing at the end."""
         import av
 
-        start, end = (self.container.start_time or 0) / av.time_base, 0.0
+        start = (self.container.start_time or 0) / av.time_base
+        end = 0.0
         with contextlib.suppress(av.error.FFmpegError):  # a cut file, or a stream that is lost
             for packet in self.container.demux():
                 if packet.pts is not None:

@@ -317,7 +317,8 @@ def load_cascade():
     cascade = cv2.CascadeClassifier()
     with contextlib.suppress(OSError, ValueError, cv2.error, SystemError):
         # not by its name: OpenCV ends the process on some, and on Windows it opens only ASCII
-        text, mode = path.read_text("utf-8"), cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY
+        text = path.read_text("utf-8")
+        mode = cv2.FILE_STORAGE_READ | cv2.FILE_STORAGE_MEMORY
         storage = cv2.FileStorage(text, mode)  # its nodes live as long as it does
         cascade.read(storage.getFirstTopLevelNode())
     if cascade.empty():

@@ -162,7 +162,8 @@ def name_of(block):
 
 def pool(layer, has_grids):
     """Return the mean of a layer's feature map, or with a grid the means of its cells, flat."""
-    layers, name = import_keras().layers, name_of(layer.name)
+    layers = import_keras().layers
+    name = name_of(layer.name)
     if not has_grids or layer.name not in BASE.grid_levels:
         return layers.GlobalAveragePooling2D(name=name)(layer.output)
     cell = -(-layer.output.shape[1] // GRID)
@@ -172,7 +173,8 @@ def pool(layer, has_grids):
 
 def list_levels(network):
     """Return the parts of the layer `levels`, in order, as [Level]."""
-    levels, start = [], 0
+    levels = []
+    start = 0
     for block in BASE.levels:
         stop = start + network.get_layer(name_of(block)).output.shape[1]
         levels.append(Level(block, slice(start, stop)))
@@ -595,7 +597,8 @@ def match_layers(network, file):
         for place, layer in enumerate(network.layers)
         if layer.weights
     }
-    groups, pairs = names_by_kind(root), []
+    groups = names_by_kind(root)
+    pairs = []
     for kind, wanted in names_by_kind(layers).items():
         if len(groups[kind]) != len(wanted):
             raise ValueError(f"{len(groups[kind])} layers of kind {kind}, not {len(wanted)}")

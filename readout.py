@@ -73,7 +73,9 @@ def fit_readout(rows, strength=None, seed=0):
 
 def level_scale(rows, level):
     """Return (mean, factor) that give a level mean 0 and mean square length 1, by sums."""
-    total, squares, count = 0.0, 0.0, len(rows.targets)
+    total = 0.0
+    squares = 0.0
+    count = len(rows.targets)
     for places in in_chunks(count):
         x = rows.read(level, places).astype("float64")
         total, squares = total + x.sum(axis=0), squares + np.square(x).sum()
@@ -113,7 +115,8 @@ def dual_form(rows, scales, roots, wanted):
     With K the mean kernel of the levels plus 1 for the bias, its rows weighted, I - hat matrix is
     strength * inv(K + strength).
     """
-    count, kernel = len(rows.targets), 1.0
+    count = len(rows.targets)
+    kernel = 1.0
     for level, scale in zip(rows.levels, scales):
         x = standardise(rows, level, scale, np.arange(count))
         kernel = kernel + (x @ x.T).astype("float64") / len(scales)
@@ -283,8 +286,10 @@ def simulate_strangers(fit, rows, nobody=None, seed=0):
     """
     if rows.class_count < 3:
         return None
-    targets, plain = rows.targets[fit.judged], len(fit.answers)
-    answers, actual = softmax(fit.answers / fit.temperature), targets[:plain]
+    targets = rows.targets[fit.judged]
+    plain = len(fit.answers)
+    answers = softmax(fit.answers / fit.temperature)
+    actual = targets[:plain]
     is_friend = actual != nobody
     strangers = [answers[~is_friend]]
     classes = [c for c in range(rows.class_count) if c != nobody]
@@ -293,7 +298,8 @@ def simulate_strangers(fit, rows, nobody=None, seed=0):
         without = leave_out(fit, places)[places < plain]
         without[:, left] = -np.inf
         strangers.append(softmax(without / fit.temperature))
-    strangers, friends = np.concatenate(strangers), answers[is_friend]
+    strangers = np.concatenate(strangers)
+    friends = answers[is_friend]
     taken = strangers.argmax(axis=1)
     reached = np.where(taken == nobody, 0, strangers.max(axis=1))
     right = friends.argmax(axis=1) == actual[is_friend]

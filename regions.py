@@ -125,8 +125,10 @@ def parse_xml(data):
     """Return the root element. Raises ValueError or SyntaxError for what is hostile or broken."""
     if len(data) > MAX_XMP:
         raise ValueError(f"larger than {MAX_XMP:,} bytes")
-    file, events = io.BytesIO(data.strip(b"\0\r\n\t ")), ("start", "end")
-    parser, depth = ElementTree.iterparse(file, events, forbid_dtd=True), 0
+    file = io.BytesIO(data.strip(b"\0\r\n\t "))
+    events = ("start", "end")
+    parser = ElementTree.iterparse(file, events, forbid_dtd=True)
+    depth = 0
     for event, _ in parser:
         depth += 1 if event == "start" else -1
         if depth > MAX_DEPTH:
@@ -136,7 +138,8 @@ def parse_xml(data):
 
 def find_regions(root):
     """Return the Regions below the root element of an XMP packet."""
-    found, size = [], NO_SIZE
+    found = []
+    size = NO_SIZE
     for node in root.iter(f"{MWG}AppliedToDimensions"):
         size = numbers([field(node, DIMENSIONS + key) for key in "wh"], 2)
     for item in list_items(root, f"{MWG}RegionList"):
@@ -285,7 +288,8 @@ def cut_faces(path, picasa, context):
         return []
     try:
         image = imaging.read_picture(path)[1]
-        orientation, picture = find_orientation(image), imaging.upright(image)
+        orientation = find_orientation(image)
+        picture = imaging.upright(image)
     except imaging.PictureError as error:
         return [(region, None, f"the picture cannot be read: {error}") for region in regions]
     faces = []
@@ -301,7 +305,8 @@ def cut_faces(path, picasa, context):
 
 def crop_name(path, region):
     """Return the name of a face's file: the same in every run, another one for every face."""
-    stem, place = path.stem[:40], " ".join(f"{number:.3f}" for number in region.box)
+    stem = path.stem[:40]
+    place = " ".join(f"{number:.3f}" for number in region.box)
     digest = hashlib.sha256(os.fsencode(path.resolve()) + place.encode()).hexdigest()
     return f"{utils.folder_name(stem)}-{digest[:10]}.jpg"
 

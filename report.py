@@ -104,7 +104,8 @@ def draw_confusion_matrix(path, prefix, title, labels, actual, predicted, pictur
     canvas = Image.new("RGB", (left + span, top + span), "white")
     draw_heading(canvas, title, len(shown), len(labels))
     for row, a in enumerate(shown):
-        of_class, y = actual == a, top + row * cell
+        of_class = actual == a
+        y = top + row * cell
         score = f"{(predicted[of_class] == a).sum()} of {of_class.sum()}"
         draw_row_name(canvas, (left - 12, y + cell // 2), labels[a], score, size)
         draw_column_name(canvas, (left + row * cell, top - 12), labels[a], size, cell, is_turned)
@@ -156,7 +157,8 @@ def draw_column_name(canvas, corner, name, size, cell, is_turned):
 def draw_cell(side, pictures, inside, is_correct):
     """Return a cell: the pictures whose indices are `inside`, and their number on a badge."""
     cell = Image.new("RGB", (side, side), "white")
-    draw, frame = ImageDraw.Draw(cell), (1, 1, side - 2, side - 2)
+    draw = ImageDraw.Draw(cell)
+    frame = (1, 1, side - 2, side - 2)
     strong, pale = BLUE if is_correct else ORANGE
     if not len(inside):
         draw.rectangle(frame, fill=pale if is_correct else "white", outline=LINE)
@@ -260,7 +262,8 @@ def plot_reliability(axes, actual, probabilities):
 
     The axes begin where the points do, for those of a good model lie in one corner.
     """
-    sure, right = probabilities.max(1), probabilities.argmax(1) == actual
+    sure = probabilities.max(1)
+    right = probabilities.argmax(1) == actual
     bins = np.array_split(np.argsort(sure), np.clip(len(sure) // 10, 1, RELIABILITY_BINS))
     x = np.array([sure[some].mean() for some in bins])
     y = np.array([right[some].mean() for some in bins])
@@ -280,7 +283,8 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
     thresholds, friends, strangers: arrays (n,), of the readout. chosen: its threshold, marked.
     threshold: of the saved model, another one where it averages the readout with what was trained.
     """
-    title, label = "Strangers", f"threshold {chosen:.3f}"
+    title = "Strangers"
+    label = f"threshold {chosen:.3f}"
     if abs(threshold - chosen) > 5e-4:
         title += f" before fine-tuning (after it the threshold is {threshold:.3f})"
     axes.plot(thresholds, friends, color=BLUE[0], label="friends correct")
@@ -293,7 +297,8 @@ def plot_classes(axes, labels, actual, predicted):
     """Plot recall and precision of the classes, at most MATRIX_CLASSES, the weakest on top."""
     recall, precision = class_scores(actual, predicted, len(labels))
     order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MATRIX_CLASSES]
-    names, y = [labels[i] for i in order], np.arange(len(order))
+    names = [labels[i] for i in order]
+    y = np.arange(len(order))
     axes.barh(y, recall[order], color="#56b4e9", height=0.7, label="recall (pictures found)")
     marks = {"color": ORANGE[0], "markersize": 5, "label": "precision (labels that are correct)"}
     axes.plot(precision[order], y, "D", **marks)

@@ -104,7 +104,8 @@ def find_source(text):
     for name in (text, os.path.realpath(text)):  # /dev/v4l/by-id/… leads to /dev/video0
         if number := re.fullmatch(r"(?:/dev/video)?([0-9]{1,5})", name):
             return Source("camera", number[1], f"camera {number[1]}")
-    path, title = Path(text), f"--source {utils.escape(text)}"
+    path = Path(text)
+    title = f"--source {utils.escape(text)}"
     if path.is_dir():
         files = utils.list_files(path)
         named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}

@@ -75,7 +75,8 @@ def detect_with_flip(grey, scale, smallest):
     flowers 7 instead of 11 show a "face", at the same recall (0.937 and 0.934 of the heads in
     single frames of 14 films).
     """
-    width, found = round(grey.shape[1] / scale), []
+    width = round(grey.shape[1] / scale)
+    found = []
     mirrored = detect(cv2.flip(grey, 1), scale, smallest)
     for (x, y, w, h), n in detect(grey, scale, smallest):
         twin = width - x - w, y, w, h
@@ -130,7 +131,8 @@ class Tracker:
 
     def __init__(self, whole=False, min_face=None):
         self.whole, self.min_face = whole, min_face
-        self.tracks, self.ids = [], itertools.count()
+        self.tracks = []
+        self.ids = itertools.count()
         self.size = ()  # of the last frame
         self.smallest = 0  # face looked for, pixels
         self.scanned = 0  # index of the frame of which the whole was searched last
@@ -140,7 +142,8 @@ class Tracker:
         """Return the tracks after a Frame."""
         size = frame.image.shape[1::-1]
         if self.size != size:  # the first frame, or a film that changes its size
-            self.size, self.tracks = size, []
+            self.size = size
+            self.tracks = []
             self.smallest = self.min_face or max(40, size[1] // 8)
         self.update_tracks(self.detect(frame), frame.timestamp)
         return self.tracks

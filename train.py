@@ -506,7 +506,8 @@ def end_round(run, state, scored, rows, variables):
 
 def is_finished(run, state):
     """Say whether no further round is due: all made, none that improves, or nothing to gain."""
-    recipe, best = run.recipe, state["best"]
+    recipe = run.recipe
+    best = state["best"]
     if state["round"] >= recipe["rounds"]:
         return True
     if "rounds" in run.args:  # those that were asked for are made
@@ -523,7 +524,8 @@ def finish_round(run, trained, number, best):
     best: {"round", "right", "loss", "loo"} of the best so far, or None. Returns (the best now,
     accuracy of this round).
     """
-    made, scored = round_readout(run, number), None
+    made = round_readout(run, number)
+    scored = None
     if run.args.process == 0:
         candidates = [readout_candidate(run, made)]
         candidates += trained_candidates(run, trained, made) if number else []
@@ -835,7 +837,8 @@ def write_review(args, data, review):
     rows = [[dataset.file_name(args, data, i), data.pictures[i].label, suggested, f"{p:.6f}", why]
             for i, suggested, p, why in review]  # fmt: skip
     utils.write_csv(f"{args.model}-review.csv", header, rows)
-    path, first = Path(f"{args.model}-review.png"), review[: report.REVIEW_PICTURES]
+    path = Path(f"{args.model}-review.png")
+    first = review[: report.REVIEW_PICTURES]
     if not first:
         path.unlink(missing_ok=True)
         return

@@ -172,7 +172,8 @@ def progress(items, total, label):
 
     A bar on a terminal; elsewhere a plain line every ten seconds, so that a log stays short.
     """
-    is_terminal, told = sys.stderr.isatty(), time.monotonic()
+    is_terminal = sys.stderr.isatty()
+    told = time.monotonic()
     shown = {"desc": label, "leave": False, "dynamic_ncols": True, "disable": not is_terminal}
     with tqdm.tqdm(total=total, **shown) as bar:
         for done, item in enumerate(items, 1):
@@ -212,7 +213,8 @@ def ordered_parallel_map(function, items, workers=None):
     Only a few results wait at a time, so memory stays flat. workers: threads, else one a core.
     """
     workers = workers or cores()
-    pool, waiting = ThreadPoolExecutor(workers), collections.deque()
+    pool = ThreadPoolExecutor(workers)
+    waiting = collections.deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

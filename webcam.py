@@ -152,7 +152,9 @@ def check_arguments(args, source):
 
 def check_output(option, path, source):
     """Raise UserError where --output or --save-faces cannot be; warn where a file is replaced."""
-    kind, problem, what = source.kind, None, "is"
+    kind = source.kind
+    problem = None
+    what = "is"
     endings = PICTURES if kind == "picture" else films.CODECS
     if kind not in sources.LIVE and utils.is_inside(path, Path(source.name)):
         problem = "is or lies in the source: choose another place"
@@ -229,7 +231,8 @@ def assign_labels(tracks, labels, threshold):
     for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
         refused = threshold > 0 and (track.probability < threshold or track.best in taken)
-        before, track.label = track.label, utils.UNKNOWN if refused else track.best
+        before = track.label
+        track.label = utils.UNKNOWN if refused else track.best
         taken.add(track.label)
         if track.label != before:
             track.agreeing = 0
@@ -264,7 +267,8 @@ class Tagger:
     def handle(self, frame):
         """Find, label, print and save the faces of a Frame. The first call loads the model."""
         self.labeller.load()
-        start, counts = time.perf_counter(), self.counts
+        start = time.perf_counter()
+        counts = self.counts
         self.begun = self.begun or start
         tracks = self.tracker.update(frame)
         found = time.perf_counter()
@@ -539,7 +543,9 @@ class Viewer:
         """Show a picture in the window."""
         if not self.image:
             open_window(image)
-        self.image, shown, text = image, image.copy(), self.status()
+        self.image = image
+        shown = image.copy()
+        text = self.status()
         if text:
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
@@ -662,8 +668,11 @@ def tag_file(path, picture, tagger, viewer):
     """
     if isinstance(picture, imaging.PictureError):
         raise picture
-    source, clock = tagger.source, sources.PlaybackClock()
-    output, rate, frames = output_path(path, source, tagger.args.output), None, [picture]
+    source = tagger.source
+    clock = sources.PlaybackClock()
+    output = output_path(path, source, tagger.args.output)
+    rate = None
+    frames = [picture]
     if path in source.films:
         film = films.Film(str(path.resolve()), utils.escape(path))
         rate = film.rate
@@ -702,7 +711,8 @@ def output_path(path, source, output):
 
 def tag_live(source, tagger, viewer):
     """Tag a camera or stream: reading, tagging and showing do not wait for each other."""
-    pool, stop = ThreadPoolExecutor(2), viewer.stop
+    pool = ThreadPoolExecutor(2)
+    stop = viewer.stop
     # macOS asks for permission in the main thread only
     opened = sources.open_live(source) if source.kind == "camera" else None
     newest = collections.deque([None], 1)
