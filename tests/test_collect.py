@@ -189,6 +189,7 @@ def test_names_come_from_the_right_column_and_through_merges(tmp_path):
     suzy = person("Suzy")
     second = person("Susan", ZMERGETARGETPERSON=suzy, ZVERIFIEDTYPE=-2)
     person("Back", Z_PK=501, ZMERGETARGETPERSON=502)
+    circle = person("Forth", Z_PK=502, ZMERGETARGETPERSON=501)
     for key, folder in (
         (None, "unknown"),
         (999, "unknown"),
@@ -197,7 +198,7 @@ def test_names_come_from_the_right_column_and_through_merges(tmp_path):
         (person(None, ZDISPLAYNAME="Shown"), "Shown"),
         (person("Full", ZDISPLAYNAME="Shown"), "Full"),
         (person("Su", ZMERGETARGETPERSON=second, ZVERIFIEDTYPE=-2), "Suzy"),
-        (person("Forth", Z_PK=502, ZMERGETARGETPERSON=501), "unknown"),
+        (circle, "unknown"),
         (person("Lost", ZMERGETARGETPERSON=999), "unknown"),
     ):
         face = library.face(photo, key, SIZE, IN_FRAME)
@@ -728,18 +729,6 @@ def test_what_is_not_from_here_is_never_removed(tmp_path, family, kind):
     _, errors = collect(family, tmp_path / "people", code=1)
     assert "is not from here" in errors[0]
     assert state_of(tmp_path) == before
-
-
-@pytest.mark.parametrize("left", [[], ["lock"], ["lock", "work/dataset/a.jpg"]])
-def test_what_a_killed_run_left_is_removed(tmp_path, family, left):
-    folder = tmp_path / ".people-unfinished"
-    folder.mkdir()
-    for name in left:
-        path = folder / name.replace("lock", collect_apple_photos.LOCK)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    collect(family, tmp_path / "people")
-    assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
 
 
 # ---------------------------------------------------------------- real libraries

@@ -128,17 +128,6 @@ def test_the_collectors_work_where_there_is_no_tensorflow(tmp_path, library, fac
     assert len(list((tmp_path / "people" / "Ann").iterdir())) == 1
 
 
-def test_cameras_that_do_open_are_named_where_the_wanted_one_does_not(tmp_path, film):
-    program = f"""
-import cv2, sys, utils, webcam
-real = cv2.VideoCapture
-cv2.VideoCapture = lambda n, *_: real({str(film)!r} if n in (1, 3) else "")
-sys.argv[1:] = ["--save-faces", "faces", "--no-display"]
-utils.run(webcam.main)"""
-    line = error_line(run_process("-c", tmp_path, program, PYTHONPATH=str(ROOT)))
-    assert re.fullmatch(r"error: camera 0: .*\b1\b.*\b3\b.*", line), line
-
-
 @on_linux
 @pytest.mark.parametrize(
     "command",

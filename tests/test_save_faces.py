@@ -6,7 +6,7 @@ import shlex
 import shutil
 
 import cv2
-from conftest import ROOT, cut_square, rows, run_process
+from conftest import cut_square, rows
 from PIL import Image, ImageFilter
 from test_webcam import difference, make_film, read_film
 
@@ -20,13 +20,6 @@ def check_crop(path):
     image = Image.open(path)
     assert image.format == "JPEG" and image.width == image.height and not image.getexif()
     assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
-
-
-def test_no_network_is_loaded_without_a_model(tmp_path, film):
-    words = "--save-faces", "people/Ann", "--source", film, "--no-display"
-    done = run_process(ROOT / "webcam.py", tmp_path, *words, PYTHONPROFILEIMPORTTIME="1")
-    assert done.returncode == 0 and re.search(r"\| +cv2$", done.stderr, re.M), done.stderr
-    assert not re.search(r"\| +(tensorflow|keras|jax)$", done.stderr, re.M)
 
 
 def test_crops_of_a_film(tmp_path, tag_here, film):
