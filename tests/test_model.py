@@ -1,6 +1,5 @@
 """The three files of a model, and other files of weights: what loads, and what people are told."""
 
-import json
 import os
 import shutil
 
@@ -85,40 +84,6 @@ def test_weights_of_another_network_are_told(tmp_path, tiny):
     part = model.backbone_of(model.build_network(2, 75))
     with pytest.raises(utils.UserError, match=r"other\.weights\.h5: .*another network \(0 layers"):
         model.load_arrays(part, tmp_path / "other.weights.h5")
-
-
-def test_a_lone_h5_says_what_is_missing(folder):
-    (folder / "m.json").unlink()
-    with pytest.raises(utils.UserError, match=r"m\.h5: m\.json missing beside it"):
-        model.check_model(folder / "m")
-    (folder / "m-labels.json").unlink()
-    with pytest.raises(utils.UserError, match=r"m\.json and m-labels\.json missing beside it"):
-        model.check_model(folder / "m")
-    with pytest.raises(utils.UserError, match="no such file"):
-        model.check_model(folder / "n")
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("m-labels.json", '["Ann", "Ben"]', r"m-labels\.json: not the class names that m\.h5 was"),
-        ("m-labels.json", json.dumps(LABELS) + " ", r"m\.h5: does not belong to the \.json"),
-        ("m.json", "{}", r"m\.h5: does not belong to the \.json"),
-    ],
-)
-def test_files_of_another_training_are_told(folder, name, text, message):
-    (folder / name).write_text(text)
-    with pytest.raises(utils.UserError, match=message):
-        model.check_model(folder / "m")
-
-
-def test_weights_that_changed_on_the_way_are_damaged(folder, tiny):
-    with h5py.File(folder / "m.h5", "a") as file:
-        arrays = []
-        file.visititems(lambda _, item: arrays.append(item) if hasattr(item, "shape") else None)
-        arrays[0][...] = arrays[0][...] + np.float32(0.001)
-    with pytest.raises(utils.UserError, match=r"m\.h5: damaged: copy it again"):
-        model.load_model(folder / "m")
 
 
 def test_only_our_own_models_may_be_replaced(saved, folder, tmp_path):
