@@ -252,6 +252,7 @@ def test_a_kill_at_a_random_moment(command, whole_run, old_model, tmp_path, tiny
 def test_dying_at_the_nth_rename_of_a_save_leaves_the_old_or_the_new_model(
     old_model, tmp_path, tiny, monkeypatch, number
 ):
+    model.import_keras().utils.clear_session()  # layers have the names that they have there
     folder, network = shutil.copytree(old_model, tmp_path / "m"), model.build_network(3, 75)
     network.set_weights([np.full(w.shape, 2, "float32") for w in network.get_weights()])
     rename, left = os.replace, ["rename"] * number

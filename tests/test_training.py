@@ -1,12 +1,12 @@
 """train.py for real: short runs on small pictures, and what plain Keras makes of the files."""
 
 import csv
+import inspect
 import itertools
 import json
 import os
 import re
 import timeit
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -117,48 +117,39 @@ def test_evaluate_scores_every_picture_and_touches_nothing_else(scratch_run, tin
         path.unlink()
 
 
-def run_noting(folder, *words):
-    """Run train.py in this process. Returns what it printed, and what it made on the way.
+NOTED = ((train, "run_rounds"), (train, "trained_candidates"), (model, "save_model"))
+NOTED += ((model, "trainable_part"), (features, "compute_features"))
 
-    That is `run`; `candidates`, the last ones that were scored; `saved`, [(kernel, info)];
-    `computed`, how many pictures went through the frozen part; `twin`, the network that is trained,
-    and `before`, its weights at the start.
-    """
-    seen = SimpleNamespace(saved=[], computed=0)
 
-    def note_run(result, run, *_):
-        seen.run = run
+def noting(function, calls):
+    """Return a function that also notes (arguments, weights of a network among them, result)."""
+
+    def call(*some, **more):
+        networks = [one for one in some if hasattr(one, "get_weights")]
+        weights = networks[0].get_weights() if networks else []
+        result = function(*some, **more)
+        result = list(result) if inspect.isgenerator(result) else result
+        calls.append((some, weights, result))
         return result
 
-    def note_candidates(found, *_):
-        seen.candidates = list(found)
-        return seen.candidates
+    return call
 
-    def note_saved(_, network, info, *__):
-        seen.saved.append((network.get_layer("probabilities").get_weights()[0], info))
 
-    def note_computed(_, __, values, *more):
-        seen.computed += len(values)
-
-    def note_twin(parts, network, *_):
-        seen.twin, seen.before = network, network.get_weights()
-        return parts
-
-    noted = {"run_rounds": note_run, "trained_candidates": note_candidates}
-    places = [(train, name, note) for name, note in noted.items()]
-    places += [(model, "save_model", note_saved), (model, "trainable_part", note_twin)]
-    places.append((features, "compute_features", note_computed))
+def run_noting(folder, *words):
+    """Run train.py in this process. Returns what it printed, and what it made on the way."""
+    calls = {name: [] for _, name in NOTED}
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, note in places:
-            patch.setattr(module, name, followed_by(getattr(module, name), note))
+        for module, name in NOTED:
+            patch.setattr(module, name, noting(getattr(module, name), calls[name]))
         done = train_here(folder, *words)
     assert done.returncode == 0, done.stderr
-    return SimpleNamespace(**vars(seen), **vars(done))
-
-
-def followed_by(function, note):
-    """Return a function that gives note(result, *arguments)."""
-    return lambda *some, **more: note(function(*some, **more), *some)
+    done.run = calls["run_rounds"][0][0][0]
+    done.saved = [(weights[-2], some[1]) for some, weights, _ in calls["save_model"]]
+    done.computed = sum(len(some[1]) for some, *_ in calls["compute_features"])
+    if calls["trainable_part"]:
+        (done.twin, *_), done.before, _ = calls["trainable_part"][0]
+        done.candidates = calls["trained_candidates"][-1][-1]  # the last ones that were scored
+    return done
 
 
 @pytest.fixture(scope="module")
