@@ -562,12 +562,6 @@ def only_the_wal(path):
     (path / "database" / "photos.db").rename(path / "database" / "photos.db-wal")
 
 
-def a_truncated_database(path):
-    make_library(path, 10, [(texture(1), [("Ann", IN_FRAME)])])
-    file = path / "database" / "Photos.sqlite"
-    os.truncate(file, file.stat().st_size // 2)
-
-
 RENAME = "ALTER TABLE ZDETECTEDFACE RENAME COLUMN ZISINTRASH TO ZGONE"
 
 
@@ -581,7 +575,6 @@ RENAME = "ALTER TABLE ZDETECTEDFACE RENAME COLUMN ZISINTRASH TO ZGONE"
         (database_of(b"no database" * 1000), "damaged, incomplete or of an unknown layout"),
         (changed_database("DROP TABLE RKFace", 2), "no table of faces"),  # without its -wal
         (only_the_wal, "copy the library again, whole"),
-        (a_truncated_database, "damaged, incomplete or of an unknown layout"),
         (changed_database(RENAME), "no such column: f.ZISINTRASH"),
     ],
 )
