@@ -3,8 +3,9 @@
     make_library("Test.photoslibrary", 10, [(image, [("Ann", (x, y, side)), (None, (x, y, side))])])
 
 A generation is a version of Photos: 1; 2 (to 4); 5, 6 (to 8), 9, 10 (to 11): the last four differ
-in the names of columns. For odd libraries, use the classes: rows are written as given, any column
-can be set. All rows lie in the databases' -wal only, as in a library that Photos has open.
+in the names of columns. For odd libraries, use the classes: rows are written as given, with any
+column that stands in the class's schemas. All rows lie in the databases' -wal only, as in a library
+that Photos has open.
 """
 
 import io
@@ -180,6 +181,7 @@ class Photos2(Library):
     """Photos 2 to 4. Faces have tiles; uuids differ by case only."""
 
     link = "imageModelId"
+    unedited = MappingProxyType({"hasAdjustments": 0})
     face_columns = "modelId, uuid, isInTrash, personId, imageModelId, sourceWidth, sourceHeight, "
     face_columns += "centerX, centerY, size, hidden, manual, adjustmentUuid, trainingType"
     version = "modelId, uuid, masterUuid, adjustmentUuid, hasAdjustments, isInTrash, isHidden, type"
@@ -205,15 +207,12 @@ class Photos2(Library):
     def person(self, name, **columns):
         return self.insert("RKPerson", **{"name": name, "displayName": name} | columns)
 
-    def photo(self, image=None, data=None, place=None, **columns):
+    def photo(self, image=None, data=None, place=None, is_reference=0, **columns):
         """Add a version of a photo and its master, at `place` in Masters. Returns its key."""
-        row = {"adjustmentUuid": "UNADJUSTEDNONRAW", "hasAdjustments": 0, "isInTrash": 0}
-        row |= {"isHidden": 0, "type": 2} | columns
-        known = {column: value for column, value in row.items() if column in self.version}
-        key = self.insert("RKVersion", **known)
+        row = {"adjustmentUuid": "UNADJUSTEDNONRAW", "isInTrash": 0, "isHidden": 0, "type": 2}
+        key = self.insert("RKVersion", **row | self.unedited | columns)
         self.update("RKVersion", key, uuid=self.uuid(key), masterUuid=f"m{key}")
         place = place or f"2019/07/{key:04}.jpg"
-        is_reference = columns.get("fileIsReference", 0)
         self.insert("RKMaster", uuid=f"m{key}", imagePath=place, fileIsReference=is_reference)
         if data or image:
             self.write(f"Masters/{place}", data or jpeg(image))
@@ -257,6 +256,7 @@ class Photos1(Photos2):
     """Photos 1: three databases. `typed`: resources have the column attachedModelType."""
 
     link = "imageId"
+    unedited = MappingProxyType({})  # it has no such column
     typed = True
     resource = "modelId, attachedModelId, attachedModelType, resourceType, resourceTag, "
     resource += "resourceUuid, filename, UTI"

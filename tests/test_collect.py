@@ -409,7 +409,7 @@ def test_only_referenced_pictures_may_lie_outside(tmp_path, kind, named):
     path.write_bytes(jpeg(texture(15)))
     if kind == "master":
         library = new_library(tmp_path, 2)
-        photo = library.photo(place=str(path).lstrip("/"), fileIsReference=1)
+        photo = library.photo(place=str(path).lstrip("/"), is_reference=1)
     else:
         library, names = new_library(tmp_path), {"ZDIRECTORY": str(path.parent)}
         photo = library.photo(ZSAVEDASSETTYPE=kind, ZFILENAME=path.name, **names)
