@@ -751,3 +751,11 @@ def test_every_face_of_a_real_library(tmp_path, name):
         file = tmp_path / "people" / (face["name"] or "unknown") / f"{stem}.jpg"
         assert_same_crop(file, picture, box)
     assert len(files(tmp_path / "people")) == len(truth["faces"])
+
+
+def test_text_that_is_not_utf_8(tmp_path):
+    library = new_library(tmp_path)
+    add_face(library, library.photo(texture(1)), "x")
+    library.execute("ZPERSON", "UPDATE ZPERSON SET ZFULLNAME = CAST(x'41ff42' AS TEXT)")
+    lines, _ = collect_beside(library)
+    assert lines[1] == "     1  A\ufffdB"

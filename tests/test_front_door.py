@@ -294,3 +294,21 @@ def test_a_terminal_that_lacks_a_character_gets_an_escape(tmp_path, library, enc
     assert b"warning: \\u738b: only 4 pictures" in text and b"warning: " + shown in text
     for script in SCRIPTS if encoding == "ascii" else ():
         run(script, "--help")
+
+
+HEAVY = """
+import importlib, sys
+script, *heavy = sys.argv[1:]
+sys.argv[1:] = ["--help"]
+try:
+    importlib.import_module(script).main()
+finally:
+    print(sorted({*heavy} & {*sys.modules}))
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_loads_nothing_heavy(tmp_path, script):
+    words = [script.removesuffix(".py"), *"tensorflow keras jax av scipy matplotlib".split()]
+    done = run_process("-c", tmp_path, HEAVY, *words, PYTHONPATH=str(ROOT))
+    assert done.stdout.startswith("usage: ") and done.stdout.splitlines()[-1] == "[]", done.stderr

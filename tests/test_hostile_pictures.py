@@ -3,6 +3,7 @@
 import io
 import os
 
+import numpy as np
 import pytest
 from conftest import ROOT, SHARED, run_process
 from PIL import Image
@@ -87,3 +88,16 @@ def test_the_dirty_folder():
             answers[path.name] = str(reason)
     assert answers["yes.mkv"] == "not a picture of a known format"
     assert sum(answer == (224, 224, 3) for answer in answers.values()) >= 17
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "F"])
+def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
+    numbers = np.random.default_rng(0).integers(0, 255, (90, 70, 4)).astype("uint8")
+    image = Image.fromarray(numbers, "RGBA")
+    if mode in ("I;16", "F"):
+        kind = "uint16" if mode == "I;16" else "float32"
+        image = Image.fromarray(numbers[..., 0].astype(kind) * 200)
+    image = image.convert(mode)
+    whole = np.asarray(imaging.upright(image))
+    monkeypatch.setattr(imaging, "STRIPE", 1000)
+    assert np.array_equal(np.asarray(imaging.upright(image)), whole) and whole.std() > 10

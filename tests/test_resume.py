@@ -180,15 +180,16 @@ def test_another_run_is_not_gone_on_with(copy, command, tiny, monkeypatch, chang
     assert numbers(copy / "m") == before
 
 
-@pytest.mark.parametrize("kind", ["cut", "text", "bit", "shape"])
+@pytest.mark.parametrize("kind", ["cut", "text", "bit", "pickle", "shape"])
 def test_a_damaged_state_is_one_line(copy, command, tiny, kind):
     path = copy / "m-resume.npz"
     with np.load(path) as file:
         arrays = dict(file)
     data = bytearray(path.read_bytes())
     data[data.index(arrays["v0"].tobytes())] ^= 1
-    if kind == "shape":
-        np.savez(path, **arrays | {"v0": np.zeros(9)})
+    others = {"shape": np.zeros(9), "pickle": np.array([{"x": 1}], dtype=object)}
+    if kind in others:
+        np.savez(path, **arrays | {"v0": others[kind]})
     else:
         path.write_bytes({"cut": data[: len(data) // 2], "text": b"[1, 2", "bit": data}[kind])
     line = error_line(train_here(copy, "data", *command[1:], "--resume"))

@@ -1,12 +1,15 @@
 """webcam.py --save-faces: what is kept of films, streams and pictures, and how it trains."""
 
+import io
 import os
 import re
 import shlex
 import shutil
 
 import cv2
-from conftest import cut_square, rows
+import pytest
+import sample_faces
+from conftest import ROOT, cut_square, rows, run_process
 from PIL import Image, ImageFilter
 from test_webcam import difference, make_film, read_film
 
@@ -16,10 +19,13 @@ def crops(folder):
 
 
 def check_crop(path):
-    """Assert that a file is a square JPEG that is not subsampled, without metadata."""
+    """Assert that a file is a square JPEG of quality 95, not subsampled, without metadata."""
     image = Image.open(path)
     assert image.format == "JPEG" and image.width == image.height and not image.getexif()
     assert [layer[1:3] for layer in image.layer] == [(1, 1)] * 3
+    reference = io.BytesIO()
+    image.save(reference, "JPEG", quality=95)
+    assert image.quantization == Image.open(reference).quantization
 
 
 def test_crops_of_a_film(tmp_path, tag_here, film):
@@ -145,3 +151,25 @@ def test_a_saved_crop_is_what_the_tagger_saw(tmp_path, tag_here, drawn_model):
         same += row["label"] == first["label"]
         assert abs(float(row["probability"]) - float(first["probability"])) <= 0.05
     assert same >= 0.95 * len(again)
+
+
+@pytest.mark.long
+def test_a_stranger_is_learned_from_the_crops_that_were_unknown(tmp_path, drawn_model):
+    people = tmp_path / "people"
+    shutil.copytree(drawn_model / "people", people, ignore=shutil.ignore_patterns("Ben"))
+    (people / "Eva").rename(people / "unknown")
+    recipe = "--weights none --image-size 75 --head-epochs 8 --rounds 1 --no-heavy-augmentation"
+    train = ROOT / "train.py", tmp_path, "people", "model", *recipe.split()
+    tag = ROOT / "webcam.py", tmp_path, "model", "--no-display", "--source"
+    assert run_process(*train).returncode == 0
+    for seed in (1, 2, 3):
+        film = tmp_path / f"{seed}.mp4"
+        sample_faces.draw_clip(film, (1,), seed=seed)  # Ben, who is no class yet
+        run_process(*tag, film, "--save-faces", "new", "--threshold", 0.99)
+    (people / "Ben").mkdir()
+    for run in (tmp_path / "new" / "unknown").iterdir():
+        run.rename(people / "Ben" / run.name)
+    assert run_process(*train).returncode == 0
+    sample_faces.draw_clip(tmp_path / "later.mp4", (1,), seed=9)
+    labels = [row["label"] for row in rows(run_process(*tag, "later.mp4").stdout)]
+    assert labels.count("Ben") > 0.5 * len(labels), sorted(set(labels))

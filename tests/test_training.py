@@ -6,8 +6,10 @@ import itertools
 import json
 import os
 import re
+import shutil
 import timeit
 
+import h5py
 import numpy as np
 import pytest
 import tiny_network
@@ -298,3 +300,20 @@ def test_inception_is_fine_tuned_and_scored(tmp_path, weights_file):
 def test_a_whole_network_can_be_fine_tuned(tmp_path, small, weights_file):
     done = train_here(tmp_path, small, "m", *TINY, "--weights", weights_file, "--unfreeze", 10)
     assert done.returncode == 0 and len(accuracy_counts(done.stdout, "round")) == 2
+
+
+def test_views_are_made_and_cached_as_asked(tiny, tmp_path, small, tiny_weights):
+    words = [small, "m", *TINY, "--weights", tiny_weights, "--views", 3, "--cache-dir", "kept"]
+    assert train_here(tmp_path, *words).returncode == 0
+    views = {path.stem.rpartition("-")[2] for path in tmp_path.glob("kept/*.features")}
+    assert views == {"0", "1", "2", "3", "1000000"}  # the last is that of validation
+
+
+def test_features_too_large_for_the_cache_are_told(tiny, tmp_path, small, tiny_weights):
+    large = shutil.copy(tiny_weights, tmp_path / "large.weights.h5")
+    with h5py.File(large, "a") as file:
+        for layer in file["layers"].values():
+            if "vars/0" in layer and layer["vars/0"].ndim == 1:  # beta, of a normalisation
+                layer["vars/0"][...] = 1e6
+    done = train_here(tmp_path, small, "m", *TINY, "--weights", large)
+    assert "too large for 16 bits: use --float32" in error_line(done)

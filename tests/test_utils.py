@@ -287,3 +287,12 @@ def test_too_little_memory_is_one_line(error, capsys):
     with pytest.raises(SystemExit) as end:
         utils.run(main)
     assert end.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory: close")
+
+
+def test_a_transparent_grey_is_white_whatever_the_bits():
+    shallow = np.full((60, 80), 20, "uint8")
+    shallow[:, 40:] = 230
+    for numbers in (shallow, shallow.astype("uint16") * 257):
+        data = encoded(Image.fromarray(numbers), "PNG", transparency=int(numbers[0, 0]))
+        pixels = np.asarray(imaging.upright(imaging.open_picture(data)))
+        assert pixels[30, 5].tolist() == [255, 255, 255]

@@ -25,7 +25,17 @@ import cv2
 import numpy as np
 import pytest
 import sample_faces
-from conftest import ROOT, error_line, on_terminal, rows, run_process, serve, start, train_here
+from conftest import (
+    ROOT,
+    error_line,
+    on_terminal,
+    rows,
+    run_here,
+    run_process,
+    serve,
+    start,
+    train_here,
+)
 from PIL import Image
 
 import films
@@ -850,3 +860,86 @@ def test_what_is_missing_is_told_with_the_remedy(tmp_path, film, missing):
     else:
         assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
         assert remedy in done.stderr
+
+
+def test_a_film_trimmed_without_loss_is_whole(tmp_path, frames, capsys):
+    whole = make_film(tmp_path / "whole.mp4", frames, g="10", bf="0")
+    with av.open(str(whole)) as film, av.open(str(tmp_path / "trimmed.mp4"), "w") as trimmed:
+        stream = trimmed.add_stream_from_template(film.streams.video[0])
+        for packet in film.demux(video=0):
+            if packet.dts is not None:  # the first seven frames come before the start
+                packet.pts -= round(0.28 / packet.time_base)
+                packet.dts -= round(0.28 / packet.time_base)
+                packet.stream = stream
+                trimmed.mux(packet)
+    assert len(frames_of(tmp_path / "trimmed.mp4")) == 43
+    assert capsys.readouterr().err == ""
+
+
+def test_of_several_tracks_the_default_film_is_shown(tmp_path, tag_here, frames):
+    """The others: a larger film, and subtitles that last longer."""
+    pictures = {"forced": cv2.resize(frames[0], (1280, 960)), "default": frames[0]}
+    with av.open(str(tmp_path / "talk.mkv"), "w") as film:
+        streams = []
+        for role, image in pictures.items():
+            stream = film.add_stream("mpeg4", rate=25)
+            stream.height, stream.width = image.shape[:2]
+            stream.disposition = av.stream.Disposition[role]
+            streams.append(stream)
+        texts = film.add_mux_stream("subrip")
+        for stream, image in zip(streams, pictures.values()):
+            film.mux(stream.encode(av.VideoFrame.from_ndarray(image, "bgr24")))
+            film.mux(stream.encode(None))
+        text = av.Packet(b"The end")
+        text.stream, text.time_base, text.duration = texts, Fraction(1, 1000), 1000
+        text.pts = text.dts = 29_000
+        film.mux(text)
+    assert av.open(str(tmp_path / "talk.mkv")).duration == 30_000_000
+    done = tag_here(*COLLECT, "talk.mkv", "--output", "shown.mp4")
+    assert [row["frame"] for row in rows(done.stdout)] == ["0", "0"], done.stderr
+    (image,) = read_film(tmp_path / "shown.mp4")
+    assert image.shape == (480, 640, 3)
+
+
+@on_linux
+def test_pictures_of_long_names_that_begin_alike_are_all_written(tmp_path, tag_here, two):
+    (tmp_path / "photos").mkdir()
+    for end in ("1.jpg", "2.jpg", "1.webp", "2.webp"):
+        name = "Screenshot of the family meeting in the garden of ".ljust(250 - len(end), "x") + end
+        two.save(tmp_path / "photos" / name)
+    done = tag_here(*COLLECT, "photos", "--output", "shown")
+    assert done.returncode == 0 and len(list((tmp_path / "shown").iterdir())) == 4, done.stderr
+
+
+def test_a_face_that_loses_its_name_to_a_surer_one_is_no_news_at_once():
+    tracks = [tracker.Track(n, (0, 0, 9, 9), 0, 0) for n in range(2)]
+    tracks[0].mean, tracks[0].label, tracks[0].agreeing = np.array((0.8, 0.2)), "Ann", 5
+    tracks[1].mean = np.array((0.9, 0.1))
+    webcam.assign_labels(tracks, ["Ann", "Ben"], 0.5)
+    assert [track.label for track in tracks] == ["unknown", "Ann"]
+    assert [track.agreeing for track in tracks] == [0, 0]
+
+
+def test_boxes_are_matched_so_that_the_overlaps_are_largest():
+    old = [(0, 0, 100, 100), (60, 0, 100, 100)]
+    new = [(55, 0, 100, 100), (-10, 0, 100, 100), (400, 0, 50, 50)]
+    assert tracker.match_boxes(old, new) == {0: 1, 1: 0}
+    assert tracker.match_boxes(old, []) == tracker.match_boxes([], old) == {}
+    assert tracker.iou((0, 0, 10, 10), (5, 0, 10, 10)) == pytest.approx(1 / 3)
+
+
+def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
+    def run(command, **_):
+        raise subprocess.TimeoutExpired(command, 60)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert not webcam.can_open_window()
+    assert capsys.readouterr().err.startswith("warning: no window can be opened")
+
+
+def test_what_is_no_film_is_told_before_the_model_is_loaded(drawn_model, tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("milk, bread\n" * 99)
+    monkeypatch.setattr(webcam.model, "load_model", None)
+    source = tmp_path / "notes.txt"
+    done = run_here("webcam.py", drawn_model, "model", "--source", source, "--no-display")
+    assert done.returncode == 1 and "there is no film in it" in done.stderr
