@@ -540,12 +540,17 @@ def read_metadata(path):
 
 
 def check_names(data):
-    """Raise ValueError if a list of free places in a heap of names of an HDF5 file is a circle.
+    """Raise ValueError for heaps of names, in the bytes of an HDF5 file, that would do harm.
 
-    data: the bytes of the file. HDF5 would follow it until the memory is full.
+    HDF5 follows a list of free places that is a circle until the memory is full, and crashes where
+    two heaps keep their names in one place.
     """
+    starts = set()
     for heap in re.finditer(NAME_HEAP, data):
         gap, start = struct.unpack("<QQ", data[heap.start() + 16 : heap.start() + 32].ljust(16))
+        if start in starts:
+            raise ValueError("names of two groups in one place")
+        starts.add(start)
         seen = set()
         while gap != NO_GAP and start + gap + 8 <= len(data):
             if gap in seen:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import marshal
 import os
+import re
 import shutil
 import struct
 import zlib
@@ -174,6 +175,16 @@ def endless_gaps(folder):
     (folder / "m.h5").write_bytes(data)
 
 
+def shared_names(folder):
+    """Two groups have their names in one place: HDF5 crashed."""
+    data = bytearray((folder / "m.h5").read_bytes())
+    heaps = [found.start() for found in re.finditer(b"HEAP\0", data)]
+    starts = {heap: struct.unpack_from("<Q", data, heap + 24)[0] for heap in heaps}
+    apart = next(start for heap, start in starts.items() if start != heap + 32)
+    struct.pack_into("<Q", data, heaps[-1] + 24, apart)
+    (folder / "m.h5").write_bytes(data)
+
+
 def add_bush(weights):
     """Give a group six names, seven levels deep: 280,000 ways to its end, none of them a loop."""
     for _ in range(7):
@@ -251,6 +262,7 @@ REFUSED = {
     "one text for all names": one_text,
     "a text that never ends": endless_text,
     "gaps without end": endless_gaps,
+    "names in one place": shared_names,
     "threshold not finite": attribute(threshold=float("nan")),
     "threshold a text": attribute(threshold="high"),
     "round with escapes": attribute(round="\x1b[2J"),
