@@ -127,12 +127,7 @@ def parse_arguments(argv=None):
     option("weights", weights, default="auto")
     option("image-size", "side in pixels", "224; 96 from scratch", type=number(int, 75, 1024))
 
-    def share(text):
-        """Turn what was typed into a share; who types 20 means percent."""
-        if float(text) > 1:
-            raise argparse.ArgumentTypeError(f"{text} is no share: say 0.2 for 20 %")
-        return number(float, 1e-6, 1 - 1e-6)(text)
-
+    share = number(float, 0.001, 0.999)
     option("validation-split", "share of each class kept for validation", "0.2", type=share)
     flag("group-by-folder", "keep files of one folder on one side of the split")
     option("seed", "same seed, same split and result", type=number(int, 0, 2**31), default=1337)
@@ -814,19 +809,26 @@ def review_labels(data, everything, temperature):
     """Return rows (index, suggested label, probability, why) for labels that deserve a look.
 
     `label`: a readout that has not seen the picture gives its label less than another; `copy`:
-    equal or near copies under two classes. The least probable labels come first, as in confident
-    learning (Northcutt et al. 2021).
+    equal or near copies under two classes, judged by a readout that has seen neither. The least
+    probable labels come first, as in confident learning (Northcutt et al. 2021).
     """
-    answers = readout.softmax(everything.fit.answers / temperature)
-    judged = everything.pictures[readout.answered(everything.fit)]
+    fit = everything.fit
+    pictures = everything.pictures[fit.judged].tolist()
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
-    for i, p in zip(judged.tolist(), answers):
+    for i, p in zip(pictures, readout.softmax(fit.answers / temperature)):
         if p.argmax() != data.targets[i]:
             own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
             doubts[i] = (own, suggestion, float(p.max()), "label")
     for pair in data.copies:
+        places = np.flatnonzero(np.isin(pictures, pair))
+        answers = readout.softmax(readout.leave_out(fit, places) / temperature)
+        # a picture as it is comes before its mirror image; of a large set, not all are judged
+        found = {pictures[place]: p for place, p in zip(places[::-1], answers[::-1])}
         for i, other in (pair, pair[::-1]):
-            doubts[i] = (0.0, data.pictures[other].label, 1.0, "copy")
+            own, probability = 0.0, 1.0
+            if i in found:
+                own, probability = found[i][data.targets[[i, other]]].tolist()
+            doubts[i] = (own, data.pictures[other].label, probability, "copy")
     order = sorted(doubts, key=lambda i: (doubts[i][0], i))
     return [(i, *doubts[i][1:]) for i in order]
 

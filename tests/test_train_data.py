@@ -33,7 +33,7 @@ def dry_run(data, *options):
 
 
 MISTYPED = {
-    "validation-split 20": "0.2 for 20 %",
+    "validation-split 20": "20 is not between 0.001 and 0.999",
     "rounds x": "--rounds: invalid int value: 'x'",
     "image-size 74": "--image-size",
     "cache-gb nan": "--cache-gb",
