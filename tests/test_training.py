@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import timeit
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -20,7 +19,6 @@ from PIL import Image
 import dataset
 import features
 import model
-import readout
 import train
 import utils
 
@@ -85,23 +83,6 @@ def test_a_wrong_label_is_found(scratch_run):
     row = found["red/wrong.png"]
     assert (row["label"], row["suggested"], row["why"]) == ("red", "grün", "label")
     assert re.search(r"\d+ labels? deserves? a look: model-review.png", done.stderr)
-
-
-def test_of_two_copies_the_one_whose_label_fits_less_comes_first():
-    levels = np.random.default_rng(0).normal(size=(40, 6)).astype("float32")
-    levels[:20, 0] += 4  # class a
-    levels[20] = levels[0]  # a copy of it, in class b
-    targets = np.repeat([0, 1], 20)
-    rows = readout.Rows(
-        lambda level, places: levels[places, level], [slice(0, 6)], targets, np.arange(40), 40, 2
-    )
-    made = train.Readout(readout.fit_readout(rows), rows, np.arange(40), [0])
-    pictures = [SimpleNamespace(label="ab"[target]) for target in targets]
-    data = SimpleNamespace(pictures=pictures, labels=["a", "b"], targets=targets, copies=[(0, 20)])
-    review = train.review_labels(data, made, made.fit.temperature)
-    assert (review[0][0], review[0][1], review[0][3]) == (20, "a", "copy")
-    suggested = {i: probability for i, _, probability, why in review if why == "copy"}
-    assert suggested[20] > 0.9 and suggested[0] < 0.1
 
 
 def test_plain_keras_reproduces_the_accuracy_both_ways(scratch_run):
