@@ -403,11 +403,9 @@ def fill_view(run, view, array, indices, missing):
     for batch, values in zip(batches, utils.progress(results, len(batches), label)):
         if not is_finite(values):
             rounded = run.recipe["rounds"] and array.rows.dtype["map"].base == "float16"
-            why = (
-                "too large for 16 bits: use --float32"
-                if rounded
-                else "not finite: use other weights"
-            )
+            why = "not finite: use other weights"
+            if rounded:
+                why = "too large for 16 bits: use --float32"
             raise utils.UserError(f"--weights: the network's features are {why}")
         dataset.write_rows(array, batch, values)
 

@@ -305,7 +305,7 @@ def train_top(run, trained, round_number):
     wanted = features.list_views(run, round_number)
     kept = {*wanted, features.MIRRORED, features.VALIDATION_VIEW}
     for view in set(run.views) - kept:
-        if isinstance(view, int):  # its file goes with it
+        if isinstance(view, int):  # its file goes with it, unless the cache is kept
             del run.views[view]
     views = [features.get_view(run, view) for view in wanted]
     held = None if run.args.process else features.get_view(run, features.VALIDATION_VIEW)

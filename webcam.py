@@ -63,7 +63,7 @@ from PIL import Image, ImageDraw, ImageFont
 CLASSIFY_EVERY = 8  # frames of the source between two classifications of a track
 AVERAGE_WINDOW = 5  # classifications in the running mean
 MAX_BATCH = 8  # faces classified at once
-AGREEING = 3  # classifications with one label before --events reports somebody: 0.64 s of a film
+AGREEING = 3  # classifications with one label until --events reports somebody: 0.64 s at 25 fps
 LEFT_AFTER = 3.0  # seconds out of sight after which somebody has left
 
 PICTURES = (".png", ".jpg", ".jpeg")

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -101,3 +102,17 @@ def test_pictures_in_stripes_are_those_in_one(monkeypatch, mode):
     whole = np.asarray(imaging.upright(image))
     monkeypatch.setattr(imaging, "STRIPE", 1000)
     assert np.array_equal(np.asarray(imaging.upright(image)), whole) and whole.std() > 10
+
+
+def test_pixels_that_look_like_comments_are_none():
+    data = b"P5 400 400 4095\n" + b"\1#" * 160_000
+    assert imaging.to_model_input(imaging.open_picture(data), 75).std() == 0
+
+
+def test_grey_with_premultiplied_transparency_is_read():
+    buffer = io.BytesIO()
+    Image.new("LA", (80, 80), (100, 128)).save(buffer, "TIFF")
+    kinds = [struct.pack("<HHIH", 338, 3, 1, kind) for kind in (2, 1)]
+    image = imaging.open_picture(buffer.getvalue().replace(*kinds))
+    assert image.mode == "La"
+    assert imaging.to_model_input(image, 75).min() > 200  # half of the white behind, and the grey

@@ -228,3 +228,9 @@ def test_wrong_usage(tmp_path, album, words):
     done = run_here("webcam.py", tmp_path, "--by-name", *words.split())
     assert done.returncode == 2 and "error: " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "people").exists()
+
+
+def test_as_many_regions_as_fit_take_no_time(tmp_path):
+    body = tagged_photos.windows([("x", (0.5, 0.5, 1e-5 * n, 1e-5)) for n in range(40_000)], SIZE)
+    path = tag_photo(tmp_path / "a.webp", texture(1, SIZE), [], xmp=packet(body))
+    assert len(regions.read_regions(path, {})) <= regions.MAX_REGIONS

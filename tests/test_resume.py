@@ -167,6 +167,7 @@ def change_views(folder):
         (change_views, "", "other views"),
         (None, "--image-size 80", "other image size"),
         (None, "--seed 2", "other seed"),
+        (None, "--rounds 5", "other rounds"),
         (None, "--weights none", "other --weights .*SHA-256"),
     ],
 )

@@ -135,7 +135,7 @@ def test_drawn_people_are_found_and_named(drawn_model, tagged):
     for row in lines:
         assert row["label"] in (row["best"], "unknown")
         assert all(re.fullmatch(r"\d+\.\d{6}", row[key]) for key in ("time", "probability"))
-    assert share_named(lines, truth) >= 0.9 and len(lines) <= 1.02 * sum(map(len, truth))
+    assert share_named(lines, truth) >= 0.95 and len(lines) <= 1.02 * sum(map(len, truth))
     assert float(lines[-1]["time"]) == pytest.approx((len(truth) - 1) / sample_faces.FPS, abs=0.01)
     summary = r"150 frames, [\d.]+ a second shown, \d+ classifications; median detection [\d.]+ "
     summary += r"ms; median classification [\d.]+ ms; median label age [\d.]+ s"
@@ -366,7 +366,7 @@ def test_training_crops_get_the_probabilities_that_evaluation_gives(drawn_model,
     for row in got:  # another batch size differs in the last bits
         expected = table[row["file"]]
         assert row["label"] == expected["predicted"]
-        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-5)
+        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=2e-6)
 
 
 def test_a_folder_with_broken_files_and_names_of_all_kinds(tmp_path, tag_here, two):
@@ -943,3 +943,30 @@ def test_what_is_no_film_is_told_before_the_model_is_loaded(drawn_model, tmp_pat
     source = tmp_path / "notes.txt"
     done = run_here("webcam.py", drawn_model, "model", "--source", source, "--no-display")
     assert done.returncode == 1 and "there is no film in it" in done.stderr
+
+
+def test_a_gif_that_breaks_off_in_its_second_frame(tmp_path, tag_here):
+    noise = np.random.default_rng(0).integers(0, 255, (3, 80, 80, 3)).astype("uint8")
+    first, *others = map(Image.fromarray, noise)
+    first.save(tmp_path / "whole.gif", save_all=True, append_images=others, duration=50)
+    data = (tmp_path / "whole.gif").read_bytes()
+    second = data.index(b"!\xf9\x04", len(data) // 4)
+    for end in (12, 60, 500):
+        (tmp_path / "cut.gif").write_bytes(data[: second + end])
+        done = tag_here("--save-faces", "faces", "--source", "cut.gif", "--whole-picture")
+        assert done.returncode == 0 and len(rows(done.stdout)) in (1, 2), done.stderr
+
+
+def test_a_frame_that_repeats_the_last_one_does_not_end_the_film(tmp_path, frames):
+    """Theora and others say so with a packet of no bytes."""
+    whole = make_film(tmp_path / "whole.nut", frames[:9], codec="mpeg4")
+    with av.open(str(whole)) as film, av.open(str(tmp_path / "still.nut"), "w") as still:
+        stream = still.add_stream_from_template(film.streams.video[0])
+        for n, packet in enumerate(film.demux(video=0)):
+            if packet.dts is not None:
+                copy = av.Packet(b"" if n in (0, 4) else bytes(packet))
+                copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
+                copy.is_keyframe, copy.stream = packet.is_keyframe, stream
+                still.mux(copy)
+    times = [timestamp for timestamp, _ in frames_of(tmp_path / "still.nut")]
+    assert len(times) >= 4 and times[-1] == pytest.approx(0.28)
