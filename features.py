@@ -443,8 +443,9 @@ def trim_cache(args):
     size = sum(facts.st_size for _, facts in files)
     for path, facts in sorted(files, key=lambda file: file[1].st_mtime):
         if size > args.cache_gb * 1e9:
-            path.unlink()
-            size -= facts.st_size
+            with contextlib.suppress(OSError):  # Windows keeps what is in use
+                path.unlink()
+                size -= facts.st_size
 
 
 def cache_name(run, view):
