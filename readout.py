@@ -335,3 +335,13 @@ def shares_at(strangers, threshold):
     """Return (share of friends correct, share of strangers unknown) at a threshold."""
     place = min(np.searchsorted(strangers.thresholds, threshold), len(strangers.thresholds) - 1)
     return float(strangers.friends[place]), float(strangers.unknown[place])
+
+
+def move_threshold(strangers, correct):
+    """Return the threshold that refuses as many correct answers as the chosen one of Strangers.
+
+    correct: probabilities of the correct answers of a model that was trained on all classes, and
+    of which strangers cannot be simulated.
+    """
+    kept = shares_at(strangers, strangers.chosen)[0] / max(1e-9, strangers.friends[0])
+    return float(np.quantile(correct, 1 - min(1, kept)))

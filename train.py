@@ -587,10 +587,9 @@ def save_candidate(run, number, right, made, chosen):
     strangers, promise, threshold = made.strangers, None, 0.5
     if strangers:
         threshold, promise = strangers.chosen, readout.shares_at(strangers, strangers.chosen)
-    if strangers and chosen.trained_share:
-        # only frozen levels can be simulated: as many answers are refused as there
-        refused = 1 - promise[0] / max(1e-9, strangers.friends[0])
-        threshold = float(np.quantile(chosen.probabilities.max(1), np.clip(refused, 0, 1)))
+    if strangers and chosen.trained_share and right:
+        is_right = chosen.probabilities.argmax(1) == data.targets[data.validation]
+        threshold = readout.move_threshold(strangers, chosen.probabilities.max(1)[is_right])
     info = {
         "labels": data.labels,
         "base": model.BASE.builder,

@@ -128,6 +128,17 @@ def test_the_threshold_refuses_a_fifth_of_the_friends_at_most(seed):
     assert unknown >= (strangers < 0.85).mean()
 
 
+def test_a_trained_model_refuses_as_many_correct_answers():
+    rng = np.random.default_rng(0)
+    friends, strangers = rng.uniform(0.5, 1, 100), rng.uniform(0, 0.9, 100)
+    right = np.arange(100) >= 30
+    found = readout.weigh_thresholds(friends, right, strangers, {})
+    kept = (friends[right] >= found.chosen).mean()
+    assert 0.8 <= kept < 0.99
+    surer = friends[right] ** 0.1
+    assert (surer >= readout.move_threshold(found, surer)).mean() == pytest.approx(kept, abs=0.02)
+
+
 def test_each_class_plays_the_stranger_and_the_class_unknown_is_one():
     _, rows = make_rows(noise=[3])
     fit = readout.fit_readout(rows)
