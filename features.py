@@ -30,7 +30,7 @@ VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
 MATRIX, COLOUR = slice(0, 6), slice(6, 9)
 PARAMETERS, CHANCES = 9, 9
 
-MAX_GRID_PICTURES = 3_000  # that train: with more, levels are read without cells and mirror images
+LARGE_SET = 3_000  # pictures that train: of more, levels are read without cells and mirror images
 INFERENCE_BATCH = 16  # pictures; 64 is no faster on a CPU, and wastes more of a last batch
 DEVICE_BATCH = 256  # the same on a GPU, for pictures of up to 224 pixels; fewer of larger ones
 CACHE_VERSION = 5  # raise it when code alone, not a setting, makes other features or views
@@ -40,8 +40,9 @@ DOWNLOAD_SECONDS = 15
 View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
 # base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part
 Networks = namedtuple("Networks", "base exact fast settings")
-# cut: last frozen layer, None from scratch; levels: of the base; augment: None on the cores
-Settings = namedtuple("Settings", "cut levels has_grids map_shape augment batch number_format "
+# cut: last frozen layer, None from scratch; use: key of model.BASE.levels; levels: of the base;
+# augment: None on the cores
+Settings = namedtuple("Settings", "cut use levels map_shape augment batch number_format "
                       "source devices distribution_scope")  # fmt: skip
 
 
@@ -149,6 +150,11 @@ def choose_devices(args, number_format):
     return number_format, keras.distribution.list_devices() if is_jax else [None]
 
 
+def is_large(data):
+    """Say whether a set trains on so many pictures that less of each is read."""
+    return len(data.train) > LARGE_SET
+
+
 def build_networks(args, path, data, recipe, number_format):
     """Build the network as it is, and its frozen part. Returns Networks.
 
@@ -160,8 +166,8 @@ def build_networks(args, path, data, recipe, number_format):
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     side, class_count = data.pixels.rows.shape[1], len(data.labels)
-    has_grids = len(data.train) <= MAX_GRID_PICTURES
-    base = model.build_network(class_count, side, has_grids)
+    use = "random" if path is None else "large set" if is_large(data) else "learned"
+    base = model.build_network(class_count, side, use)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)
     cut = model.BASE.blocks[-1 - args.unfreeze] if path is not None else None  # last frozen layer
@@ -171,13 +177,13 @@ def build_networks(args, path, data, recipe, number_format):
     mapped = cut if recipe["rounds"] else None  # the layer whose feature map is kept
     exact = fast = model.frozen_part(base, mapped)
     if number_format != "float32":
-        rounded = model.build_network(class_count, side, has_grids, number_format)
+        rounded = model.build_network(class_count, side, use, number_format)
         rounded.set_weights(base.get_weights())
         fast = model.frozen_part(rounded, mapped)
     settings = Settings(
         cut=cut,
-        levels=model.list_levels(base),
-        has_grids=has_grids,
+        use=use,
+        levels=model.list_levels(base, use),
         map_shape=(base.get_layer(cut).output if cut else base.input).shape[1:],
         augment=build_augmentation(side) if on_device() else None,
         batch=inference_batch(side),

@@ -22,23 +22,26 @@ import utils
 BACKENDS = ("tensorflow", "jax")
 CHILD = "FINETUNING_KIT_CHILD"  # set in processes of a run on several machines
 
-Base = collections.namedtuple("Base", "builder scale offset blocks levels grid_levels address md5")
+Base = collections.namedtuple("Base", "builder scale offset blocks levels address md5")
 Level = collections.namedtuple("Level", "block units")  # units: a slice of the layer `levels`
+GRID = 3  # cells a side: a spatial pyramid of two steps (Lazebnik et al. 2006)
 # The network that all begins with; another one is another table. blocks: layers past which no
-# shortcut leads, in order; each level is one of them. How many of the top ones are trained is
-# train.UNFREEZE.
+# shortcut leads, in order. How many of the top ones are trained is train.UNFREEZE. levels: for each
+# use {block: cells a side that its feature map is pooled in}, in order; the last is the top.
 BASE = Base(
     builder="InceptionV3",  # in keras.applications
     scale=1 / 127.5,
     offset=-1,
     blocks=tuple(f"mixed{number}" for number in range(11)),  # the last ones can be trained
-    levels=("mixed3", "mixed5", "mixed8", "mixed10"),  # the last is the top
-    grid_levels=("mixed3", "mixed5"),  # maps that are large enough for cells
+    levels={
+        "learned": {"mixed3": GRID, "mixed5": GRID, "mixed8": 1, "mixed10": 1},
+        "large set": {"mixed3": 1, "mixed5": 1, "mixed8": 1, "mixed10": 1},
+        "random": {"mixed0": GRID, "mixed10": 1},  # random features tell less with every block
+    },
     address="https://storage.googleapis.com/tensorflow/keras-applications/inception_v3/"
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
     md5="bcbd6486424b2319ff4ef7d526e38f63",
 )
-GRID = 3  # cells a side: a spatial pyramid of two steps (Lazebnik et al. 2006)
 HIDDEN = 1024  # units that training teaches
 
 METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
@@ -129,13 +132,13 @@ def silence_output():
         os.close(nowhere)
 
 
-def build_network(class_count, side, has_grids=True, number_format="float32"):
+def build_network(class_count, side, use="learned", number_format="float32"):
     """Build the backbone with a new top: a softmax layer that reads several levels of it at once.
 
-    The levels are the mean-pooled feature maps of some blocks and, with has_grids, others pooled in
-    GRID x GRID cells; beside them come the hidden units that training teaches. Weights are random.
-    Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself, and gives float32
-    probabilities of shape (batch, class_count). number_format: a Keras dtype policy.
+    The levels are the feature maps of some blocks, mean-pooled whole or in cells; beside them come
+    the hidden units that training teaches. Weights are random. Takes RGB pixels 0..255 of shape
+    (batch, side, side, 3), scales them itself, and gives float32 probabilities of shape
+    (batch, class_count). use: a key of BASE.levels. number_format: a Keras dtype policy.
     """
     keras = import_keras()
     layers = keras.layers
@@ -145,7 +148,8 @@ def build_network(class_count, side, has_grids=True, number_format="float32"):
         scaled = layers.Rescaling(BASE.scale, offset=BASE.offset, name="scaled")(pixels)
         builder = getattr(keras.applications, BASE.builder)
         backbone = builder(weights=None, include_top=False, input_tensor=scaled)
-        pooled = [pool(backbone.get_layer(block), has_grids) for block in BASE.levels]
+        table = BASE.levels[use].items()
+        pooled = [pool(backbone.get_layer(block), count) for block, count in table]
         levels = layers.Concatenate(name="levels", dtype="float32")(pooled)
         hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(pooled[-1])
         units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
@@ -160,22 +164,22 @@ def name_of(block):
     return f"{block}_level"
 
 
-def pool(layer, has_grids):
-    """Return the mean of a layer's feature map, or with a grid the means of its cells, flat."""
+def pool(layer, count):
+    """Return the means of a layer's feature map in count x count cells, flat."""
     layers = import_keras().layers
     name = name_of(layer.name)
-    if not has_grids or layer.name not in BASE.grid_levels:
+    if count == 1:
         return layers.GlobalAveragePooling2D(name=name)(layer.output)
-    cell = -(-layer.output.shape[1] // GRID)
+    cell = -(-layer.output.shape[1] // count)
     cells = layers.AveragePooling2D(cell, padding="same", name=f"{name}_pool")(layer.output)
     return layers.Flatten(name=name)(cells)
 
 
-def list_levels(network):
-    """Return the parts of the layer `levels`, in order, as [Level]."""
+def list_levels(network, use):
+    """Return the parts of the layer `levels` of a network built for a use, in order, as [Level]."""
     levels = []
     start = 0
-    for block in BASE.levels:
+    for block in BASE.levels[use]:
         stop = start + network.get_layer(name_of(block)).output.shape[1]
         levels.append(Level(block, slice(start, stop)))
         start = stop
@@ -402,8 +406,7 @@ def load_model(prefix, network=None):
     """
     info = check_model(prefix)
     if network is None:
-        has_grids = info.get("has_grids", True)
-        network = build_network(len(info["labels"]), info["image_size"], has_grids)
+        network = build_network(len(info["labels"]), info["image_size"], info["levels"])
     weights = model_paths(prefix)[0]
     load_arrays(network, weights)
     if info.get("arrays_sha256", "") not in ("", array_checksum(network)):
@@ -450,14 +453,16 @@ def check_model(prefix):
 def check_info(info, path):
     """Return the plain data that travels with a model if we may have written it.
 
-    A missing threshold becomes 0.5. Raises UserError.
+    A missing threshold becomes 0.5, and missing levels those of learned weights. Raises UserError.
     """
     if info is None:
         raise utils.UserError(f"{utils.escape(path)}: not saved by this kit: train a model with it")
     if isinstance(info, dict) and are_labels(info.get("labels")):
         threshold = info.setdefault("threshold", 0.5)
+        use = info.setdefault("levels", "learned")
         ranges = (("image_size", MIN_SIDE, MAX_SIDE), ("round", 0, 999))
         whole = all(type(info.get(key)) is int and a <= info[key] <= b for key, a, b in ranges)
+        whole = whole and type(use) is str and use in BASE.levels
         if whole and type(threshold) in (int, float) and 0 <= threshold <= 1:
             return info
     raise utils.UserError(

@@ -174,8 +174,8 @@ def build_trained(run, head=None):
     data, networks, cut = run.data, run.networks, run.networks.settings.cut
     model.import_keras().utils.set_random_seed(run.args.seed)  # --resume builds less before
     with networks.settings.distribution_scope():
-        side, has_grids = data.pixels.rows.shape[1], networks.settings.has_grids
-        network = model.build_network(len(data.labels), side, has_grids)
+        side = data.pixels.rows.shape[1]
+        network = model.build_network(len(data.labels), side, networks.settings.use)
         for layer, same in zip(network.layers, networks.base.layers):
             if layer.name != "probabilities":  # which the first process has filled to save it
                 layer.set_weights(same.get_weights())
@@ -344,7 +344,7 @@ def round_readout(run, round_number):
     number = min(round_number, 1)
     if number not in run.readouts:
         chosen = make_readout(run, [features.UNAUGMENTED]) if not number else round_readout(run, 0)
-        if number and run.networks.settings.has_grids:
+        if number and not features.is_large(run.data):
             mirrored = make_readout(run, [features.UNAUGMENTED, features.MIRRORED])
             # weights sum to one over twice the rows, so the error of the same answers is half
             if mirrored and 2 * mirrored.fit.error < chosen.fit.error:
@@ -359,7 +359,8 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
     """Fit the classes to levels (default: all) of pictures (default: those that train).
 
     views: those that are read, unaugmented first; what is no training picture has that one only.
-    Returns a Readout, or None in all processes but the first.
+    From scratch, the top is not read: only training makes it tell anything. Returns a Readout,
+    whose kernel is 0 for what is not read, or None in all processes but the first.
     """
     data, tables = run.data, [features.gather_levels(run, view) for view in views]
     if run.args.process:
@@ -377,10 +378,13 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
         return np.concatenate(found)
 
     pictures = np.concatenate(parts)
-    levels = [level.units for level in levels or run.networks.settings.levels]
+    every, is_scratch = run.networks.settings.levels, run.networks.settings.cut is None
+    levels = [level.units for level in levels or (every[:-1] if is_scratch else every)]
     rows = readout.Rows(read, levels, data.targets[pictures], data.groups[pictures], len(indices),
                         len(data.labels))  # fmt: skip
     fit = readout.fit_readout(rows, strength, run.args.seed)
+    unread = every[-1].units.stop - len(fit.kernel)
+    fit = fit._replace(kernel=np.pad(fit.kernel, ((0, unread), (0, 0))))
     return Readout(fit, rows, pictures, views)
 
 
@@ -433,17 +437,14 @@ def trained_candidates(run, trained, made):
 
 def read_frozen(run, made):
     """Return kernel and bias of a readout of the levels that training leaves as they are."""
-    settings, blocks = run.networks.settings, model.BASE.blocks
-    kernel = np.zeros((settings.levels[-1].units.stop, len(run.data.labels)))
+    settings, place = run.networks.settings, model.BASE.blocks.index
     if settings.cut is None:
-        return kernel, 0.0
-    last = blocks.index(settings.cut)
-    frozen = [level for level in settings.levels if blocks.index(level.block) <= last]
+        return 0 * made.fit.kernel, 0.0
+    frozen = [level for level in settings.levels if place(level.block) <= place(settings.cut)]
     if "frozen" not in run.readouts:
         run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
     fit = run.readouts["frozen"].fit
-    kernel[: len(fit.kernel)] = fit.kernel / made.fit.temperature
-    return kernel, fit.bias / made.fit.temperature
+    return fit.kernel / made.fit.temperature, fit.bias / made.fit.temperature
 
 
 # ---------------------------------------------------------------- rounds
@@ -593,7 +594,7 @@ def save_candidate(run, number, right, made, chosen):
     info = {
         "labels": data.labels,
         "base": model.BASE.builder,
-        "has_grids": settings.has_grids,
+        "levels": settings.use,
         "image_size": data.pixels.rows.shape[1],
         "face_crops": dataset.share_of_face_crops(data),
         "round": number,

@@ -132,7 +132,7 @@ def hdf5_check(kind, folder):
 
     model.HIDDEN = 8
     with tiny_network.installed():
-        network = model.build_network(2, 75, has_grids=False)
+        network = model.build_network(2, 75, "large set")
         info = {"labels": ["a", "b"], "image_size": 75, "round": 0, "threshold": 0.4}
         model.save_model(network, info, folder / "m")
     with h5py.File(folder / "m.h5", "a") as file:  # of which nothing is read

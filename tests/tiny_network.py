@@ -15,8 +15,11 @@ import utils
 BASE = model.BASE._replace(
     builder="Tiny",
     blocks=("mixed0", "mixed1", "mixed2", "mixed3"),
-    levels=("mixed1", "mixed3"),
-    grid_levels=("mixed1",),
+    levels={
+        "learned": {"mixed1": 3, "mixed3": 1},
+        "large set": {"mixed1": 1, "mixed3": 1},
+        "random": {"mixed1": 3, "mixed3": 1},
+    },
     address="http://127.0.0.1:9/tiny_notop.h5",  # where nobody answers
     md5=None,
 )
