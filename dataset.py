@@ -30,7 +30,7 @@ DIVIDED = {"train", "training"}, {"val", "valid", "validation"}, {"test", "testi
 CROP_NAME = re.compile(r"\d{6}-\d+-[0-9a-f]{10}\.jpg")  # as --save-faces names them
 
 Picture = namedtuple("Picture", "path label digest dhash thumbnail row")  # row of the pixels
-DiskArray = namedtuple("DiskArray", "file rows")
+DiskArray = namedtuple("DiskArray", "file rows place")  # place: its file or folder
 # train, validation: indices of pictures; local: those of train that this process trains on;
 # largest_shard: how many the process with most trains on; groups: number of each picture's group;
 # copies: pairs of indices of equal or near copies under two classes
@@ -392,7 +392,8 @@ def read_data(args, side):
         is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
         train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
         if not len(train) or not len(validation):
-            raise utils.UserError(f"{utils.escape(args.data_dir)}: a part without pictures")
+            empty = parts["validation" if len(train) else "train"]
+            raise utils.UserError(f"{utils.escape(empty)}: no pictures: leave it out or fill it")
     else:
         train, validation = split(pictures, groups, args.validation_split or 0.2, args.seed)
     utils.print_line(
@@ -506,13 +507,13 @@ def temporary_array(args, shape, dtype):
     It is written by ordinary writes, and read through a memory map.
     """
     folder = args.cache_dir or Path(args.model).parent
-    return map_array(tempfile.TemporaryFile(dir=folder, buffering=0), shape, dtype)
+    return map_array(tempfile.TemporaryFile(dir=folder, buffering=0), folder, shape, dtype)
 
 
-def map_array(file, shape, dtype):
+def map_array(file, place, shape, dtype):
     """Return the DiskArray in an open file, which takes no space before it is written."""
     file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-    return DiskArray(file, np.memmap(file, dtype, "r", shape=shape))
+    return DiskArray(file, np.memmap(file, dtype, "r", shape=shape), place)
 
 
 def write_rows(array, rows, values):
@@ -523,4 +524,5 @@ def write_rows(array, rows, values):
         data = memoryview(some.view("uint8").reshape(-1))
         array.file.seek(int(first) * values[0].nbytes)
         while data:
-            data = data[array.file.write(data) :]
+            with utils.naming(array.place):
+                data = data[array.file.write(data) :]

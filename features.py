@@ -355,7 +355,7 @@ def compute_view(run, view, indices):
         return View(array.rows, row_of)
     path = args.cache_dir / f"{cache_name(run, view)}-{view}.features"
     with utils.atomic_write(path) as part, open(part, "r+b", buffering=0) as file:
-        array = dataset.map_array(file, (len(indices),), dtype)
+        array = dataset.map_array(file, path, (len(indices),), dtype)
         missing = copy_known_rows(data, view, path, array, indices)
         fill_view(run, view, array, indices, missing)
         del array
@@ -445,7 +445,7 @@ def is_finite(values):
 
 def trim_cache(args):
     """Delete the files of a kept cache that were used longest ago, until --cache-gb is kept."""
-    files = [(path, path.stat()) for path in args.cache_dir.glob("*.features")]
+    files = [(path, path.stat()) for path in args.cache_dir.glob("[0-9a-f]" * 16 + "-*.features")]
     size = sum(facts.st_size for _, facts in files)
     for path, facts in sorted(files, key=lambda file: file[1].st_mtime):
         if size > args.cache_gb * 1e9:

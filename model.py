@@ -397,6 +397,16 @@ def may_replace_model(prefix):
         return False
 
 
+def versions():
+    """Return the versions of what made a model."""
+    from importlib.metadata import version
+
+    found = {"python": sys.version.split()[0]}
+    found |= {name: version(name) for name in ("keras", "numpy", "pillow")}
+    backend = import_keras().config.backend()
+    return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
+
+
 def load_model(prefix, network=None):
     """Load a model of ours: returns (compiled Keras model, info), info as given to `save_model`.
 

@@ -119,6 +119,18 @@ def draw_confusion_matrix(path, prefix, title, labels, actual, predicted, pictur
         canvas.save(part, "PNG", pnginfo=note)
 
 
+def matrix_maker(path):
+    """Return the prefix of the run that has drawn a confusion matrix, None for any other file."""
+    if not path.is_file():  # a named pipe would wait for ever
+        return None
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            kit, _, prefix = image.info.get("Software", "").partition(": ")
+            return prefix if kit == utils.KIT else None
+    except Exception:  # Pillow's parsers raise much
+        return None
+
+
 def most_confused(actual, predicted, class_count):
     """Return the classes, at most MATRIX_CLASSES, that have a part in most mistakes, in order."""
     wrong = actual != predicted

@@ -55,7 +55,6 @@ import report
 
 # isort: split
 import numpy as np
-from PIL import Image
 
 # ---------------------------------------------------------------- settings
 
@@ -86,6 +85,8 @@ SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind o
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
 CACHE_GB = 20.0
 MATRICES = "[0-9][0-9][0-9].png"
+OUTPUTS = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png"
+OUTPUTS = (OUTPUTS + " -evaluate.csv -evaluate-report.png -resume.npz").split()
 
 # network: a copy of the base that rounds train and that may be saved; top, hidden: see
 # model.trainable_part
@@ -139,7 +140,7 @@ def parse_arguments(argv=None):
         ("round-epochs", "epochs a round", 1, 10**6),
         ("patience", "rounds without improvement before stopping, 0: never", 0, 10**6),
         ("views", "augmented copies of each picture that a round trains on", 1, 10**6),
-        ("batch-size", "pictures a training step", 1, 10**6),
+        ("batch-size", "pictures a training step", 1, 4096),
     ):
         key = name.replace("-", "_")
         shown = f"{FINE_TUNING[key]}; {FROM_SCRATCH[key]} from scratch"
@@ -559,7 +560,7 @@ def draw_round(run, number, title, probabilities):
     path = Path(f"{number:03d}.png")
     if number == 0:
         for old in Path().glob(MATRICES):  # of an earlier run with the same prefix
-            if is_same_prefix(matrix_maker(old), args.model):
+            if is_same_prefix(report.matrix_maker(old), args.model):
                 old.unlink()
     check_matrix(path, args.model)  # another run may have begun in this folder meanwhile
     with drawing(path):
@@ -608,7 +609,7 @@ def save_candidate(run, number, right, made, chosen):
         "number_format": settings.number_format,
         "seed": args.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
+        "versions": model.versions(),
     }
     save_network(args, chosen.network, chosen.kernel, chosen.bias, info)
 
@@ -626,16 +627,6 @@ def save_network(args, network, kernel, bias, info):
         raise utils.UserError("training has led to numbers that are not finite: use --float32")
     network.get_layer("probabilities").set_weights([kernel, bias])
     model.save_model(network, info, args.model)
-
-
-def versions():
-    """Return the versions of what made a model."""
-    from importlib.metadata import version
-
-    found = {"python": sys.version.split()[0]}
-    found |= {name: version(name) for name in ("keras", "numpy", "pillow")}
-    backend = model.import_keras().config.backend()
-    return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
 
 
 # ---------------------------------------------------------------- files
@@ -657,6 +648,8 @@ def check_outputs(args):
         problem = f"choose a prefix that does not end in {', '.join(ends)}"
     elif not args.evaluate and not model.may_replace_model(args.model):
         name, problem = f"{name}.h5", "a model from elsewhere: choose another prefix"
+    elif strange := strange_output(args):
+        name, problem = strange, "not of such a model: move it away or choose another prefix"
     if problem:
         raise utils.UserError(f"{name}: {problem}")
     if args.dry_run:
@@ -673,25 +666,20 @@ def check_outputs(args):
         check_matrix(path, args.model)
 
 
+def strange_output(args):
+    """Return the name of a file or folder that lies where a new model's would, or None."""
+    is_new = not args.evaluate and not args.resume and not Path(f"{args.model}.h5").exists()
+    paths = (Path(args.model + end) for end in OUTPUTS)
+    return next((utils.escape(p) for p in paths if p.is_dir() or (is_new and p.exists())), None)
+
+
 def check_matrix(path, prefix):
     """Raise UserError if there is a picture at `path` that no run with this prefix has made."""
-    maker = matrix_maker(path)
+    maker = report.matrix_maker(path)
     if path.exists() and not is_same_prefix(maker, prefix):
         what = "not a picture of this model"
         what += f" but of {utils.escape(maker)}" if maker else ""
         raise utils.UserError(f"{path}: {what}: move it away or run in another folder")
-
-
-def matrix_maker(path):
-    """Return the prefix of the run that has drawn a confusion matrix, None for any other file."""
-    if not path.is_file():  # a named pipe would wait for ever
-        return None
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            kit, _, prefix = image.info.get("Software", "").partition(": ")
-            return prefix if kit == utils.KIT else None
-    except Exception:  # Pillow's parsers raise much
-        return None
 
 
 def is_same_prefix(one, other):
@@ -699,15 +687,15 @@ def is_same_prefix(one, other):
     return one is not None and Path(one).resolve() == Path(other).resolve()
 
 
-def remove_unfinished(prefix):
+def remove_unfinished(args):
     """Remove the unfinished files of an earlier run that was killed: those of this prefix."""
-    folder, name = Path(prefix).parent, glob.escape(Path(prefix).name)
-    ends = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png "
-    ends += "-evaluate.csv -evaluate-report.png -resume.npz"
-    for stem, _, kind in (end.rpartition(".") for end in ends.split()):
-        for path in folder.glob(f".{name}{stem}-unfinished-*.{kind}"):
-            path.unlink()
-    for path in Path().glob(f".{MATRICES.replace('.', '-unfinished-*.')}"):
+    folder, name = Path(args.model).parent, glob.escape(Path(args.model).name)
+    ends = [end.replace(".", "-unfinished-*.") for end in OUTPUTS]
+    found = [path for end in ends for path in folder.glob(f".{name}{end}")]
+    found += Path().glob(f".{MATRICES.replace('.', '-unfinished-*.')}")
+    if args.cache_dir and args.processes == 1:  # else they may be another process's
+        found += args.cache_dir.glob(".*-unfinished-*.features")
+    for path in found:
         path.unlink()
 
 
@@ -789,13 +777,12 @@ def finish_run(run, state, before):
 
 def fit_all(run, network, info, fit, temperature):
     """Save the model once more with a readout of all pictures; its figures stay as they are."""
-    args = run.args
     if info["trained_share"]:
         utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
         return
     info["fit_all"] = True
     kernel, bias = add_hidden(fit.kernel / temperature), fit.bias / temperature
-    save_network(args, network, kernel, bias, info)
+    save_network(run.args, network, kernel, bias, info)
     utils.print_line(
         "fit-all: the saved model's readout knows all pictures now; every figure printed and "
         "stored is that of the model before"
@@ -840,14 +827,15 @@ def write_review(args, data, review):
             for i, suggested, p, why in review]  # fmt: skip
     utils.write_csv(f"{args.model}-review.csv", header, rows)
     path = Path(f"{args.model}-review.png")
+    path.unlink(missing_ok=True)
     first = review[: report.REVIEW_PICTURES]
     if not first:
-        path.unlink(missing_ok=True)
         return
     squares = [dataset.square_of(data, i) for i, *_ in first]
     with drawing(path):
         files, labels, suggested, *_ = zip(*rows)
-        report.draw_review_sheet(path, squares, [Path(f).name for f in files], labels, suggested)
+        names = [utils.escape(Path(file).name) for file in files]
+        report.draw_review_sheet(path, squares, names, labels, suggested)
 
 
 def print_next_steps(args, info, predictions, strangers, doubtful, before):
@@ -861,8 +849,7 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
         f"trained on; on more pictures like these, expect {low:.0%} to {high:.0%}."
     ]
     if before and before.get("accuracy"):
-        is_same = before.get("validation") == info["validation"]
-        whose = "the same" if is_same else "its own"
+        whose = "the same" if before.get("validation") == info["validation"] else "its own"
         lines.append(
             f"It replaces a model that classified {before['accuracy']:.4f} of {whose} validation "
             "pictures correctly."
@@ -934,7 +921,8 @@ def read_state(args):
     try:
         with np.load(path, allow_pickle=False) as file:
             state = json.loads(file["facts"].tobytes())
-        if not model.model_paths(args.model)[0].exists():
+        saved = model.read_info(args.model)
+        if saved is None or saved.get("fit_all"):  # that one knows the validation pictures
             utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the last is saved")
             state["best"] = None
         known = {"round", "rounds_without_gain", "best", "history", "settings", "files", "weights"}
@@ -1011,10 +999,10 @@ def evaluate(args):
     path = f"{args.model}-evaluate-report.png"
     with drawing(path):
         report.draw_report(path, found.title, labels, targets, found.probabilities)
-    predicted = found.probabilities.argmax(1)
     with drawing("evaluate.png"):
-        report.draw_confusion_matrix("evaluate.png", args.model, found.title, labels, targets,
-                                     predicted, lambda i: dataset.square_of(data, i))  # fmt: skip
+        report.draw_confusion_matrix(
+            "evaluate.png", args.model, found.title, labels, targets,
+            found.probabilities.argmax(1), lambda i: dataset.square_of(data, i))  # fmt: skip
     return gate(args, found.accuracy)
 
 
@@ -1031,6 +1019,8 @@ def rename_strange(args, files, labels):
     kept = [(path, label) for path, label in files if label in labels]
     if not kept:
         name = utils.escape(args.data_dir)
+        if {label.casefold() for _, label in files} & set().union(*dataset.DIVIDED):
+            raise utils.UserError(f"{name}: divided: give one of its parts, {name}/test say")
         hint = f"to name photos: python webcam.py {shlex.quote(args.model)} --source {name}"
         raise utils.UserError(f"{name}: no folder is a class of the model; {hint}")
     return kept
@@ -1073,7 +1063,7 @@ def train(args):
         utils.warn("--unfreeze is ignored: from scratch, every layer is trained")
     if state and state["weights"] != features.weights_fingerprint(path):
         shown = utils.escape(state["weights"])
-        raise utils.UserError(f"--resume: the interrupted run had other --weights ({shown})")
+        raise utils.UserError(f"--resume: the run had other --weights ({shown}): give them again")
     data = dataset.read_data(args, args.image_size or (96 if is_scratch else 224))
     recipe = make_recipe(args, is_scratch, len(data.train), len(data.labels))
     if state:
@@ -1100,16 +1090,19 @@ def train_alone(args):
         with contextlib.ExitStack() as locks:
             if args.process == 0:
                 locks.enter_context(utils.file_lock(f"{args.model}.lock"))
-                remove_unfinished(args.model)
             if args.cache_dir:
                 lock = args.cache_dir / f"cache-{args.process}.lock"
                 locks.enter_context(utils.file_lock(lock))
+            if args.process == 0:
+                remove_unfinished(args)
             return train(args)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError) as stop:
         hint = "no whole round is saved yet"
         if state_path(args.model).exists():
             hint = "the best whole round is saved; the same command with --resume goes on"
         print(hint, file=sys.stderr)
+        if isinstance(stop, BrokenPipeError):  # exit code 0 would say that there is a model
+            raise utils.UserError("stopped, since nobody reads what is printed any more") from None
         raise
     except RuntimeError as error:  # what JAX raises when a connection breaks
         if args.processes == 1:
@@ -1128,7 +1121,7 @@ def main():
         dataset.check_folders(args)
         if args.weights not in ("auto", "imagenet"):
             features.find_weights(args)
-        dataset.read_data(args, args.image_size or 75)
+        dataset.read_data(args, args.image_size or (96 if args.weights == "none" else 224))
         return 0
     if args.evaluate:
         return evaluate(args)

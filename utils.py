@@ -21,6 +21,18 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         f"error: this is Python {sys.version_info[0]}.{sys.version_info[1]}: "
         "install Python 3.11, 3.12 or 3.13, which TensorFlow and Keras have packages for"
     )
+
+
+def show_exception(kind, error, trace):
+    """Say `stopped` for a Ctrl-C while the packages are imported; Python ends with 130 then."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("stopped", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = show_exception  # packages take a second to import
+
 try:
     import tqdm
 except ImportError as absent:
@@ -100,6 +112,8 @@ def advice(error):
     permission = "check the permissions or choose another folder"
     hints = {
         errno.ENOSPC: space,
+        errno.EEXIST: "something else is there: choose another folder",
+        errno.ENAMETOOLONG: "choose a shorter one",
         errno.EDQUOT: space,
         errno.EFBIG: "files may not be so large here: choose another folder",
         errno.EACCES: permission,
@@ -328,8 +342,8 @@ def list_files(root, left_out=None):
         left_out += [folder / name for name in everything if is_clouded(name)]
         for path in (folder / name for name in sorted(everything) if not is_ignored(name)):
             if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
-                (queue.append if path.is_symlink() else queue.appendleft)(path)
-            elif not path.is_symlink() or leads_into(path, inside):
+                (queue.append if os.path.islink(path) else queue.appendleft)(path)
+            elif not os.path.islink(path) or leads_into(path, inside):
                 found.append(path)
             else:
                 left_out.append(path)
@@ -381,6 +395,16 @@ def file_lock(path):
 
 
 @contextlib.contextmanager
+def naming(path):
+    """Let an OSError in the block name a file or folder, if it names none: a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path):
     """Give a path to write to, which becomes `path` when the block ends without error."""
     path = Path(path)
@@ -389,11 +413,12 @@ def atomic_write(path):
     part = path.with_name(f".{stem}-unfinished-{os.urandom(4).hex()}{path.suffix}")
     open(part, "x").close()  # unlike mkstemp's, with the permissions that new files have here
     try:
-        yield part
-        # on the disk before its name is: a power cut leaves old or new
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with naming(path):
+            yield part
+            # on the disk before its name is: a power cut leaves old or new
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -161,6 +162,7 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     for path in [*data.rglob("*"), data]:
         path.chmod(0o555 if path.is_dir() else 0o444)
     (data / "王" / "mine.png").chmod(0)
+    shutil.copytree(data / "王", data / "王" / "listed only").chmod(0o444)
     tiny = ([on_one_core, without_privileges], "tests/tiny_network.py")
     words = [*TINY, "--weights", "none", "--rounds", "0"]
     done = limited(folder, *tiny, "train.py", "mes données", "mon modèle", *words)
@@ -168,6 +170,7 @@ def test_a_path_of_all_kinds_a_data_folder_that_is_read_only_and_one_core(tmp_pa
     (command,) = re.findall(r"^ +python (webcam\.py .*)", done.stderr, re.M)
     assert command == "webcam.py 'mon modèle' --source FOLDER_OF_PHOTOS"  # these are no faces
     assert "王/mine.png: skipped: Permission denied" in done.stderr
+    assert "listed only/mine.png: skipped: Permission denied" in done.stderr
     assert "A class `unknown`" in done.stderr and "--threshold" not in done.stderr
     (closed,) = re.findall(r"closed world[^`]*without that folder[^`]*`(--threshold 0)`", README)
     assert sorted(json.loads((folder / "mon modèle-labels.json").read_text())) == ["l'été", "王"]

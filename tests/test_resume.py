@@ -28,6 +28,7 @@ from PIL import Image
 
 import features
 import model
+import train
 import utils
 
 pytestmark = pytest.mark.slow
@@ -197,16 +198,45 @@ def test_a_damaged_state_is_one_line(copy, command, tiny, kind):
     assert re.search(r"m-resume\.npz: damaged.*train without --resume", line)
 
 
-def test_a_model_that_was_moved_away_is_saved_again(copy, command, tiny):
+@pytest.mark.parametrize("names", [("m.h5", "m.json", "m-labels.json"), ("m.json",)])
+def test_a_model_that_was_moved_away_is_saved_again(copy, command, tiny, names):
     """The numbers of the last whole round are there, so that round is the best one known."""
-    for path in model.model_paths(copy / "m"):
-        path.unlink()
+    for name in names:
+        (copy / name).unlink()
     done = train_here(copy, "data", *command[1:], "--resume")
     assert done.returncode == 0, done.stderr
     assert "warning: m.h5: the best round is gone" in done.stderr
     counts = dict(re.findall(r"^(round \d|best): .*\((\d+)/6\)", done.stdout, re.M))
     assert counts.pop("best") == max(counts.values()) and "round 3" in counts
     model.load_model(copy / "m")
+
+
+def test_a_model_that_knows_all_pictures_is_not_scored_on_them(
+    tmp_path, command, tiny, monkeypatch
+):
+    """The run was killed when it had saved that model, and goes on."""
+    fit_all = train.fit_all
+
+    def fit_and_keep_state(*arguments):
+        fit_all(*arguments)
+        shutil.copy(tmp_path / "m-resume.npz", tmp_path / "kept.npz")
+
+    monkeypatch.setattr(train, "fit_all", fit_and_keep_state)
+    words = [*command, "--rounds", 0, "--fit-all"]
+    whole = train_here(tmp_path, *words)
+    (tmp_path / "kept.npz").rename(tmp_path / "m-resume.npz")
+    again = train_here(tmp_path, *words, "--resume")
+    best = [re.search("^best: .*", done.stdout, re.M)[0] for done in (whole, again)]
+    assert best[0] == best[1] and "fit-all: " in again.stdout
+    assert again.returncode == 0 and model.read_info(tmp_path / "m")["fit_all"]
+
+
+@pytest.mark.parametrize("name", ["m-report.png", "m-labels.json", "m-resume.npz"])
+def test_a_users_own_files_are_not_replaced(tmp_path, command, tiny, name):
+    (tmp_path / name).write_text("mine")
+    line = error_line(train_here(tmp_path, *command))
+    assert f"{name}: not of such a model: move it away" in line
+    assert (tmp_path / name).read_text() == "mine"
 
 
 def test_only_our_own_unfinished_files_are_removed(tmp_path, command, tiny):
@@ -284,7 +314,7 @@ def test_a_full_disk_is_one_line_and_the_last_model_stays(old_model, tmp_path, s
     data = draw_classes(tmp_path / "data", {"a": 3, "b": 3})  # 100 kB of pixels
     words = ["train.py", data, "m", *TINY, "--weights", "none", "--rounds", "0"]
     done = limited(folder, [limit("RLIMIT_FSIZE", size)], "tests/tiny_network.py", *words)
-    expected = "File too large" if size == 10_000 else "m.h5"
+    expected = f"error: {folder}: File too large" if size == 10_000 else "m.h5"
     assert expected in error_line(done)
     assert numbers(folder / "m") == numbers(old_model / "m")
     assert {path.name for path in folder.iterdir()} <= {"m.h5", "m.json", "m-labels.json"}

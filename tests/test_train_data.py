@@ -367,6 +367,8 @@ def test_folders_that_are_no_classes_of_the_model_are_named(capsys):
     assert "ann: no class of the model (did you mean Ann?): is left out" in capsys.readouterr().err
     with pytest.raises(utils.UserError, match="held_out: no folder is a class of the model"):
         train.rename_strange(args, files[2:], ["Ann", "Ben"])
+    with pytest.raises(utils.UserError, match="held_out: divided: give one of its parts"):
+        train.rename_strange(args, [(Path("held_out/test/Ann/1.jpg"), "test")], ["Ann", "Ben"])
 
 
 def parameters(side, digests, view, *options):

@@ -214,12 +214,13 @@ def test_a_kept_cache_saves_the_frozen_pass(tuned, tiny):
 
 
 def test_a_kept_cache_stays_as_large_as_it_may(tmp_path):
-    for day, name in enumerate(("mine.txt", "older.features", "old.features", "new.features")):
+    names = [f"{kind * 16}-0.features" for kind in "abc"]
+    for day, name in enumerate(("mine.features", *names)):
         (tmp_path / name).write_bytes(bytes(1000))
         os.utime(tmp_path / name, (day, day))
     words = ["data", "m", "--cache-dir", str(tmp_path), "--cache-gb"]
     features.trim_cache(train.parse_arguments([*words, "2e-6"]))
-    assert {path.stem for path in tmp_path.iterdir()} == {"old", "new", "mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names[1:], "mine.features"}
 
 
 @pytest.mark.slow
