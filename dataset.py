@@ -507,12 +507,14 @@ def temporary_array(args, shape, dtype):
     It is written by ordinary writes, and read through a memory map.
     """
     folder = args.cache_dir or Path(args.model).parent
-    return map_array(tempfile.TemporaryFile(dir=folder, buffering=0), folder, shape, dtype)
+    file = tempfile.TemporaryFile(dir=folder, buffering=0)
+    return map_array(file, folder.resolve(), shape, dtype)
 
 
 def map_array(file, place, shape, dtype):
     """Return the DiskArray in an open file, which takes no space before it is written."""
-    file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+    with utils.naming(place):
+        file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
     return DiskArray(file, np.memmap(file, dtype, "r", shape=shape), place)
 
 

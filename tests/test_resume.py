@@ -214,7 +214,11 @@ def test_a_model_that_was_moved_away_is_saved_again(copy, command, tiny, names):
 def test_a_model_that_knows_all_pictures_is_not_scored_on_them(
     tmp_path, command, tiny, monkeypatch
 ):
-    """The run was killed when it had saved that model, and goes on."""
+    """The run was killed when it had saved that model, and goes on. The pictures are noise."""
+    rng = np.random.default_rng(0)
+    for path in (tmp_path / "data" / name / f"{n}.png" for name in "ab" for n in range(15)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (80, 80, 3), "uint8")).save(path)
     fit_all = train.fit_all
 
     def fit_and_keep_state(*arguments):
@@ -222,7 +226,7 @@ def test_a_model_that_knows_all_pictures_is_not_scored_on_them(
         shutil.copy(tmp_path / "m-resume.npz", tmp_path / "kept.npz")
 
     monkeypatch.setattr(train, "fit_all", fit_and_keep_state)
-    words = [*command, "--rounds", 0, "--fit-all"]
+    words = ["data", *command[1:], "--rounds", 0, "--fit-all"]
     whole = train_here(tmp_path, *words)
     (tmp_path / "kept.npz").rename(tmp_path / "m-resume.npz")
     again = train_here(tmp_path, *words, "--resume")
