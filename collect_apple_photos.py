@@ -340,8 +340,9 @@ def collect(faces, library, dataset, args):
             (skipped if reason else counts)[reason or target.parent.name] += 1
             smaller += is_smaller and not reason
     if smaller:
-        problem = f"{smaller} faces come from smaller copies: their pictures are not here"
-        utils.warn(f"{utils.escape(library)}: {problem}")
+        come = utils.count(smaller, "face comes", "faces come")
+        problem = "from smaller copies: the pictures are not here or cannot be read"
+        utils.warn(f"{utils.escape(library)}: {come} {problem}")
     return counts, skipped
 
 
@@ -496,6 +497,8 @@ def check_folders(library, out, dry_run):
         fail(out, "is there already: choose another out_dir or move this one away")
     if os.path.ismount(out):  # it could not be replaced at the end
         fail(out, "is where a disk is mounted: give a folder in it")
+    if out == Path.cwd():
+        fail(out, "is the current folder, which cannot be replaced: give a folder in it")
 
 
 @contextlib.contextmanager
@@ -545,8 +548,9 @@ def parse_arguments():
     def option(name, text, shown="%(default)s", **how):
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **how)
 
-    parser.add_argument("library", help="the folder whose name ends in .photoslibrary")
-    parser.add_argument("out_dir", help="folder to write to, absent or empty")
+    text = "the folder whose name ends in .photoslibrary"
+    parser.add_argument("library", type=utils.to_path, help=text)
+    parser.add_argument("out_dir", type=utils.to_path, help="folder to write to, absent or empty")
     text = "side of the crop / of the face's box, which is tighter than webcam.py's"
     option("context", text, type=utils.number(float, 0.5, 10), default=2.2, metavar="F")
     text = "skip faces with a smaller box"
@@ -566,16 +570,17 @@ def main():
     args = parse_arguments()
     library, out = (Path(os.path.realpath(path)) for path in (args.library, args.out_dir))
     check_folders(library, out, args.dry_run)
-    with working_folder(out) as folder:
-        faces = read_library(library, folder, args.include_hidden)
-        counts, skipped = collect(faces, library, folder / "dataset", args)
+    with tempfile.TemporaryDirectory() if args.dry_run else working_folder(out) as folder:
+        dataset = Path(folder, "dataset")
+        faces = read_library(library, Path(folder), args.include_hidden)
+        counts, skipped = collect(faces, library, dataset, args)
         warn_rare(counts, args)
-        merge_rare(counts, skipped, folder / "dataset", args)
+        merge_rare(counts, skipped, dataset, args)
         if counts and not args.dry_run:
             out.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):
                 out.rmdir()
-            (folder / "dataset").rename(out)
+            dataset.rename(out)
     nobody = "no faces: Photos has found none in this library, so nothing was written"
     before = "the same without --dry-run, then " if args.dry_run else ""
     utils.print_people(counts, skipped, nobody, args.out_dir, before)

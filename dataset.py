@@ -99,16 +99,7 @@ def find_files(data_dir):
     if loose:
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
-    outside = [path for path in left_out if not utils.is_clouded(path.name)]
-    clouded = len(left_out) - len(outside)
-    if outside:
-        links = utils.count(len(outside), "link leads", "links lead")
-        are = "is" if len(outside) == 1 else "are"
-        example = utils.escape(outside[0])
-        utils.warn(f"{name}: {links} out of it or in a circle and {are} not followed: {example}")
-    if clouded:
-        there = utils.count(clouded, "picture is", "pictures are")
-        utils.warn(f"{name}: {there} in iCloud only: download them first")
+    utils.warn_about_left_out(data_dir, left_out)
     folders = {label_of(path.name) for path in list_folders(data_dir)}
     for label in sorted(folders - {label for _, label in files}):
         utils.warn(f"{name}/{label}: a class without files is left out")

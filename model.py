@@ -473,6 +473,8 @@ def check_info(info, path):
         ranges = (("image_size", MIN_SIDE, MAX_SIDE), ("round", 0, 999))
         whole = all(type(info.get(key)) is int and a <= info[key] <= b for key, a, b in ranges)
         whole = whole and type(use) is str and use in BASE.levels
+        crops = info.get("face_crops", 1.0)
+        whole = whole and type(crops) in (int, float) and 0 <= crops <= 1
         if whole and type(threshold) in (int, float) and 0 <= threshold <= 1:
             return info
     raise utils.UserError(

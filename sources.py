@@ -107,7 +107,9 @@ def find_source(text):
     path = Path(text)
     title = f"--source {utils.escape(text)}"
     if path.is_dir():
-        files = utils.list_files(path)
+        left_out = []
+        files = utils.list_files(path, left_out)
+        utils.warn_about_left_out(path, left_out)
         named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}
         return Source("folder", text, title, files, named_so)
     if is_film(path):
@@ -131,7 +133,7 @@ def host_of(address):
 
 def is_film(path):
     """Say whether a file is a film or else a picture. Raises UserError if it can be neither."""
-    reason = "no such file"
+    reason = "not a file" if path.exists() else "no such file"
     try:
         if path.is_file():
             if path.suffix.lower() in FILM_ENDINGS:  # as in a folder

@@ -113,7 +113,7 @@ def parse_arguments(argv=None):
         epilog="example: python train.py people model --no-heavy-augmentation --rounds 20. GPUs "
         "and several machines are used with KERAS_BACKEND=jax (see README.md).",
     )
-    parser.add_argument("data_dir", type=Path, help="a folder with a folder for each class")
+    parser.add_argument("data_dir", type=utils.to_path, help="folder with a folder for each class")
     parser.add_argument("model", help="prefix of the files: model.h5, model.json…")
 
     # each option stands in README.md too; a % in its text is written %%
@@ -147,7 +147,8 @@ def parse_arguments(argv=None):
         option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
     blocks = number(int, 0, len(model.BASE.blocks) - 1)
     option("unfreeze", "top blocks that are fine-tuned", type=blocks, default=UNFREEZE)
-    option("cache-dir", "keep the cache here for the next run", "a temporary file", type=Path)
+    where = "a temporary file"
+    option("cache-dir", "keep the cache here, for later runs", where, type=utils.to_path)
     option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")
     flag("fit-all", "fit the readout of the saved model once more, on validation pictures too")

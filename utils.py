@@ -221,6 +221,29 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def to_path(text):
+    """Read a path for argparse. An empty one, of an unset variable, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return Path(text)
+
+
+def warn_about_left_out(folder, left_out):
+    """Warn of what `list_files` has left out of a folder, if anything."""
+    name = escape(folder)
+    outside = [path for path in left_out if not is_clouded(path.name)]
+    clouded = len(left_out) - len(outside)
+    if outside:
+        links = count(len(outside), "link leads", "links lead")
+        are = "is" if len(outside) == 1 else "are"
+        warn(
+            f"{name}: {links} out of it or in a circle and {are} not followed: {escape(outside[0])}"
+        )
+    if clouded:
+        there = count(clouded, "picture is", "pictures are")
+        warn(f"{name}: {there} in iCloud only: download them first")
+
+
 def ordered_parallel_map(function, items, workers=None):
     """Yield function(item) for every item, in order, computed ahead in threads.
 

@@ -47,6 +47,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -94,8 +95,8 @@ def parse_arguments(argv=None):
            help="prefix of a trained model (default: none, with --save-faces only)")  # fmt: skip
     option("--source", default="0", metavar="S", help="camera number, film, stream address, "
            "picture or folder of films and pictures (default: %(default)s)")  # fmt: skip
-    option("--output", type=Path, metavar="FILE", help="write what is shown: .mp4 or .avi; "
-           ".png or .jpg; a folder for a folder (default: none)")  # fmt: skip
+    option("--output", type=utils.to_path, metavar="FILE", help="write what is shown: .mp4 or "
+           ".avi; .png or .jpg; a folder for a folder (default: none)")  # fmt: skip
     option("--no-display", action="store_true", help="open no window (default: off)")
     option("--threshold", type=utils.number(float, 0, 1), metavar="P", help="a less probable face "
            "is unknown; 0: everybody gets a name (default: the model's own)")  # fmt: skip
@@ -110,8 +111,8 @@ def parse_arguments(argv=None):
          help="look for faces (default: as the model was trained)")  # fmt: skip
     option("--events", action="store_true", help="cameras, streams, films: print a JSON line when "
            "somebody appeared or left, not one a frame (default: off)")  # fmt: skip
-    option("--save-faces", type=Path, metavar="DIR", help="keep the crops: in DIR/<label>/ with a "
-           "model, in DIR/ without (default: none)")  # fmt: skip
+    option("--save-faces", type=utils.to_path, metavar="DIR", help="keep crops: in DIR/<label>/ "
+           "with a model, in DIR/ without (default: none)")  # fmt: skip
     option("--by-name", action="store_true", help="with --save-faces, without a model: cut out the "
            "faces that a photo program has named, into DIR/<name>/ (default: off)")  # fmt: skip
     args, others = parser.parse_known_args(argv)
@@ -158,6 +159,8 @@ def check_output(option, path, source):
     endings = PICTURES if kind == "picture" else films.CODECS
     if kind not in sources.LIVE and utils.is_inside(path, Path(source.name)):
         problem = "is or lies in the source: choose another place"
+    elif option == "--output" and path.is_dir() and utils.is_inside(Path(source.name), path):
+        problem = "holds the source, which it could replace: choose another place"
     elif kind == "folder" or option == "--save-faces":
         what = "files of the same names in it are"
         is_named_so = path.suffix.lower() in (*films.CODECS, *PICTURES)
@@ -628,7 +631,10 @@ def open_output(path, rate):
         return
     with contextlib.closing(films.write_film(path, rate)) as film:
         next(film)
-        yield lambda *picture: film.send(picture)
+        try:
+            yield lambda *picture: film.send(picture)
+        except Exception as error:  # no Ctrl-C: then what was written stays
+            film.throw(error)
 
 
 # ---------------------------------------------------------------- films and pictures
@@ -678,7 +684,8 @@ def tag_file(path, picture, tagger, viewer):
         rate = film.rate
         frames = (sources.Frame(n, *shown) for n, shown in enumerate(film.frames()))
         if film.container.streams.audio and output:
-            warn_once("the sound of a film is not written to --output")
+            shown = utils.escape(tagger.args.output)
+            warn_once(f"--output {shown}: the sound of a film is not written")
         total = round(min(film.duration * film.rate, 10**7))
         if source.kind == "film" and total and not viewer.window:
             frames = utils.progress(frames, total, "frames")
@@ -805,6 +812,9 @@ def next_step(args, source):
 def main():
     """Read the command line, tag or collect what the source shows, and sum it up."""
     args = parse_arguments()
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        if signal.getsignal(number) == signal.SIG_DFL:  # a film is kept, as after Ctrl-C
+            signal.signal(number, signal.default_int_handler)
     source = sources.find_source(args.source)
     check_arguments(args, source)
     if args.by_name:
@@ -822,6 +832,13 @@ def main():
     try:
         tag = tag_live if source.kind in sources.LIVE else tag_files
         tag(source, tagger, viewer)
+    except BrokenPipeError:
+        if args.output:  # exit code 0 would say that it is there
+            name = utils.escape(args.output)
+            raise utils.UserError(
+                f"--output {name}: nobody reads what is printed: stopped"
+            ) from None
+        raise
     finally:
         if viewer.count:
             print_summary(tagger, viewer)

@@ -283,7 +283,7 @@ def test_smaller_copies_stand_in_the_largest_first(tmp_path, original, edited):
     lines, errors = assert_collected(library, largest, [part * 0.7 for part in IN_FRAME])
     assert lines[-1] == "1 faces: 1 named (1 persons), 0 unknown, 0 skipped"
     warnings = [line for line in errors if line.startswith("warning: ")]
-    assert any("1 faces come from smaller copies" in line for line in warnings)
+    assert any("1 face comes from smaller copies" in line for line in warnings)
 
 
 def test_raw_files_give_way_to_copies_or_are_counted(tmp_path):
@@ -521,6 +521,13 @@ def test_a_dry_run_leaves_a_full_folder_alone(tmp_path, family):
     before = state_of(tmp_path / "full")
     collect(family, tmp_path / "full", "--dry-run")
     assert state_of(tmp_path / "full") == before
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, family, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    _, (error,) = collect(family, tmp_path / "here", code=1)
+    assert "is the current folder" in error and Path.cwd() == tmp_path / "here"
 
 
 @pytest.mark.parametrize(

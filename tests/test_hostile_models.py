@@ -269,6 +269,8 @@ REFUSED = {
     "threshold a text": attribute(threshold="high"),
     "round with escapes": attribute(round="\x1b[2J"),
     "image size 1e9": attribute(image_size=10**9),
+    "face crops a text": attribute(face_crops="x"),
+    "levels unknown": attribute(levels=["mixed0"]),
     "a link": lambda f: (f / "m.h5").symlink_to((f / "m.h5").rename(f / "elsewhere.h5")),
     "missing labels": lambda f: (f / "m-labels.json").unlink(),
     "only the h5": lambda f: [(f / name).unlink() for name in ("m.json", "m-labels.json")],

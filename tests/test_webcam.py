@@ -341,7 +341,7 @@ def test_a_folder_of_films_and_photos(tmp_path, tag_here, film, frames, two):
         "broken.mkv: skipped: no frame can be read",
         "codec.mp4: skipped: there is no film in it, or none of a known codec",
         "pipe.mp4: skipped: not a file",
-        "the sound of a film is not written to --output",
+        "--output shown: the sound of a film is not written",
         "holiday…: 3 files are no pictures: 2 .json, 1 .aae",
     ):
         assert reason in done.stderr
@@ -673,6 +673,26 @@ class Stream(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stop", ["a reader that leaves", "a terminal that is closed"])
+def test_an_earlier_film_is_replaced_by_a_whole_one_only(tmp_path, film, stop):
+    (tmp_path / "out.mp4").write_bytes(b"earlier")
+    process = start(WEBCAM, tmp_path, *COLLECT, film, "--output", "out.mp4", "--no-display")
+    for _ in range(20):
+        process.stdout.readline()
+    if stop == "a reader that leaves":
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert "nobody reads what is printed" in process.stderr.read()
+        assert (tmp_path / "out.mp4").read_bytes() == b"earlier"
+    else:
+        process.send_signal(signal.SIGHUP)
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert len(read_film(tmp_path / "out.mp4")) > 5
+    assert {path.name for path in tmp_path.iterdir()} == {"out.mp4", "faces"}
+
+
+@pytest.mark.slow
 def test_a_stream_that_dies_comes_back_and_is_ended_by_ctrl_c(tmp_path, two):
     """The frame at hand is finished: all lines are whole, and so is the film."""
     buffer = io.BytesIO()
@@ -801,6 +821,7 @@ def mistaken(tmp_path_factory, film):
 MISTAKES = """
 2 | | give the prefix of a model, or --save-faces DIR
 2 | model --threshold 1.5 | 1.5 is not between 0 and 1
+2 | model --output= | argument --output: is empty: give a path
 2 | model a.mp4 b.mp4 | unrecognized arguments: a.mp4 b.mp4 (--source takes one film
 1 | model --source film.mp4 | error: model.json: no such file
 1 | FACES --source missing.mp4 | error: --source missing.mp4: no such file
@@ -819,6 +840,7 @@ MISTAKES = """
 1 | --save-faces notes.txt --source film.mp4 | error: --save-faces notes.txt: is a file
 1 | FACES --source photos --output tagged.mp4 | error: --output tagged.mp4: is a file, or named
 1 | --save-faces photos/x --source photos | error: --save-faces photos/x: is or lies in the source
+1 | FACES --source photos --output . | error: --output .: holds the source, which it could replace
 1 | FACES --source film.mp4 --output film.mp4 | error: --output film.mp4: is or lies in the source
 1 | FACES --source film.mp4 --output twin.mp4 | error: --output twin.mp4: is or lies in the source
 1 | FACES --source film.mp4 --output out.gif | error: --output out.gif: wrong ending
