@@ -156,10 +156,11 @@ def check_output(option, path, source):
     kind = source.kind
     problem = None
     what = "is"
+    is_mirror = kind == "folder" and option == "--output"
     endings = PICTURES if kind == "picture" else films.CODECS
     if kind not in sources.LIVE and utils.is_inside(path, Path(source.name)):
         problem = "is or lies in the source: choose another place"
-    elif option == "--output" and path.is_dir() and utils.is_inside(Path(source.name), path):
+    elif is_mirror and path.is_dir() and utils.is_inside(Path(source.name), path):
         problem = "holds the source, which it could replace: choose another place"
     elif kind == "folder" or option == "--save-faces":
         what = "files of the same names in it are"
