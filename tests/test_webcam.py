@@ -840,7 +840,6 @@ MISTAKES = """
 1 | --save-faces notes.txt --source film.mp4 | error: --save-faces notes.txt: is a file
 1 | FACES --source photos --output tagged.mp4 | error: --output tagged.mp4: is a file, or named
 1 | --save-faces photos/x --source photos | error: --save-faces photos/x: is or lies in the source
-1 | FACES --source photos --output . | error: --output .: holds the source, which it could replace
 1 | FACES --source film.mp4 --output film.mp4 | error: --output film.mp4: is or lies in the source
 1 | FACES --source film.mp4 --output twin.mp4 | error: --output twin.mp4: is or lies in the source
 1 | FACES --source film.mp4 --output out.gif | error: --output out.gif: wrong ending
@@ -860,6 +859,15 @@ def test_mistakes_are_told_in_one_line(mistaken, tag_here, tmp_path, mistake):
     assert code == "2" or len(done.stderr.splitlines()) == 1, done.stderr
     assert "secret" not in done.stderr
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_originals_are_not_replaced_by_tagged_copies(tag_here, tmp_path, two):
+    """par/sub/sub/x.png would become par/sub/x.png, which is an original, too."""
+    (tmp_path / "par" / "sub" / "sub").mkdir(parents=True)
+    two.save(tmp_path / "par" / "sub" / "sub" / "x.png")
+    done = tag_here(*COLLECT, "par/sub", "--output", "par")
+    assert "--output par: holds the source" in error_line(done)
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["x.png"]
 
 
 @pytest.mark.parametrize("missing", ["CascadeClassifier", "cascade file", "half a file", "nothing"])
