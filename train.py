@@ -68,7 +68,7 @@ FINE_TUNING = {
     "views": 1,
     "batch_size": 32,
 }
-FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "patience": 3, "views": 7}
+FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "views": 7}
 # From scratch, rounds of small sets have more epochs: at least so many steps, and so many a class.
 MIN_STEPS, MIN_STEPS_A_CLASS = 40, 3
 # From scratch, no training follows if leave-one-out has this accuracy before it: rounds take
