@@ -513,9 +513,9 @@ def write_rows(array, rows, values):
     """Write rows of a DiskArray; a full disk is an OSError here, and never a crash in the map."""
     values = np.ascontiguousarray(values, array.rows.dtype)
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-    for first, some in zip(np.array(rows)[[0, *breaks]], np.split(values, breaks)):
-        data = memoryview(some.view("uint8").reshape(-1))
-        array.file.seek(int(first) * values[0].nbytes)
-        while data:
-            with utils.naming(array.place):
+    with utils.naming(array.place):
+        for first, some in zip(np.array(rows)[[0, *breaks]], np.split(values, breaks)):
+            data = memoryview(some.view("uint8").reshape(-1))
+            array.file.seek(int(first) * values[0].nbytes)
+            while data:
                 data = data[array.file.write(data) :]

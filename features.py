@@ -166,7 +166,9 @@ def build_networks(args, path, data, recipe, number_format):
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     side, class_count = data.pixels.rows.shape[1], len(data.labels)
-    use = "random" if path is None else "large set" if is_large(data) else "learned"
+    use = "large set" if is_large(data) else "learned"
+    if path is None:
+        use = "random"
     base = model.build_network(class_count, side, use)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)

@@ -382,7 +382,7 @@ def array_checksum(network):
 
 def looks_at_faces(info):
     """Say whether a model was trained on crops of faces, as far as its info tells."""
-    return info.get("face_crops", 1.0) >= MIN_FACE_CROPS
+    return info["face_crops"] >= MIN_FACE_CROPS
 
 
 def may_replace_model(prefix):
@@ -463,19 +463,17 @@ def check_model(prefix):
 def check_info(info, path):
     """Return the plain data that travels with a model if we may have written it.
 
-    A missing threshold becomes 0.5, and missing levels those of learned weights. Raises UserError.
+    What may be missing gets a default. Raises UserError.
     """
     if info is None:
         raise utils.UserError(f"{utils.escape(path)}: not saved by this kit: train a model with it")
     if isinstance(info, dict) and are_labels(info.get("labels")):
-        threshold = info.setdefault("threshold", 0.5)
-        use = info.setdefault("levels", "learned")
+        info = {"threshold": 0.5, "levels": "learned", "face_crops": 1.0} | info
         ranges = (("image_size", MIN_SIDE, MAX_SIDE), ("round", 0, 999))
         whole = all(type(info.get(key)) is int and a <= info[key] <= b for key, a, b in ranges)
-        whole = whole and type(use) is str and use in BASE.levels
-        crops = info.get("face_crops", 1.0)
-        whole = whole and type(crops) in (int, float) and 0 <= crops <= 1
-        if whole and type(threshold) in (int, float) and 0 <= threshold <= 1:
+        shares = info["threshold"], info["face_crops"]
+        known = type(info["levels"]) is str and info["levels"] in BASE.levels
+        if whole and known and all(type(s) in (int, float) and 0 <= s <= 1 for s in shares):
             return info
     raise utils.UserError(
         f"{utils.escape(path)}: what belongs to the model is damaged in it: train again"

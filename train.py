@@ -85,8 +85,10 @@ SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind o
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
 CACHE_GB = 20.0
 MATRICES = "[0-9][0-9][0-9].png"
-OUTPUTS = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png"
-OUTPUTS = (OUTPUTS + " -evaluate.csv -evaluate-report.png -resume.npz").split()
+OUTPUTS = (
+    ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png "
+    "-evaluate.csv -evaluate-report.png -resume.npz"
+).split()
 
 # network: a copy of the base that rounds train and that may be saved; top, hidden: see
 # model.trainable_part
@@ -147,8 +149,7 @@ def parse_arguments(argv=None):
         option(name, text, shown, type=number(int, low, high), default=argparse.SUPPRESS)
     blocks = number(int, 0, len(model.BASE.blocks) - 1)
     option("unfreeze", "top blocks that are fine-tuned", type=blocks, default=UNFREEZE)
-    where = "a temporary file"
-    option("cache-dir", "keep the cache here, for later runs", where, type=utils.to_path)
+    option("cache-dir", "keep the cache here for reuse", "a temporary file", type=utils.to_path)
     option("cache-gb", "size of the cache", type=number(float, 1e-6, 1e6), default=CACHE_GB)
     flag("float32", "never use bfloat16, faster or not")
     flag("fit-all", "fit the readout of the saved model once more, on validation pictures too")
@@ -441,7 +442,7 @@ def read_frozen(run, made):
     """Return kernel and bias of a readout of the levels that training leaves as they are."""
     settings, place = run.networks.settings, model.BASE.blocks.index
     if settings.cut is None:
-        return 0 * made.fit.kernel, 0.0
+        return np.zeros_like(made.fit.kernel), 0.0
     frozen = [level for level in settings.levels if place(level.block) <= place(settings.cut)]
     if "frozen" not in run.readouts:
         run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
@@ -669,7 +670,7 @@ def check_outputs(args):
 
 def strange_output(args):
     """Return the name of a file or folder that lies where a new model's would, or None."""
-    is_new = not args.evaluate and not args.resume and not Path(f"{args.model}.h5").exists()
+    is_new = not args.evaluate and not args.resume and not model.model_paths(args.model)[0].exists()
     paths = (Path(args.model + end) for end in OUTPUTS)
     return next((utils.escape(p) for p in paths if p.is_dir() or (is_new and p.exists())), None)
 
@@ -1035,6 +1036,11 @@ def gate(args, accuracy):
     return 3
 
 
+def image_side(args, is_scratch):
+    """Return the side of what the network sees, in pixels."""
+    return args.image_size or (96 if is_scratch else 224)
+
+
 def make_recipe(args, is_scratch, count, classes):
     """Return the recipe for so many training pictures and classes, a dict."""
     defaults = FROM_SCRATCH if is_scratch else FINE_TUNING
@@ -1065,7 +1071,7 @@ def train(args):
     if state and state["weights"] != features.weights_fingerprint(path):
         shown = utils.escape(state["weights"])
         raise utils.UserError(f"--resume: the run had other --weights ({shown}): give them again")
-    data = dataset.read_data(args, args.image_size or (96 if is_scratch else 224))
+    data = dataset.read_data(args, image_side(args, is_scratch))
     recipe = make_recipe(args, is_scratch, len(data.train), len(data.labels))
     if state:
         check_state(args, state, recipe, data)
@@ -1122,7 +1128,7 @@ def main():
         dataset.check_folders(args)
         if args.weights not in ("auto", "imagenet"):
             features.find_weights(args)
-        dataset.read_data(args, args.image_size or (96 if args.weights == "none" else 224))
+        dataset.read_data(args, image_side(args, args.weights == "none"))
         return 0
     if args.evaluate:
         return evaluate(args)

@@ -813,8 +813,9 @@ def next_step(args, source):
 def main():
     """Read the command line, tag or collect what the source shows, and sum it up."""
     args = parse_arguments()
-    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
-        if signal.getsignal(number) == signal.SIG_DFL:  # a film is kept, as after Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # a film is kept, as after Ctrl-C
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
     source = sources.find_source(args.source)
     check_arguments(args, source)
@@ -835,10 +836,8 @@ def main():
         tag(source, tagger, viewer)
     except BrokenPipeError:
         if args.output:  # exit code 0 would say that it is there
-            name = utils.escape(args.output)
-            raise utils.UserError(
-                f"--output {name}: nobody reads what is printed: stopped"
-            ) from None
+            problem = "stopped, since nobody reads what is printed any more"
+            raise utils.UserError(f"--output {utils.escape(args.output)}: {problem}") from None
         raise
     finally:
         if viewer.count:
