@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+import readout
 import utils
 
 BACKENDS = ("tensorflow", "jax")
@@ -43,6 +44,7 @@ BASE = Base(
     md5="bcbd6486424b2319ff4ef7d526e38f63",
 )
 HIDDEN = 1024  # units that training teaches
+READOUT = ("logits", "standardised", "components", "sharpness")  # layers, see set_readout
 
 METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 OUR_INPUT = b'"name": "pixels"'  # stands in every model.json of ours
@@ -136,9 +138,10 @@ def build_network(class_count, side, use="learned", number_format="float32"):
     """Build the backbone with a new top: a softmax layer that reads several levels of it at once.
 
     The levels are the feature maps of some blocks, mean-pooled whole or in cells; beside them come
-    the hidden units that training teaches. Weights are random. Takes RGB pixels 0..255 of shape
-    (batch, side, side, 3), scales them itself, and gives float32 probabilities of shape
-    (batch, class_count). use: a key of BASE.levels. number_format: a Keras dtype policy.
+    the hidden units that training teaches. One number multiplies all logits, see `add_sharpness`.
+    Weights are random. Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself,
+    and gives float32 probabilities of shape (batch, class_count). use: a key of BASE.levels.
+    number_format: a Keras dtype policy.
     """
     keras = import_keras()
     layers = keras.layers
@@ -153,10 +156,42 @@ def build_network(class_count, side, use="learned", number_format="float32"):
         levels = layers.Concatenate(name="levels", dtype="float32")(pooled)
         hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(pooled[-1])
         units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
-        softmax = layers.Dense(class_count, "softmax", dtype="float32", name="probabilities")
-        return keras.Model(pixels, softmax(units))
+        logits = layers.Dense(class_count, dtype="float32", name="logits")(units)
+        keras.config.set_dtype_policy("float32")
+        sharp = layers.Multiply()([logits, add_sharpness(levels)])
+        return keras.Model(pixels, layers.Activation("softmax", name="probabilities")(sharp))
     finally:
         keras.config.set_dtype_policy("float32")
+
+
+def add_sharpness(levels):
+    """Return exp(typical variance - variance) of a batch of levels, (batch, 1).
+
+    The predictive variance is told by standardised levels and by how much of these lies along the
+    principal components: see readout.Variance.
+    """
+    layers = import_keras().layers
+    standard = layers.BatchNormalization(epsilon=0, center=False, name="standardised")(levels)
+    seen = layers.Dense(readout.COMPONENTS, name="components")(standard)
+    squares = [layers.Dot(axes=1)([units, units]) for units in (standard, seen)]
+    variance = layers.Subtract(name="variance")(squares)
+    return layers.Dense(1, activation="exponential", name="sharpness")(variance)
+
+
+def set_readout(network, kernel, bias, variance):
+    """Give the layers behind the levels of a network the numbers of a readout.
+
+    kernel, bias: of the logits, temperature folded in. variance: a readout.Variance.
+    """
+    numbers = [
+        [kernel, bias],
+        [variance.gain, variance.mean, np.ones_like(variance.mean)],
+        [variance.kernel, variance.bias],
+        # the variance is 1 more than what the layer `variance` gives
+        [np.array([[-1.0]]), np.array([variance.typical - 1])],
+    ]
+    for name, arrays in zip(READOUT, numbers):
+        network.get_layer(name).set_weights(arrays)
 
 
 def name_of(block):

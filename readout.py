@@ -3,6 +3,8 @@
 Closed form, arrays in and arrays out: no files, no Keras. Classes count alike, or a stranger would
 be taken for whoever has most pictures; each level weighs alike. What it answers about pictures that
 it has not seen (leave-one-out) gives its strength, its temperature and the threshold for strangers.
+The same regression, as a Gaussian process, has a predictive variance (Rasmussen and Williams 2006,
+chapter 2): it says how little a picture resembles those learned from, and raises the temperature.
 """
 
 from collections import Counter, namedtuple
@@ -15,8 +17,10 @@ STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squa
 FIRST_STRENGTH = 5  # where the search among them begins
 CHUNK = 1024  # rows that are summed at once
 MAX_JUDGED = 6_000  # rows of a large set that are left out in turn, drawn by lot
+VARIANCE_STRENGTH = 0.01  # of the regression whose predictive variance is asked for
+COMPONENTS = 128  # principal components that the saved network tells the variance by
 STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
-FRIENDS_REFUSED = 0.2  # largest share of correct answers that it may cost
+FRIENDS_REFUSED = 0.05, 0.2  # least and largest share of correct answers that it costs
 MAX_LEFT_OUT = 40  # classes that play the stranger
 
 # What is read. read: (slice of units, places of rows) → float32 (n, units); levels: such slices;
@@ -25,10 +29,18 @@ Rows = namedtuple("Rows", "read levels targets groups plain class_count")
 # kernel (units, classes) and bias (classes,) give logits before temperature. answers: of
 # leave-one-out, about the places `judged[:len(answers)]`; error: their weighted squares. For all
 # places that were left out in turn, `judged`: complement is I - hat matrix, residuals what is
-# missing to `wanted`, the centred classes, both times `roots`, the roots of the weights
+# missing to `wanted`, the centred classes, both times `roots`, the roots of the weights. For
+# temperature and variance see `temper`
 Fit = namedtuple(
-    "Fit", "strength answers error judged complement residuals wanted roots kernel bias temperature"
+    "Fit",
+    "strength answers error judged complement residuals wanted roots kernel bias variance "
+    "temperature",
+    defaults=[None] * 4,
 )
+# The predictive variance of x is 1 + |s|^2 - |s @ kernel + bias|^2, where s = (x - mean) * gain.
+# complement: of VARIANCE_STRENGTH; left_out: variances of the rows that the answers are about, by
+# leave-one-out; typical: the mean of these
+Variance = namedtuple("Variance", "mean gain kernel bias complement left_out typical")
 # shares of friends correct and strangers unknown at each threshold, the chosen one, and for whom
 # strangers are taken: a Counter of classes
 Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for")
@@ -48,17 +60,17 @@ def fit_readout(rows, strength=None, seed=0):
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
     if len(rows.targets) <= rows.levels[-1].stop:
         judged = np.arange(len(rows.targets))
-        solve, coefficients = dual_form(rows, scales, roots, wanted)
+        form = dual_form(rows, scales, roots, wanted)
     else:
         judged = draw_groups(rows.groups[: rows.plain], seed)
-        solve, coefficients = primal_form(rows, scales, roots, wanted, judged)
+        form = primal_form(rows, scales, roots, wanted, judged)
     together = left_out_together(rows.groups[judged], rows.targets[judged])
     plain = int((judged < rows.plain).sum())
 
     def judge(strength):
         """Return the Fit of a strength, as far as leave-one-out needs it."""
-        fit = Fit(strength, None, None, judged, *solve(strength), wanted[judged], roots[judged],
-                  None, None, None)  # fmt: skip
+        solved = form.solve(strength)
+        fit = Fit(strength, None, None, judged, *solved, wanted[judged], roots[judged])
         answers = np.empty_like(fit.wanted)
         for places in together:
             answers[places] = leave_out(fit, places)
@@ -66,9 +78,11 @@ def fit_readout(rows, strength=None, seed=0):
         return fit._replace(answers=answers[:plain], error=error)
 
     best = judge(strength) if strength else search_strength(judge)
-    kernel, bias = fold_scales(rows, scales, coefficients(best))
-    temperature = fit_temperature(best.answers, rows.targets[answered(best)])
-    return best._replace(kernel=kernel, bias=bias, temperature=temperature)
+    kernel, bias = fold_scales(rows, scales, form.coefficients(best))
+    variance = measure_variance(rows, scales, best, form, together)
+    sharp = best.answers * sharpness(variance, variance.left_out)
+    temperature = fit_temperature(sharp, rows.targets[answered(best)])
+    return best._replace(kernel=kernel, bias=bias, variance=variance, temperature=temperature)
 
 
 def level_scale(rows, level):
@@ -109,8 +123,14 @@ def all_units(rows, scales, places):
     return np.column_stack([*parts, np.ones(len(places), "float32")])
 
 
+# Functions. solve: strength → (I - hat matrix, residuals); coefficients: Fit → what all_units is
+# multiplied with, (units + 1, classes); components: count → (values, vectors), the principal
+# components of all_units, weighted: their mean squares, (count,), and (units + 1, count)
+Form = namedtuple("Form", "solve coefficients components")
+
+
 def dual_form(rows, scales, roots, wanted):
-    """Return functions: strength → (I - hat matrix, residuals); Fit → coefficients.
+    """Return the Form of ridge regression that has a number for each row.
 
     With K the mean kernel of the levels plus 1 for the bias, its rows weighted, I - hat matrix is
     strength * inv(K + strength).
@@ -127,16 +147,23 @@ def dual_form(rows, scales, roots, wanted):
         complement = strength * invert(kernel + strength * np.eye(count))
         return complement, complement @ (roots * wanted)
 
-    def coefficients(fit):
-        """Return what all_units is multiplied with, (units + 1, classes)."""
-        dual = roots * fit.residuals / fit.strength
+    def expand(dual):
+        """Return (units + 1, n) for numbers of the rows, (rows, n)."""
+        dual = roots * dual
         return sum(all_units(rows, scales, places).T @ dual[places] for places in in_chunks(count))
 
-    return solve, coefficients
+    def coefficients(fit):
+        return expand(fit.residuals / fit.strength)
+
+    def components(wanted_count):
+        values, vectors = principal_components(kernel, wanted_count)
+        return values, expand(vectors / np.sqrt(values))
+
+    return Form(solve, coefficients, components)
 
 
 def primal_form(rows, scales, roots, wanted, judged):
-    """Return the same two functions as `dual_form`, from sums over all rows."""
+    """Return the Form that has a number for each unit, from sums over all rows."""
     width = sum(level.stop - level.start for level in rows.levels) + 1
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
     for places in in_chunks(len(rows.targets)):
@@ -152,10 +179,9 @@ def primal_form(rows, scales, roots, wanted, judged):
         return np.eye(len(judged)) - x @ inverse @ x.T, residuals
 
     def coefficients(fit):
-        """Return what all_units is multiplied with, (units + 1, classes)."""
         return invert(gram + fit.strength * np.eye(width)) @ products
 
-    return solve, coefficients
+    return Form(solve, coefficients, lambda count: principal_components(gram, count))
 
 
 def invert(matrix):
@@ -168,6 +194,18 @@ def invert(matrix):
         raise utils.UserError("--weights: the network's features are not finite: use other weights")
     lower = np.tril(inverse)
     return lower + np.tril(lower, -1).T
+
+
+def principal_components(matrix, count):
+    """Return the largest eigenvalues, (count,), and eigenvectors, (n, count), of a matrix.
+
+    It is symmetric. By subspace iteration (Halko et al. 2011); the smallest of them are rough.
+    """
+    basis = np.random.default_rng(0).standard_normal((len(matrix), min(count, len(matrix))))
+    for _ in range(4):
+        basis, _ = np.linalg.qr(matrix @ basis)
+    values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
+    return np.maximum(values, 1e-12), basis @ vectors
 
 
 def draw_groups(groups, seed):
@@ -229,6 +267,77 @@ def fold_scales(rows, scales, coefficients):
     return kernel, bias
 
 
+def widen(fit, units):
+    """Return a Fit that reads so many units; those at the end, which it has not seen, with 0."""
+    more = units - len(fit.kernel)
+    rows = (0, more), (0, 0)
+    variance = fit.variance._replace(
+        mean=np.pad(fit.variance.mean, (0, more)),
+        gain=np.pad(fit.variance.gain, (0, more)),
+        kernel=np.pad(fit.variance.kernel, rows),
+    )
+    return fit._replace(kernel=np.pad(fit.kernel, rows), variance=variance)
+
+
+# ---------------------------------------------------------------- predictive variance
+
+
+def measure_variance(rows, scales, fit, form, together):
+    """Return the Variance of a Fit. together: see left_out_together."""
+    complement, _ = form.solve(VARIANCE_STRENGTH)
+    left_out = np.empty(len(fit.judged))
+    for places in together:
+        left_out[places] = left_out_variances(complement, fit.roots, places)
+    left_out = left_out[: len(fit.answers)]
+    values, vectors = form.components(COMPONENTS)
+    vectors *= np.sqrt(values / (values + VARIANCE_STRENGTH))
+    vectors = np.pad(vectors, ((0, 0), (0, COMPONENTS - len(values))))
+    mean = np.concatenate([mean for mean, _ in scales])
+    gain = np.concatenate([np.full(len(mean), factor) for mean, factor in scales])
+    gain /= np.sqrt(len(scales))
+    typical = left_out.mean()
+    return Variance(mean, gain, vectors[:-1], vectors[-1], complement, left_out, typical)
+
+
+def left_out_variances(complement, roots, places):
+    """Return the variances, (n,), of rows by a fit without them.
+
+    With B their block of I - hat matrix, the rows' part of it for a fit without them is
+    inv(B) - I (Woodbury's identity).
+    """
+    block = complement[np.ix_(places, places)]
+    excess = np.diag(np.linalg.inv(block)) - 1
+    return VARIANCE_STRENGTH * np.maximum(0, excess) / np.square(roots[places, 0])
+
+
+def predict_variance(variance, x):
+    """Return the variances, (n,), of the levels of pictures, (n, units)."""
+    parts = []
+    for places in in_chunks(len(x)):
+        s = (x[places] - variance.mean) * variance.gain
+        seen = s @ variance.kernel + variance.bias
+        parts.append(1 + np.square(s).sum(axis=1) - np.square(seen).sum(axis=1))
+    return np.concatenate(parts)
+
+
+def constant(variance):
+    """Return a Variance that is 1 whatever the picture, for levels that training changes."""
+    return variance._replace(gain=0 * variance.gain, bias=0 * variance.bias, typical=1.0)
+
+
+def sharpness(variance, variances):
+    """Return what multiplies the logits of pictures with these variances, (n,): (n, 1).
+
+    It is 1 for a typical one, and small for what resembles nothing learned from: nobody for sure.
+    """
+    return np.exp(np.clip(variance.typical - variances, -99, 99))[:, None]
+
+
+def temper(fit, logits, variances):
+    """Return the probabilities, (n, classes), for logits of a Fit and variances, (n,)."""
+    return softmax(logits * sharpness(fit.variance, variances) / fit.temperature)
+
+
 # ---------------------------------------------------------------- calibration
 
 
@@ -288,16 +397,17 @@ def simulate_strangers(fit, rows, nobody=None, seed=0):
         return None
     targets = rows.targets[fit.judged]
     plain = len(fit.answers)
-    answers = softmax(fit.answers / fit.temperature)
+    answers = temper(fit, fit.answers, fit.variance.left_out)
     actual = targets[:plain]
     is_friend = actual != nobody
     strangers = [answers[~is_friend]]
     classes = [c for c in range(rows.class_count) if c != nobody]
     for left in np.random.default_rng(seed).permutation(classes)[:MAX_LEFT_OUT]:
         places = np.flatnonzero(targets == left)
-        without = leave_out(fit, places)[places < plain]
+        without = leave_out(fit, places)
         without[:, left] = -np.inf
-        strangers.append(softmax(without / fit.temperature))
+        variances = left_out_variances(fit.variance.complement, fit.roots, places)
+        strangers.append(temper(fit, without, variances)[places < plain])
     strangers = np.concatenate(strangers)
     friends = answers[is_friend]
     taken = strangers.argmax(axis=1)
@@ -313,8 +423,8 @@ def weigh_thresholds(friends, right, strangers, taken_for):
     friends: probabilities of friends' answers; right: whether these are correct. strangers:
     probabilities with which strangers are taken for somebody. Chosen is the threshold where both
     shares have the largest sum, among those that call STRANGERS_UNKNOWN of the strangers unknown
-    and refuse at most FRIENDS_REFUSED of the correct answers; if none does both, the highest that
-    refuses no more. Of all that make no difference, the middle in log odds.
+    and refuse a share of the correct answers that FRIENDS_REFUSED allows; if none does both, the
+    highest that refuses no more. Of all that make no difference, the middle in log odds.
     """
     from scipy.special import expit, logit
 
@@ -323,7 +433,9 @@ def weigh_thresholds(friends, right, strangers, taken_for):
     passed = len(correct) - np.searchsorted(correct, thresholds)
     friends_share = passed / max(1, len(friends))
     unknown = np.searchsorted(np.sort(strangers), thresholds) / max(1, len(strangers))
-    allowed = np.flatnonzero(passed >= (1 - FRIENDS_REFUSED) * len(correct))
+    most, least = (1 - np.array(FRIENDS_REFUSED)) * len(correct)
+    allowed = np.flatnonzero(passed >= least)
+    allowed = allowed[passed[allowed] <= max(most, passed[allowed[-1]])]
     enough = allowed[unknown[allowed] >= STRANGERS_UNKNOWN]
     best = enough[np.argmax((friends_share + unknown)[enough])] if len(enough) else allowed[-1]
     ends = np.clip(thresholds[[max(0, best - 1), best]], 1e-9, 1 - 1e-9)

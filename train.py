@@ -97,8 +97,8 @@ Trained = namedtuple("Trained", "network top hidden")
 Run = namedtuple("Run", "args recipe data networks views readouts")
 # pictures: index of that of each row; strangers: see measure_strangers
 Readout = namedtuple("Readout", "fit rows pictures views strangers", defaults=[None])
-# network: the one that is saved; kernel, bias: of its last layer; probabilities: of validation
-Candidate = namedtuple("Candidate", "network kernel bias probabilities trained_share")
+# network, numbers: what is saved, see model.set_readout; probabilities: of validation
+Candidate = namedtuple("Candidate", "network numbers probabilities trained_share")
 # a row of model-mistakes.csv and model-evaluate.csv; probability: of the predicted class
 Prediction = namedtuple("Prediction", "file actual predicted probability")
 Scores = namedtuple("Scores", "probabilities accuracy predictions title")
@@ -180,7 +180,7 @@ def build_trained(run, head=None):
         side = data.pixels.rows.shape[1]
         network = model.build_network(len(data.labels), side, networks.settings.use)
         for layer, same in zip(network.layers, networks.base.layers):
-            if layer.name != "probabilities":  # which the first process has filled to save it
+            if layer.name not in model.READOUT:  # which the first process has filled to save it
                 layer.set_weights(same.get_weights())
         top, hidden = model.trainable_part(network, cut, None if cut else SCRATCH_MOMENTUM)
         if head is not None:
@@ -386,9 +386,7 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
     rows = readout.Rows(read, levels, data.targets[pictures], data.groups[pictures], len(indices),
                         len(data.labels))  # fmt: skip
     fit = readout.fit_readout(rows, strength, run.args.seed)
-    unread = every[-1].units.stop - len(fit.kernel)
-    fit = fit._replace(kernel=np.pad(fit.kernel, ((0, unread), (0, 0))))
-    return Readout(fit, rows, pictures, views)
+    return Readout(readout.widen(fit, every[-1].units.stop), rows, pictures, views)
 
 
 def measure_strangers(run, made):
@@ -399,15 +397,17 @@ def measure_strangers(run, made):
 
 
 def readout_candidate(run, made):
-    """Return the Candidate of a Readout alone, with its temperature folded in."""
-    kernel, bias = made.fit.kernel / made.fit.temperature, made.fit.bias / made.fit.temperature
-    probabilities = readout.softmax(read_validation(run) @ kernel + bias)
-    return Candidate(run.networks.base, add_hidden(kernel), bias, probabilities, 0.0)
+    """Return the Candidate of a Readout alone."""
+    fit, levels = made.fit, read_validation(run)
+    variances = readout.predict_variance(fit.variance, levels)
+    probabilities = readout.temper(fit, levels @ fit.kernel + fit.bias, variances)
+    return Candidate(run.networks.base, readout_numbers(fit), probabilities, 0.0)
 
 
-def add_hidden(kernel):
-    """Return the kernel of a last layer that reads the levels and none of the hidden units."""
-    return np.concatenate([kernel, np.zeros((model.HIDDEN, kernel.shape[1]))])
+def readout_numbers(fit):
+    """Return what model.set_readout takes, of a Fit that reads none of the hidden units."""
+    kernel = np.concatenate([fit.kernel, np.zeros((model.HIDDEN, fit.kernel.shape[1]))])
+    return kernel / fit.temperature, fit.bias / fit.temperature, fit.variance
 
 
 def read_validation(run):
@@ -427,27 +427,29 @@ def trained_candidates(run, trained, made):
     view = features.get_view(run, features.UNAUGMENTED)
     logits = predict_trained(run, trained, view, data.validation)
     kernel, bias = trained.top.get_layer("trained").get_weights()
-    frozen_kernel, frozen_bias = read_frozen(run, made)
-    frozen_logits = read_validation(run) @ frozen_kernel + frozen_bias
+    frozen, levels = fit_frozen(run, made), read_validation(run)
+    frozen_logits = (levels @ frozen.kernel + frozen.bias) / frozen.temperature
+    variances = readout.predict_variance(frozen.variance, levels)
+    sharpness = readout.sharpness(frozen.variance, variances)
     for share in TRAINED_SHARES if networks.settings.cut else (1.0,):
-        mixed = share * logits + (1 - share) * frozen_logits
+        mixed = sharpness * (share * logits + (1 - share) * frozen_logits)
         heat = readout.fit_temperature(mixed, actual)
-        mixed_kernel = np.concatenate([(1 - share) * frozen_kernel, share * kernel]) / heat
-        mixed_bias = ((1 - share) * frozen_bias + share * bias) / heat
-        probabilities = readout.softmax(mixed / heat)
-        yield Candidate(trained.network, mixed_kernel, mixed_bias, probabilities, share)
+        kept = (1 - share) / frozen.temperature
+        mixed_kernel = np.concatenate([kept * frozen.kernel, share * kernel]) / heat
+        mixed_bias = (kept * frozen.bias + share * bias) / heat
+        numbers = mixed_kernel, mixed_bias, frozen.variance
+        yield Candidate(trained.network, numbers, readout.softmax(mixed / heat), share)
 
 
-def read_frozen(run, made):
-    """Return kernel and bias of a readout of the levels that training leaves as they are."""
+def fit_frozen(run, made):
+    """Return the Fit of a readout of the levels that training leaves as they are, if any."""
     settings, place = run.networks.settings, model.BASE.blocks.index
     if settings.cut is None:
-        return np.zeros_like(made.fit.kernel), 0.0
+        return made.fit._replace(variance=readout.constant(made.fit.variance))
     frozen = [level for level in settings.levels if place(level.block) <= place(settings.cut)]
     if "frozen" not in run.readouts:
         run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
-    fit = run.readouts["frozen"].fit
-    return fit.kernel / made.fit.temperature, fit.bias / made.fit.temperature
+    return run.readouts["frozen"].fit
 
 
 # ---------------------------------------------------------------- rounds
@@ -613,7 +615,7 @@ def save_candidate(run, number, right, made, chosen):
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": model.versions(),
     }
-    save_network(args, chosen.network, chosen.kernel, chosen.bias, info)
+    save_network(args, chosen.network, chosen.numbers, info)
 
 
 def validation_fingerprint(data):
@@ -623,11 +625,11 @@ def validation_fingerprint(data):
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
-def save_network(args, network, kernel, bias, info):
-    """Save a network with these numbers in its last layer."""
-    if not np.isfinite(kernel).all():
+def save_network(args, network, numbers, info):
+    """Save a network with the numbers of a readout, see model.set_readout."""
+    if not np.isfinite(numbers[0]).all():
         raise utils.UserError("training has led to numbers that are not finite: use --float32")
-    network.get_layer("probabilities").set_weights([kernel, bias])
+    model.set_readout(network, *numbers)
     model.save_model(network, info, args.model)
 
 
@@ -767,24 +769,23 @@ def finish_run(run, state, before):
         )  # fmt: skip
     everything = make_readout(run, made.views, None, np.arange(len(data.pictures)),
                               made.fit.strength)  # fmt: skip
-    review = review_labels(data, everything, made.fit.temperature)
+    review = review_labels(data, everything)
     write_review(args, data, review)
     if args.cache_dir:
         features.trim_cache(args)
     if args.fit_all:
-        fit_all(run, network, info, everything.fit, made.fit.temperature)
+        fit_all(run, network, info, everything.fit._replace(temperature=made.fit.temperature))
     print_next_steps(args, info, found.predictions, strangers, len(review), before)
     return found.accuracy
 
 
-def fit_all(run, network, info, fit, temperature):
+def fit_all(run, network, info, fit):
     """Save the model once more with a readout of all pictures; its figures stay as they are."""
     if info["trained_share"]:
         utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
         return
     info["fit_all"] = True
-    kernel, bias = add_hidden(fit.kernel / temperature), fit.bias / temperature
-    save_network(run.args, network, kernel, bias, info)
+    save_network(run.args, network, readout_numbers(fit), info)
     utils.print_line(
         "fit-all: the saved model's readout knows all pictures now; every figure printed and "
         "stored is that of the model before"
@@ -794,7 +795,7 @@ def fit_all(run, network, info, fit, temperature):
 # ---------------------------------------------------------------- labels worth a look
 
 
-def review_labels(data, everything, temperature):
+def review_labels(data, everything):
     """Return rows (index, suggested label, probability, why) for labels that deserve a look.
 
     `label`: a readout that has not seen the picture gives its label less than another; `copy`:
@@ -804,13 +805,13 @@ def review_labels(data, everything, temperature):
     fit = everything.fit
     pictures = everything.pictures[fit.judged].tolist()
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
-    for i, p in zip(pictures, readout.softmax(fit.answers / temperature)):
+    for i, p in zip(pictures, readout.softmax(fit.answers / fit.temperature)):
         if p.argmax() != data.targets[i]:
             own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
             doubts[i] = (own, suggestion, float(p.max()), "label")
     for pair in data.copies:
         places = np.flatnonzero(np.isin(pictures, pair))
-        answers = readout.softmax(readout.leave_out(fit, places) / temperature)
+        answers = readout.softmax(readout.leave_out(fit, places) / fit.temperature)
         # a picture as it is comes before its mirror image; of a large set, not all are judged
         found = {pictures[place]: p for place, p in zip(places[::-1], answers[::-1])}
         for i, other in (pair, pair[::-1]):

@@ -54,7 +54,7 @@ def review(run):
     made = train.round_readout(run, 0)
     everything = np.arange(len(run.data.pictures))
     whole = train.make_readout(run, made.views, None, everything, made.fit.strength)
-    review = train.review_labels(run.data, whole, made.fit.temperature)
+    review = train.review_labels(run.data, whole)
     return [index for index, *_ in review]
 
 

@@ -57,6 +57,16 @@ def answer(rows, strength, x, asked, left_out=()):
     return x[asked] @ np.linalg.solve(weighted.T @ weighted + ridge, weighted.T @ wanted)
 
 
+def variance(rows, x, asked, left_out):
+    """Return the predictive variance of some rows by Gaussian process regression to the others."""
+    kept = np.setdiff1d(np.arange(len(x)), left_out)
+    weights = 1 / 4 / np.bincount(rows.targets)[rows.targets[kept]]  # classes alike
+    noise = np.diag(readout.VARIANCE_STRENGTH / weights)
+    to_kept = x[asked] @ x[kept].T
+    known = np.linalg.solve(x[kept] @ x[kept].T + noise, to_kept.T)
+    return np.square(x[asked]).sum(1) - (to_kept * known.T).sum(1)
+
+
 def assert_left_out(fit, rows, x, places):
     """Assert that answers are those of a fit to all rows but the groups of these places."""
     for place in places:
@@ -75,6 +85,24 @@ def test_leave_one_out_is_fitting_again_without_each_group(views, levels):
         some = np.flatnonzero(rows.targets == target)
         expected = answer(rows, 0.01, x, some, some)
         assert readout.leave_out(fit, some) == pytest.approx(expected, abs=1e-4)
+
+
+@FORMS
+def test_the_variance_is_that_of_a_gaussian_process(views, levels):
+    """Of the rows as they are, and of those of a group or class left out."""
+    x, rows = make_rows(views, levels)
+    fit, inputs = readout.fit_readout(rows, 0.1), features(x, levels)
+    together = readout.left_out_together(rows.groups[: rows.plain], rows.targets[: rows.plain])
+    for group in together:
+        out = np.isin(rows.groups, rows.groups[group])
+        expected = variance(rows, inputs, group, np.flatnonzero(out))
+        assert fit.variance.left_out[group] == pytest.approx(expected, rel=1e-4)
+    some = np.flatnonzero(rows.targets == 1)
+    found = readout.left_out_variances(fit.variance.complement, fit.roots, some)
+    assert found == pytest.approx(variance(rows, inputs, some, some), rel=1e-4)
+    everybody = np.arange(len(x))
+    expected = variance(rows, inputs, everybody, [])
+    assert readout.predict_variance(fit.variance, x) == pytest.approx(expected, rel=1e-3)
 
 
 def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
@@ -186,7 +214,7 @@ def test_labels_worth_a_look_are_wrong_ones_and_copies():
     everything = train.Readout(readout.fit_readout(rows), rows, np.arange(40), [0])
     pictures = [SimpleNamespace(label=labels[target]) for target in targets]
     data = SimpleNamespace(targets=targets, labels=labels, pictures=pictures, copies=[(0, 2)])
-    review = train.review_labels(data, everything, 0.05)
+    review = train.review_labels(data, everything)
     found = {i: (suggested, why) for i, suggested, _, why in review}
     assert found[20] == ("b", "label")
     assert found[0] == ("a", "copy") and found[2] == ("b", "copy")
