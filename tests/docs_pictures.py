@@ -40,7 +40,7 @@ BOXES = (
     (1.9, 1.75, 6.3, 0.65, PLAIN,
      "levels: means of feature maps, those of mixed3 and 5 in 3 x 3 cells"),
     (1.9, 0.3, 2.6, 0.8, FITTED, "readout:\nridge regression"),
-    (5.0, 0.3, 2.2, 0.8, FITTED, "temperature,\nsoftmax"),
+    (5.0, 0.3, 2.2, 0.8, FITTED, "temperature by\nvariance; softmax"),
     (7.7, 0.3, 2.5, 0.8, FITTED, "threshold:\na name or unknown"),
 )  # fmt: skip
 # from, to: corners of the arrows
@@ -55,6 +55,7 @@ ARROWS = (
     ((3.2, 1.75), (3.2, 1.1)),
     ((4.5, 0.7), (5.0, 0.7)),
     ((7.2, 0.7), (7.7, 0.7)),
+    ((5.4, 1.75), (5.4, 1.1)),
 )
 LEVELS = (2.45, 3.75, 6.35, 7.65)  # x of the arrows from a block to its level
 

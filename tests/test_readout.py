@@ -105,6 +105,19 @@ def test_the_variance_is_that_of_a_gaussian_process(views, levels):
     assert readout.predict_variance(fit.variance, x) == pytest.approx(expected, rel=1e-3)
 
 
+def test_what_resembles_nothing_learned_from_is_nobody_for_sure():
+    x, rows = make_rows()
+    fit = readout.fit_readout(rows)
+    strange = x + np.random.default_rng(1).normal(0, 6, x.shape).astype("float32")
+    answers = []
+    for some in (x, strange):
+        logits = some @ fit.kernel + fit.bias
+        answers.append(readout.temper(fit, logits, readout.predict_variance(fit.variance, some)))
+        assert (answers[-1].argmax(1) == logits.argmax(1)).all()
+    known, unknown = (probabilities.max(1) for probabilities in answers)
+    assert known.min() > 0.7 and unknown.max() < 0.3
+
+
 def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
     monkeypatch.setattr(readout, "MAX_JUDGED", 30)
     x, rows = make_rows(1, NARROW)
