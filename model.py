@@ -44,7 +44,7 @@ BASE = Base(
     md5="bcbd6486424b2319ff4ef7d526e38f63",
 )
 HIDDEN = 1024  # units that training teaches
-READOUT = ("logits", "standardised", "components", "sharpness")  # layers, see set_readout
+READOUT = ("probabilities", "standardised", "components", "sharpness")  # layers, see set_readout
 
 METADATA_ATTRIBUTE = "kit"  # of the root of model.h5: what travels with the model, as JSON
 OUR_INPUT = b'"name": "pixels"'  # stands in every model.json of ours
@@ -138,7 +138,7 @@ def build_network(class_count, side, use="learned", number_format="float32"):
     """Build the backbone with a new top: a softmax layer that reads several levels of it at once.
 
     The levels are the feature maps of some blocks, mean-pooled whole or in cells; beside them come
-    the hidden units that training teaches. One number multiplies all logits, see `add_sharpness`.
+    the hidden units that training teaches. All are multiplied with one number, see `add_sharpness`.
     Weights are random. Takes RGB pixels 0..255 of shape (batch, side, side, 3), scales them itself,
     and gives float32 probabilities of shape (batch, class_count). use: a key of BASE.levels.
     number_format: a Keras dtype policy.
@@ -155,11 +155,12 @@ def build_network(class_count, side, use="learned", number_format="float32"):
         pooled = [pool(backbone.get_layer(block), count) for block, count in table]
         levels = layers.Concatenate(name="levels", dtype="float32")(pooled)
         hidden = layers.Dense(HIDDEN, activation="relu", name="hidden")(pooled[-1])
-        units = layers.Concatenate(name="units", dtype="float32")([levels, hidden])
-        logits = layers.Dense(class_count, dtype="float32", name="logits")(units)
         keras.config.set_dtype_policy("float32")
-        sharp = layers.Multiply()([logits, add_sharpness(levels)])
-        return keras.Model(pixels, layers.Activation("softmax", name="probabilities")(sharp))
+        sharpness = add_sharpness(levels)
+        sharp = layers.Multiply()([layers.Concatenate()([levels, hidden]), sharpness])
+        units = layers.Concatenate(name="units")([sharp, sharpness])  # the last is for the bias
+        softmax = layers.Dense(class_count, "softmax", use_bias=False, name="probabilities")
+        return keras.Model(pixels, softmax(units))
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -184,7 +185,7 @@ def set_readout(network, kernel, bias, variance):
     kernel, bias: of the logits, temperature folded in. variance: a readout.Variance.
     """
     numbers = [
-        [kernel, bias],
+        [np.vstack([kernel, bias])],
         [variance.gain, variance.mean, np.ones_like(variance.mean)],
         [variance.kernel, variance.bias],
         # the variance is 1 more than what the layer `variance` gives

@@ -422,8 +422,7 @@ def trained_candidates(run, trained, made):
     From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
     What was trained fits its own pictures too well, so only validation can judge these.
     """
-    data, networks = run.data, run.networks
-    actual = data.targets[data.validation]
+    data, is_scratch = run.data, run.networks.settings.cut is None
     view = features.get_view(run, features.UNAUGMENTED)
     logits = predict_trained(run, trained, view, data.validation)
     kernel, bias = trained.top.get_layer("trained").get_weights()
@@ -431,9 +430,9 @@ def trained_candidates(run, trained, made):
     frozen_logits = (levels @ frozen.kernel + frozen.bias) / frozen.temperature
     variances = readout.predict_variance(frozen.variance, levels)
     sharpness = readout.sharpness(frozen.variance, variances)
-    for share in TRAINED_SHARES if networks.settings.cut else (1.0,):
+    for share in (1.0,) if is_scratch else TRAINED_SHARES:
         mixed = sharpness * (share * logits + (1 - share) * frozen_logits)
-        heat = readout.fit_temperature(mixed, actual)
+        heat = readout.fit_temperature(mixed, data.targets[data.validation])
         kept = (1 - share) / frozen.temperature
         mixed_kernel = np.concatenate([kept * frozen.kernel, share * kernel]) / heat
         mixed_bias = (kept * frozen.bias + share * bias) / heat

@@ -147,10 +147,10 @@ def run_noting(folder, *words):
         done = train_here(folder, *words)
     assert done.returncode == 0, done.stderr
     done.run = calls["run_rounds"][0][0][0]
-    done.saved = []  # (kernel of the logits, info)
+    done.saved = []  # (kernel of the last layer, info)
     for (network, info, _), weights, _ in calls["save_model"]:
         paths = [weight.path for weight in network.weights]
-        done.saved.append((weights[paths.index("logits/kernel")], info))
+        done.saved.append((weights[paths.index("probabilities/kernel")], info))
     done.computed = sum(len(some[1]) for some, *_ in calls["compute_features"])
     if calls["trainable_part"]:
         (done.twin, *_), done.before, _ = calls["trainable_part"][0]
@@ -198,7 +198,7 @@ def test_what_is_scored_is_what_the_network_answers(tuned, tiny):
         assert answers == pytest.approx(candidate.probabilities, abs=2e-3)
         assert answers.std() > 0.01
     network, info = model.load_model(folder / "m")
-    kernel = network.get_layer("logits").get_weights()[0]
+    kernel = network.get_layer("probabilities").get_weights()[0]
     assert np.array_equal(kernel, seen.saved[-1][0])
     assert info["weights"].startswith("tiny.weights.h5, SHA-256 ")
 
@@ -249,7 +249,7 @@ def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small
     sums = {name: info[name] for name in ("sha256", "arrays_sha256")}
     assert info == told | sums | {"fit_all": True}
     network, _ = model.load_model(tmp_path / "m")
-    assert np.array_equal(network.get_layer("logits").get_weights()[0], after)
+    assert np.array_equal(network.get_layer("probabilities").get_weights()[0], after)
     assert seen.stdout.splitlines()[-1].startswith("fit-all: the saved model's readout knows all")
     assert "\nbest: round 0" in seen.stdout and "strangers:" not in seen.stdout  # two classes
 
