@@ -20,7 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 900  # pixels, of what is scaled down
 SAMPLE = "cartoons --people 6 --pictures 20 --clip film.mp4"
-TRAIN = "cartoons model --weights none --image-size 75 --validation-split 0.4 --rounds 0"
+TRAIN = "cartoons model --weights none --image-size 75 --validation-split 0.6 --rounds 0"
 TAG = "model --source film.mp4 --output tagged.mp4 --no-display --threshold 0"
 COLOURS = 256  # of a palette: as good as all, at a quarter of the size
 FILM_FRAME = 60  # of tagged.mp4: both people face the camera
