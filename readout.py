@@ -78,8 +78,11 @@ def fit_readout(rows, strength=None, seed=0):
         return fit._replace(answers=answers[:plain], error=error)
 
     best = judge(strength) if strength else search_strength(judge)
-    kernel, bias = fold_scales(rows, scales, form.coefficients(best))
-    variance = measure_variance(rows, scales, best, form, together)
+    mean, gain = scales_of_units(scales)
+    coefficients = form.coefficients(best)
+    kernel = gain[:, None] * coefficients[:-1]  # reads the levels as they are
+    bias = coefficients[-1] + 1 / rows.class_count - mean @ kernel
+    variance = measure_variance(mean, gain, best, form, together)
     sharp = best.answers * sharpness(variance, variance.left_out)
     temperature = fit_temperature(sharp, rows.targets[answered(best)])
     return best._replace(kernel=kernel, bias=bias, variance=variance, temperature=temperature)
@@ -254,17 +257,11 @@ def search_strength(judge):
     return best
 
 
-def fold_scales(rows, scales, coefficients):
-    """Return (kernel, bias) that read the levels as they are, and give one-hot classes."""
-    kernel = np.zeros((rows.levels[-1].stop, rows.class_count))
-    bias = coefficients[-1] + 1 / rows.class_count
-    start = 0
-    for level, (mean, factor) in zip(rows.levels, scales):
-        stop = start + level.stop - level.start
-        kernel[level] = coefficients[start:stop] * (factor / np.sqrt(len(scales)))
-        bias = bias - mean @ kernel[level]
-        start = stop
-    return kernel, bias
+def scales_of_units(scales):
+    """Return (mean, gain), both (units,): all_units is (x - mean) * gain, and 1 for the bias."""
+    mean = np.concatenate([mean for mean, _ in scales])
+    gain = np.concatenate([np.full(len(mean), factor) for mean, factor in scales])
+    return mean, gain / np.sqrt(len(scales))
 
 
 def widen(fit, units):
@@ -282,8 +279,8 @@ def widen(fit, units):
 # ---------------------------------------------------------------- predictive variance
 
 
-def measure_variance(rows, scales, fit, form, together):
-    """Return the Variance of a Fit. together: see left_out_together."""
+def measure_variance(mean, gain, fit, form, together):
+    """Return the Variance of a Fit. mean, gain: of the units. together: see left_out_together."""
     complement, _ = form.solve(VARIANCE_STRENGTH)
     left_out = np.empty(len(fit.judged))
     for places in together:
@@ -292,9 +289,6 @@ def measure_variance(rows, scales, fit, form, together):
     values, vectors = form.components(COMPONENTS)
     vectors *= np.sqrt(values / (values + VARIANCE_STRENGTH))
     vectors = np.pad(vectors, ((0, 0), (0, COMPONENTS - len(values))))
-    mean = np.concatenate([mean for mean, _ in scales])
-    gain = np.concatenate([np.full(len(mean), factor) for mean, factor in scales])
-    gain /= np.sqrt(len(scales))
     typical = left_out.mean()
     return Variance(mean, gain, vectors[:-1], vectors[-1], complement, left_out, typical)
 
