@@ -332,6 +332,17 @@ def temper(fit, logits, variances):
     return softmax(logits * sharpness(fit.variance, variances) / fit.temperature)
 
 
+def answer_left_out(fit, places, absent=None):
+    """Return the probabilities, (n, classes), that a fit without these rows gives them.
+
+    absent: a class that it does not know, since these are all of its rows.
+    """
+    logits = leave_out(fit, places)
+    if absent is not None:
+        logits[:, absent] = -np.inf
+    return temper(fit, logits, left_out_variances(fit.variance.complement, fit.roots, places))
+
+
 # ---------------------------------------------------------------- calibration
 
 
@@ -398,10 +409,7 @@ def simulate_strangers(fit, rows, nobody=None, seed=0):
     classes = [c for c in range(rows.class_count) if c != nobody]
     for left in np.random.default_rng(seed).permutation(classes)[:MAX_LEFT_OUT]:
         places = np.flatnonzero(targets == left)
-        without = leave_out(fit, places)
-        without[:, left] = -np.inf
-        variances = left_out_variances(fit.variance.complement, fit.roots, places)
-        strangers.append(temper(fit, without, variances)[places < plain])
+        strangers.append(answer_left_out(fit, places, left)[places < plain])
     strangers = np.concatenate(strangers)
     friends = answers[is_friend]
     taken = strangers.argmax(axis=1)

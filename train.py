@@ -804,13 +804,13 @@ def review_labels(data, everything):
     fit = everything.fit
     pictures = everything.pictures[fit.judged].tolist()
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
-    for i, p in zip(pictures, readout.softmax(fit.answers / fit.temperature)):
+    for i, p in zip(pictures, readout.temper(fit, fit.answers, fit.variance.left_out)):
         if p.argmax() != data.targets[i]:
             own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
             doubts[i] = (own, suggestion, float(p.max()), "label")
     for pair in data.copies:
         places = np.flatnonzero(np.isin(pictures, pair))
-        answers = readout.softmax(readout.leave_out(fit, places) / fit.temperature)
+        answers = readout.answer_left_out(fit, places)
         # a picture as it is comes before its mirror image; of a large set, not all are judged
         found = {pictures[place]: p for place, p in zip(places[::-1], answers[::-1])}
         for i, other in (pair, pair[::-1]):
