@@ -575,7 +575,8 @@ def open_hdf5(path):
             yield file
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, zlib.error) as error:
         reason = f"damaged, not HDF5, or of another network ({utils.first_line(error)})"
-        raise utils.UserError(f"{utils.escape(path)}: {reason}: use another file") from None
+        remedy = "use another file, or train a model of an older kit again"
+        raise utils.UserError(f"{utils.escape(path)}: {reason}: {remedy}") from None
 
 
 def read_metadata(path):
