@@ -91,15 +91,13 @@ def find_files(data_dir):
 
     Warns about files beside the class folders, classes without files, and links not followed.
     """
-    left_out = []
-    found = [(p, p.relative_to(data_dir).parts) for p in utils.list_files(data_dir, left_out)]
+    found = [(p, p.relative_to(data_dir).parts) for p in utils.list_files(data_dir)]
     files = [(path, label_of(parts[0])) for path, parts in found if len(parts) > 1]
     name = utils.escape(data_dir)
     loose = len(found) - len(files)
     if loose:
         beside = utils.count(loose, "file lies", "files lie")
         utils.warn(f"{name}: {beside} beside the class folders and cannot be used")
-    utils.warn_about_left_out(data_dir, left_out)
     folders = {label_of(path.name) for path in list_folders(data_dir)}
     for label in sorted(folders - {label for _, label in files}):
         utils.warn(f"{name}/{label}: a class without files is left out")
@@ -126,7 +124,7 @@ def read_pictures(args, files, side):
     local = range(args.process, len(files), args.processes)
     few = in_batches(local, min(8, max(1, 2**19 // side**2)))  # one by one, threads wait more
     read = utils.ordered_parallel_map(
-        lambda some: [read_picture(files[row][0], side) for row in some], few
+        lambda some: [read_square(files[row][0], side) for row in some], few
     )
     results = itertools.chain.from_iterable(read)
     found = []
@@ -136,7 +134,7 @@ def read_pictures(args, files, side):
         found.append((row, facts))
     pictures, skipped, flaws = [], defaultdict(list), defaultdict(list)
     found = itertools.chain(*processes.all_gather(args, found))
-    for row, facts in sorted(found, key=lambda pair: pair[0]):
+    for row, facts in sorted(found):
         path, label = files[row]
         if "reason" in facts:
             skipped[facts["reason"]].append(path)
@@ -160,7 +158,7 @@ def in_batches(items, size):
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def read_picture(path, side):
+def read_square(path, side):
     """Read one file. Returns (uint8 (side, side, 3) or None if there is no picture, facts as dict).
 
     facts: {"reason"} why there is no picture; or SHA-256, difference hash and thumbnail in
@@ -280,8 +278,7 @@ def warn_about_copies(pictures, copies):
         kind = "the same bytes as"
         if pictures[one].digest != pictures[other].digest:
             kind = "looks the same as"
-        paths = (utils.escape(pictures[i].path) for i in (other, one))
-        first, second = paths
+        first, second = (utils.escape(pictures[i].path) for i in (other, one))
         utils.warn(f"{first}: {kind} {second}, of another class; both are used: move one away")
     if len(copies) > imaging.MAX_LINES:
         more = len(copies) - imaging.MAX_LINES
@@ -326,8 +323,8 @@ def split(pictures, groups, fraction, seed):
             )
     if not chosen:
         raise utils.UserError("no class can be divided: add other pictures to each class")
-    validation = sorted(i for group in chosen for i in groups[group])
-    return np.setdiff1d(np.arange(len(pictures)), validation), np.array(validation)
+    validation = np.array(sorted(i for group in chosen for i in groups[group]))
+    return np.setdiff1d(np.arange(len(pictures)), validation), validation
 
 
 def warn_about_data(args, pictures, validation):
@@ -354,16 +351,14 @@ def warn_about_data(args, pictures, validation):
 
 def print_table(pictures, labels, groups, validation):
     """Print how many pictures and groups each class has, and how they are divided."""
-    held = set(validation.tolist())
     total = Counter(picture.label for picture in pictures)
-    tested = Counter(pictures[i].label for i in held)
-    together = {label: set() for label in labels}
-    for picture, group in zip(pictures, groups.tolist()):
-        together[picture.label].add(group)
+    tested = Counter(pictures[i].label for i in validation)
+    pairs = {(picture.label, group) for picture, group in zip(pictures, groups.tolist())}
+    together = Counter(label for label, _ in pairs)
     utils.print_line("pictures  groups  train  validation  class")
     for label in labels:
         n, v = total[label], tested[label]
-        utils.print_line(f"{n:8}  {len(together[label]):6}  {n - v:5}  {v:10}  {label}")
+        utils.print_line(f"{n:8}  {together[label]:6}  {n - v:5}  {v:10}  {label}")
 
 
 def read_data(args, side):
@@ -442,13 +437,8 @@ def make_data(args, pictures, pixels, train, validation, labels, groups, copies)
     if not shards.all():
         n = len(train)
         raise utils.UserError(f"{args.processes} processes are too many for {n} pictures")
-    if args.process == 0:  # it scores, so it needs what others have read
-        for i in validation[owner[validation] != 0]:
-            square, facts = read_picture(pictures[i].path, pixels.rows.shape[1])
-            if square is None:
-                path = utils.escape(pictures[i].path)
-                raise utils.UserError(f"{path}: has changed meanwhile: {facts['reason']}")
-            write_rows(pixels, [pictures[i].row], square[None])
+    if args.process == 0:  # which scores
+        read_others(args, pictures, pixels, validation)
     targets = np.array([labels.index(picture.label) for picture in pictures])
     weights = np.ones(len(pictures), "float32")
     if args.class_weight:
@@ -457,6 +447,17 @@ def make_data(args, pictures, pixels, train, validation, labels, groups, copies)
     local = train[owner[train] == args.process]
     return Data(pictures, pixels, labels, targets, train, local, int(shards.max()), validation,
                 weights, groups, copies)  # fmt: skip
+
+
+def read_others(args, pictures, pixels, indices):
+    """Let the first process read those of some pictures that others have read."""
+    for picture in (pictures[i] for i in indices):
+        if picture.row % args.processes:
+            square, facts = read_square(picture.path, pixels.rows.shape[1])
+            if square is None:
+                path = utils.escape(picture.path)
+                raise utils.UserError(f"{path}: has changed meanwhile: {facts['reason']}")
+            write_rows(pixels, [picture.row], square[None])
 
 
 def square_of(data, index):

@@ -21,10 +21,10 @@ import utils
 # build_augmentation (on a GPU). Kept caches and --resume see the fields in view_settings.
 # rotation: degrees; shift: share of the side; zoom: factors; colour: of 255
 Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
-HEAVY = Augmentation(rotation=45, shift=0.25, zoom=(0.5, 1.5), colour=25)
-LIGHT = Augmentation(rotation=0, shift=0.125, zoom=(1.0, 1.0), colour=0)
+HEAVY = Augmentation(rotation=45, shift=0.25, zoom=[0.5, 1.5], colour=25)
+LIGHT = Augmentation(rotation=0, shift=0.125, zoom=[1.0, 1.0], colour=0)
 
-UNAUGMENTED, MIRRORED, FIRST_RANDOM = 0, 1, 2  # numbers of views
+UNAUGMENTED, MIRRORED = 0, 1  # numbers of views
 VALIDATION_VIEW = 10**6  # number of the augmented view of validation pictures
 # Columns of augmentation_parameters; how many there are, and how many random numbers they need.
 MATRIX, COLOUR = slice(0, 6), slice(6, 9)
@@ -39,11 +39,13 @@ DOWNLOAD_SECONDS = 15
 
 View = namedtuple("View", "rows row_of")  # structured array; {picture: row} as an int array
 # base: float32, never trained; exact, fast: compiled frozen parts of it, see model.frozen_part
-Networks = namedtuple("Networks", "base exact fast settings")
 # cut: last frozen layer, None from scratch; use: key of model.BASE.levels; levels: of the base;
-# augment: None on the cores
-Settings = namedtuple("Settings", "cut use levels map_shape augment batch number_format "
-                      "source devices distribution_scope")  # fmt: skip
+# augment: None on the cores; weights: their fingerprint
+Networks = namedtuple(
+    "Networks",
+    "base exact fast cut use levels map_shape augment batch number_format weights "
+    "distribution_scope",
+)
 
 
 # ---------------------------------------------------------------- the frozen network
@@ -102,11 +104,15 @@ def weights_fingerprint(path):
 
 
 @functools.cache
+def list_devices():
+    """Return the names of the devices that train as one: JAX's of all processes, else one."""
+    keras = model.import_keras()
+    return keras.distribution.list_devices() if keras.config.backend() == "jax" else ["cpu"]
+
+
 def on_device():
     """Say whether JAX computes on something faster than the cores, a GPU say."""
-    keras = model.import_keras()
-    devices = keras.distribution.list_devices() if keras.config.backend() == "jax" else ["cpu"]
-    return not devices[0].startswith("cpu")
+    return not list_devices()[0].startswith("cpu")
 
 
 def inference_batch(side):
@@ -137,17 +143,13 @@ def fastest_format(args):
     return "mixed_bfloat16" if exact / rounded >= WORTH_ROUNDING else "float32"
 
 
-def choose_devices(args, number_format):
-    """Settle on the number format of the frozen pass, if it is None, and the devices."""
-    keras = model.import_keras()
+def choose_format(args, number_format):
+    """Settle on the number format of the frozen pass, if it is None."""
     with model.silence_output():  # under JAX, a first layer imports a chatting TensorFlow
-        keras.layers.Identity().get_config()
-    if number_format is None and args.process == 0:
-        number_format = fastest_format(args)
-    number_format = processes.all_gather(args, number_format)[0]
+        model.import_keras().layers.Identity().get_config()
+    number_format = number_format or processes.from_first(args, lambda: fastest_format(args))
     utils.print_line(f"number format: {number_format}")
-    is_jax = keras.config.backend() == "jax"
-    return number_format, keras.distribution.list_devices() if is_jax else [None]
+    return number_format
 
 
 def is_large(data):
@@ -162,19 +164,19 @@ def build_networks(args, path, data, recipe, number_format):
     find out. What is frozen runs on the first device of each process.
     """
     keras = model.import_keras()
-    number_format, devices = choose_devices(args, number_format)
+    number_format = choose_format(args, number_format)
     keras.utils.clear_session()  # layer names enter the seeds
     keras.utils.set_random_seed(args.seed)
     side, class_count = data.pixels.rows.shape[1], len(data.labels)
-    use = "large set" if is_large(data) else "learned"
-    if path is None:
-        use = "random"
+    use, cut = "random", None
+    if path is not None:
+        use = "large set" if is_large(data) else "learned"
+        cut = model.BASE.blocks[-1 - args.unfreeze]  # last frozen layer
     base = model.build_network(class_count, side, use)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)
-    cut = model.BASE.blocks[-1 - args.unfreeze] if path is not None else None  # last frozen layer
     scope = contextlib.nullcontext
-    if len(devices) > 1:
+    if len(list_devices()) > 1:
         scope = keras.distribution.DataParallel(auto_shard_dataset=False).scope
     mapped = cut if recipe["rounds"] else None  # the layer whose feature map is kept
     exact = fast = model.frozen_part(base, mapped)
@@ -182,7 +184,10 @@ def build_networks(args, path, data, recipe, number_format):
         rounded = model.build_network(class_count, side, use, number_format)
         rounded.set_weights(base.get_weights())
         fast = model.frozen_part(rounded, mapped)
-    settings = Settings(
+    return Networks(
+        base=base,
+        exact=exact,
+        fast=fast,
         cut=cut,
         use=use,
         levels=model.list_levels(base, use),
@@ -190,11 +195,9 @@ def build_networks(args, path, data, recipe, number_format):
         augment=build_augmentation(side) if on_device() else None,
         batch=inference_batch(side),
         number_format=number_format,
-        source=weights_fingerprint(path),
-        devices=devices,
+        weights=weights_fingerprint(path),
         distribution_scope=scope,
     )
-    return Networks(base, exact, fast, settings)
 
 
 # ---------------------------------------------------------------- pictures → views
@@ -266,18 +269,18 @@ def build_augmentation(side):
 
 def make_views(run, indices, view):
     """Return one view of pictures, uint8 (n, side, side, 3): an array of the device, if any."""
-    settings, rows = run.networks.settings, run.data.pixels.rows
+    networks, rows = run.networks, run.data.pixels.rows
     pictures = [run.data.pictures[i] for i in indices]
     places = [picture.row for picture in pictures]
     digests = [picture.digest for picture in pictures]
     parameters = augmentation_parameters(run.args, rows.shape[1], digests, view)
-    if settings.augment is None:
+    if networks.augment is None:
         if view == UNAUGMENTED:
             return rows[places]
         return np.stack([augment(rows[place], p) for place, p in zip(places, parameters)])
-    size = settings.batch
+    size = networks.batch
     filled = [rows[np.resize(places, size)], np.resize(parameters, (size, PARAMETERS))]
-    return model.predict_batch(settings.augment, filled)[: len(indices)]
+    return model.predict_batch(networks.augment, filled)[: len(indices)]
 
 
 # ---------------------------------------------------------------- views → cached features
@@ -297,17 +300,17 @@ def list_views(run, round_number):
 
 
 def row_type(run, has_levels):
-    """Return the dtype of a row of a view's file: digest, levels, feature map at the cut.
+    """Return the dtype of a row of a view's file.
 
-    exact: whether these are of the float32 network.
+    Its fields: digest; exact, whether the rest is of the float32 network; levels; map, at the cut.
     """
-    settings, recipe = run.networks.settings, run.recipe
+    networks, recipe = run.networks, run.recipe
     fields = [("digest", "V32"), ("exact", "?")]
     if has_levels:
-        fields.append(("levels", "float32", (settings.levels[-1].units.stop,)))
+        fields.append(("levels", "float32", (networks.levels[-1].units.stop,)))
     if recipe["rounds"]:
         kind = "float32" if run.args.float32 else "float16"
-        fields.append(("map", "uint8" if settings.cut is None else kind, settings.map_shape))
+        fields.append(("map", "uint8" if networks.cut is None else kind, networks.map_shape))
     return np.dtype(fields)
 
 
@@ -330,7 +333,7 @@ def views_that_fit(run):
 
 
 def get_view(run, view):
-    """Return a View, computed if this run has not done so; the oldest one that is not needed goes.
+    """Return a View, computed if this run has not done so.
 
     The unaugmented one has all pictures of this process, and on the first one, which scores, all of
     validation; others have pictures of one side. Only those that the readout reads have levels.
@@ -384,16 +387,15 @@ def fill_view(run, view, array, indices, missing):
 
     While the network works on one batch, the next ones are prepared and the last ones written.
     """
-    settings, data = run.networks.settings, run.data
-    batches = dataset.in_batches(missing, settings.batch)
-    if view == UNAUGMENTED:  # what is scored goes through the float32 network
-        held = np.isin(indices[missing], data.validation)
-        parts = (dataset.in_batches(missing[part], settings.batch) for part in (held, ~held))
-        batches = [batch for part in parts for batch in part]
+    data = run.data
+    # what is scored goes through the float32 network
+    held = np.isin(indices, data.validation) & (view == UNAUGMENTED)
+    parts = (missing[held[missing]], missing[~held[missing]])
+    batches = [batch for part in parts for batch in dataset.in_batches(part, run.networks.batch)]
 
     def compute(batch, pixels):
         """Return the rows of a batch, computed."""
-        exact = view == UNAUGMENTED and indices[batch[0]] in data.validation
+        exact = held[batch[0]]
         values = np.zeros(len(batch), array.rows.dtype)
         digests = b"".join(data.pictures[i].digest for i in indices[batch])
         values["digest"] = np.frombuffer(digests, "V32")
@@ -420,29 +422,24 @@ def fill_view(run, view, array, indices, missing):
 
 def compute_features(run, values, pixels, exact):
     """Fill the fields `levels` and `map` of rows (n,) with what the frozen part makes of pixels."""
-    networks = run.networks
-    fields = values.dtype.names
-    settings = networks.settings
-    is_scratch = settings.cut is None
-    if "map" in fields and is_scratch:
-        values["map"] = np.asarray(pixels)
-    if "levels" not in fields and is_scratch:
-        return
-    network = networks.exact if exact else networks.fast
-    flat = model.predict(network, pixels, settings.batch)
-    levels, maps = np.split(flat, [settings.levels[-1].units.stop], axis=1)
-    if "levels" in fields:
-        values["levels"] = levels
-    if "map" in fields and not is_scratch:
+    networks, fields = run.networks, values.dtype.names
+    maps = pixels  # from scratch
+    if "levels" in fields or networks.cut:
+        network = networks.exact if exact else networks.fast
+        flat = model.predict(network, pixels, networks.batch)
+        levels, maps_at_cut = np.split(flat, [networks.levels[-1].units.stop], axis=1)
+        if networks.cut:
+            maps = maps_at_cut.reshape(-1, *networks.map_shape)
+        if "levels" in fields:
+            values["levels"] = levels
+    if "map" in fields:
         with np.errstate(over="ignore"):  # what does not fit is reported by the caller
-            values["map"] = maps.reshape(-1, *settings.map_shape)
+            values["map"] = np.asarray(maps)
 
 
 def is_finite(values):
     """Say whether all features in rows (n,) are finite."""
-    fields = [name for name in ("levels", "map") if name in values.dtype.names]
-    return all(np.isfinite(values[name].max()) and np.isfinite(values[name].min())
-               for name in fields)  # fmt: skip
+    return all(np.isfinite(values[name]).all() for name in values.dtype.names[2:])
 
 
 def trim_cache(args):
@@ -458,12 +455,12 @@ def trim_cache(args):
 
 def cache_name(run, view):
     """Return how the name of a view's file begins: other features lie in other files."""
-    args, settings = run.args, run.networks.settings
+    args, networks = run.args, run.networks
     backend = model.import_keras().config.backend()
     chances = [] if view in (UNAUGMENTED, MIRRORED) else view_settings(args)
-    made_from = [CACHE_VERSION, chances, settings.source, settings.cut, settings.map_shape]
-    made_from += [str(settings.levels), run.data.pixels.rows.shape[1:]]
-    made_from += [settings.number_format, args.float32, backend, on_device(), args.process]
+    made_from = [CACHE_VERSION, chances, networks.weights, networks.cut or args.seed]
+    made_from += [networks.map_shape, str(networks.levels), run.data.pixels.rows.shape[1:]]
+    made_from += [networks.number_format, args.float32, backend, on_device(), args.process]
     made_from += [args.processes, bool(run.recipe["rounds"])]
     return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]
 
@@ -473,14 +470,14 @@ def gather_levels(run, view):
 
     The first process, which fits the readout, gets those of all others, who must call it too.
     """
-    args, data, known = run.args, run.data, ("levels", view)
+    args, data = run.args, run.data
     local = get_view(run, view)
     if args.processes == 1:
         return local.rows["levels"], local.row_of
-    if known in run.views:
-        return run.views[known]
+    if view in run.gathered:
+        return run.gathered[view]
     mine = np.flatnonzero(local.row_of >= 0)
-    width = run.networks.settings.levels[-1].units.stop
+    width = run.networks.levels[-1].units.stop
     most = max(processes.all_gather(args, len(mine)))
     table = dataset.temporary_array(args, (len(data.pictures), width), "float32")
     for start in range(0, most, INFERENCE_BATCH):
@@ -492,5 +489,5 @@ def gather_levels(run, view):
             for index, row in zip(indices, values):
                 if index >= 0 and args.process == 0:
                     dataset.write_rows(table, [index], row[None])
-    run.views[known] = table.rows, np.arange(len(data.pictures))
-    return run.views[known]
+    run.gathered[view] = table.rows, np.arange(len(data.pictures))
+    return run.gathered[view]

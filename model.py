@@ -43,6 +43,7 @@ BASE = Base(
     "inception_v3_weights_tf_dim_ordering_tf_kernels_notop.h5",
     md5="bcbd6486424b2319ff4ef7d526e38f63",
 )
+MOMENTUM = 0.9  # of batch normalisation that is trained: the default 0.99 lags behind
 HIDDEN = 1024  # units that training teaches
 READOUT = ("probabilities", "standardised", "components", "sharpness")  # layers, see set_readout
 
@@ -195,15 +196,10 @@ def set_readout(network, kernel, bias, variance):
         network.get_layer(name).set_weights(arrays)
 
 
-def name_of(block):
-    """Return the name of the layer that pools a block of the backbone."""
-    return f"{block}_level"
-
-
 def pool(layer, count):
     """Return the means of a layer's feature map in count x count cells, flat."""
     layers = import_keras().layers
-    name = name_of(layer.name)
+    name = f"{layer.name}_level"
     if count == 1:
         return layers.GlobalAveragePooling2D(name=name)(layer.output)
     cell = -(-layer.output.shape[1] // count)
@@ -216,7 +212,7 @@ def list_levels(network, use):
     levels = []
     start = 0
     for block in BASE.levels[use]:
-        stop = start + network.get_layer(name_of(block)).output.shape[1]
+        stop = start + network.get_layer(f"{block}_level").output.shape[1]
         levels.append(Level(block, slice(start, stop)))
         start = stop
     return levels
@@ -249,7 +245,7 @@ def build_head(units, class_count):
     return keras.Sequential([keras.Input((units,)), hidden, softmax])
 
 
-def trainable_part(network, cut, momentum):
+def trainable_part(network, cut):
     """Return what is trained above a layer, as Keras models that share layers with `network`.
 
     cut: name of the last frozen layer, None for none. Gives (output of the cut → probabilities, by
@@ -263,8 +259,8 @@ def trainable_part(network, cut, momentum):
     top = keras.Model(start, softmax(hidden))
     for layer in top.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.trainable = momentum is not None  # frozen ones also keep their moving averages
-            layer.momentum = momentum or layer.momentum
+            layer.trainable = cut is None  # frozen ones also keep their moving averages
+            layer.momentum = MOMENTUM
     return top, compiled(keras.Model(start, hidden))
 
 
@@ -440,7 +436,7 @@ def versions():
     found = {"python": sys.version.split()[0]}
     found |= {name: version(name) for name in ("keras", "numpy", "pillow")}
     backend = import_keras().config.backend()
-    return found | {backend: getattr(sys.modules.get(backend), "__version__", "")}
+    return found | {backend: sys.modules[backend].__version__}
 
 
 def load_model(prefix, network=None):
@@ -455,7 +451,7 @@ def load_model(prefix, network=None):
         network = build_network(len(info["labels"]), info["image_size"], info["levels"])
     weights = model_paths(prefix)[0]
     load_arrays(network, weights)
-    if info.get("arrays_sha256", "") not in ("", array_checksum(network)):
+    if info.get("arrays_sha256") != array_checksum(network):
         raise utils.UserError(f"{utils.escape(weights)}: damaged: copy it again")
     return compiled(network), info
 

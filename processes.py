@@ -34,7 +34,7 @@ def find_processes(args):
         raise utils.UserError("several processes need JAX: pip install jax, set KERAS_BACKEND=jax")
 
 
-def watch(args):
+def watch():
     """Run this process's part of the work as a child; return its exit code.
 
     JAX ends its process from C++ when another one is gone, so a parent stays to report it. The
@@ -59,16 +59,18 @@ def end_with_parent():
 
 
 def all_gather(args, value):
-    """Return what every process gave, plain data, as a list in their order. All must call it.
-
-    What only the first one knows, it gives to all: `all_gather(args, value or None)[0]`.
-    """
+    """Return what every process gave, plain data, as a list in their order. All must call it."""
     if args.processes == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), "uint8")
     sizes = gather_arrays(np.array([len(data)])).ravel()
     rows = gather_arrays(np.resize(data, max(sizes)))
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
+
+
+def from_first(args, work):
+    """Return, in all processes, what work() gives in the first one: plain data."""
+    return all_gather(args, None if args.process else work())[0]
 
 
 def gather_arrays(array):

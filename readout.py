@@ -33,9 +33,9 @@ Rows = namedtuple("Rows", "read levels targets groups plain class_count")
 # temperature and variance see `temper`
 Fit = namedtuple(
     "Fit",
-    "strength answers error judged complement residuals wanted roots kernel bias variance "
-    "temperature",
-    defaults=[None] * 4,
+    "strength answers error judged complement residuals wanted roots accuracy kernel bias "
+    "variance temperature",
+    defaults=[None] * 5,
 )
 # The predictive variance of x is 1 + |s|^2 - |s @ kernel + bias|^2, where s = (x - mean) * gain.
 # complement: of VARIANCE_STRENGTH; left_out: variances of the rows that the answers are about, by
@@ -55,8 +55,8 @@ def fit_readout(rows, strength=None, seed=0):
     In the dual while there are fewer rows than units, else by sums over all rows; of so many, those
     of MAX_JUDGED rows are left out in turn. seed: draws these.
     """
-    scales = [level_scale(rows, level) for level in rows.levels]
-    roots = class_roots(rows.targets, rows.class_count)
+    scales = mean, gain = scale_units(rows)
+    roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
     if len(rows.targets) <= rows.levels[-1].stop:
         judged = np.arange(len(rows.targets))
@@ -65,7 +65,7 @@ def fit_readout(rows, strength=None, seed=0):
         judged = draw_groups(rows.groups[: rows.plain], seed)
         form = primal_form(rows, scales, roots, wanted, judged)
     together = left_out_together(rows.groups[judged], rows.targets[judged])
-    plain = int((judged < rows.plain).sum())
+    plain = min(len(judged), rows.plain)
 
     def judge(strength):
         """Return the Fit of a strength, as far as leave-one-out needs it."""
@@ -78,26 +78,41 @@ def fit_readout(rows, strength=None, seed=0):
         return fit._replace(answers=answers[:plain], error=error)
 
     best = judge(strength) if strength else search_strength(judge)
-    mean, gain = scales_of_units(scales)
     coefficients = form.coefficients(best)
     kernel = gain[:, None] * coefficients[:-1]  # reads the levels as they are
     bias = coefficients[-1] + 1 / rows.class_count - mean @ kernel
     variance = measure_variance(mean, gain, best, form, together)
     sharp = best.answers * sharpness(variance, variance.left_out)
-    temperature = fit_temperature(sharp, rows.targets[answered(best)])
-    return best._replace(kernel=kernel, bias=bias, variance=variance, temperature=temperature)
+    known = rows.targets[judged[:plain]]
+    return best._replace(
+        accuracy=float((best.answers.argmax(axis=1) == known).mean()),
+        kernel=kernel,
+        bias=bias,
+        variance=variance,
+        temperature=fit_temperature(sharp, known),
+    )
 
 
-def level_scale(rows, level):
-    """Return (mean, factor) that give a level mean 0 and mean square length 1, by sums."""
-    total = 0.0
-    squares = 0.0
-    count = len(rows.targets)
+def scale_units(rows):
+    """Return (mean, gain) of the units: (x - mean) * gain gives all levels mean 0, equal weight.
+
+    That is, the mean square length is 1 / levels for each level. By sums over all rows.
+    """
+    count, total, squares = len(rows.targets), 0.0, 0.0
     for places in in_chunks(count):
-        x = rows.read(level, places).astype("float64")
-        total, squares = total + x.sum(axis=0), squares + np.square(x).sum()
+        x = rows.read(every_unit(rows), places).astype("float64")
+        total, squares = total + x.sum(axis=0), squares + np.square(x).sum(axis=0)
     mean = total / count
-    return mean, 1 / np.sqrt(max(1e-24, squares / count - mean @ mean))
+    variance = squares / count - np.square(mean)
+    gain = np.empty_like(mean)
+    for level in rows.levels:
+        gain[level] = 1 / np.sqrt(len(rows.levels) * max(1e-24, variance[level].sum()))
+    return mean, gain
+
+
+def every_unit(rows):
+    """Return the slice of all units that are read."""
+    return slice(rows.levels[-1].stop)
 
 
 def in_chunks(count):
@@ -105,25 +120,22 @@ def in_chunks(count):
     return np.split(np.arange(count), range(CHUNK, count, CHUNK))
 
 
-def class_roots(targets, class_count):
+def class_roots(targets):
     """Return the roots of weights that let classes count alike, and whose sum is 1: (n, 1)."""
-    weights = 1 / np.maximum(1, np.bincount(targets, minlength=class_count))[targets]
+    weights = 1 / np.bincount(targets)[targets]
     return np.sqrt(weights / weights.sum())[:, None]
 
 
-def standardise(rows, level, scale, places):
-    """Return a level of some rows with mean 0 and mean square length 1, float32 (n, units)."""
-    mean, factor = scale
-    x = rows.read(level, places) - mean.astype("float32")
-    return x * np.float32(factor)
+def standardise(rows, level, scales, places):
+    """Return the units of a level, of some rows, with mean 0 and equal weight, float32."""
+    mean, gain = (numbers[level].astype("float32") for numbers in scales)
+    return (rows.read(level, places) - mean) * gain
 
 
 def all_units(rows, scales, places):
     """Return what is fitted: all levels of some rows, alike, and 1 for the bias, (n, units + 1)."""
-    share = np.float32(1 / np.sqrt(len(scales)))
-    pairs = zip(rows.levels, scales)
-    parts = [share * standardise(rows, level, scale, places) for level, scale in pairs]
-    return np.column_stack([*parts, np.ones(len(places), "float32")])
+    x = standardise(rows, every_unit(rows), scales, places)
+    return np.column_stack([x, np.ones(len(x), "float32")])
 
 
 # Functions. solve: strength → (I - hat matrix, residuals); coefficients: Fit → what all_units is
@@ -140,9 +152,9 @@ def dual_form(rows, scales, roots, wanted):
     """
     count = len(rows.targets)
     kernel = 1.0
-    for level, scale in zip(rows.levels, scales):
-        x = standardise(rows, level, scale, np.arange(count))
-        kernel = kernel + (x @ x.T).astype("float64") / len(scales)
+    for level in rows.levels:
+        x = standardise(rows, level, scales, np.arange(count))
+        kernel = kernel + (x @ x.T).astype("float64")
     kernel *= roots * roots.T
 
     def solve(strength):
@@ -158,8 +170,8 @@ def dual_form(rows, scales, roots, wanted):
     def coefficients(fit):
         return expand(fit.residuals / fit.strength)
 
-    def components(wanted_count):
-        values, vectors = principal_components(kernel, wanted_count)
+    def components():
+        values, vectors = principal_components(kernel)
         return values, expand(vectors / np.sqrt(values))
 
     return Form(solve, coefficients, components)
@@ -167,7 +179,7 @@ def dual_form(rows, scales, roots, wanted):
 
 def primal_form(rows, scales, roots, wanted, judged):
     """Return the Form that has a number for each unit, from sums over all rows."""
-    width = sum(level.stop - level.start for level in rows.levels) + 1
+    width = rows.levels[-1].stop + 1
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
     for places in in_chunks(len(rows.targets)):
         x = roots[places] * all_units(rows, scales, places)
@@ -184,7 +196,7 @@ def primal_form(rows, scales, roots, wanted, judged):
     def coefficients(fit):
         return invert(gram + fit.strength * np.eye(width)) @ products
 
-    return Form(solve, coefficients, lambda count: principal_components(gram, count))
+    return Form(solve, coefficients, lambda: principal_components(gram))
 
 
 def invert(matrix):
@@ -199,12 +211,12 @@ def invert(matrix):
     return lower + np.tril(lower, -1).T
 
 
-def principal_components(matrix, count):
-    """Return the largest eigenvalues, (count,), and eigenvectors, (n, count), of a matrix.
+def principal_components(matrix):
+    """Return the COMPONENTS largest eigenvalues, and eigenvectors as columns, of a matrix.
 
     It is symmetric. By subspace iteration (Halko et al. 2011); the smallest of them are rough.
     """
-    basis = np.random.default_rng(0).standard_normal((len(matrix), min(count, len(matrix))))
+    basis = np.random.default_rng(0).standard_normal((len(matrix), min(COMPONENTS, len(matrix))))
     for _ in range(4):
         basis, _ = np.linalg.qr(matrix @ basis)
     values, vectors = np.linalg.eigh(basis.T @ matrix @ basis)
@@ -239,11 +251,6 @@ def leave_out(fit, places):
     return fit.wanted[places] - residuals / fit.roots[places]
 
 
-def answered(fit):
-    """Return the places of the rows that the leave-one-out answers are about."""
-    return fit.judged[: len(fit.answers)]
-
-
 def search_strength(judge):
     """Return judge(strength) with the least error, walking downhill among STRENGTHS."""
     place = FIRST_STRENGTH
@@ -255,13 +262,6 @@ def search_strength(judge):
                 break
             best, place = other, place + step
     return best
-
-
-def scales_of_units(scales):
-    """Return (mean, gain), both (units,): all_units is (x - mean) * gain, and 1 for the bias."""
-    mean = np.concatenate([mean for mean, _ in scales])
-    gain = np.concatenate([np.full(len(mean), factor) for mean, factor in scales])
-    return mean, gain / np.sqrt(len(scales))
 
 
 def widen(fit, units):
@@ -286,7 +286,7 @@ def measure_variance(mean, gain, fit, form, together):
     for places in together:
         left_out[places] = left_out_variances(complement, fit.roots, places)
     left_out = left_out[: len(fit.answers)]
-    values, vectors = form.components(COMPONENTS)
+    values, vectors = form.components()
     vectors *= np.sqrt(values / (values + VARIANCE_STRENGTH))
     vectors = np.pad(vectors, ((0, 0), (0, COMPONENTS - len(values))))
     typical = left_out.mean()

@@ -246,14 +246,6 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
         figure.savefig(part, dpi=110)
 
 
-def class_scores(actual, predicted, class_count):
-    """Return recall and precision of each class, float (class_count,) each, NaN where undefined."""
-    right = np.bincount(actual[actual == predicted], minlength=class_count).astype(float)
-    with np.errstate(invalid="ignore"):
-        recall = right / np.bincount(actual, minlength=class_count)
-        return recall, right / np.bincount(predicted, minlength=class_count)
-
-
 def plot_history(axes, history):
     """Plot accuracy against epochs: training, validation augmented and as it is."""
     epochs = np.arange(1, len(history) + 1)
@@ -307,7 +299,10 @@ def plot_strangers(axes, thresholds, friends, strangers, chosen, threshold):
 
 def plot_classes(axes, labels, actual, predicted):
     """Plot recall and precision of the classes, at most MATRIX_CLASSES, the weakest on top."""
-    recall, precision = class_scores(actual, predicted, len(labels))
+    some = actual[actual == predicted], actual, predicted
+    right, there, called = (np.bincount(each, minlength=len(labels)) for each in some)
+    with np.errstate(invalid="ignore"):  # NaN where there is none
+        recall, precision = right / there, right / called
     order = np.argsort(np.nan_to_num(recall + precision), kind="stable")[:MATRIX_CLASSES]
     names = [labels[i] for i in order]
     y = np.arange(len(order))

@@ -107,9 +107,7 @@ def find_source(text):
     path = Path(text)
     title = f"--source {utils.escape(text)}"
     if path.is_dir():
-        left_out = []
-        files = utils.list_files(path, left_out)
-        utils.warn_about_left_out(path, left_out)
+        files = utils.list_files(path)
         named_so = {file for file in files if file.suffix.lower() in FILM_ENDINGS}
         return Source("folder", text, title, files, named_so)
     if is_film(path):

@@ -81,7 +81,6 @@ SCRATCH_RATE = 1e-3  # peak for a whole network
 WARM_UP = 0.1  # share of the steps in which the rate rises to its peak
 WEIGHT_DECAY = 1e-2
 LABEL_SMOOTHING = 0.1
-SCRATCH_MOMENTUM = 0.9  # of batch normalisation: the default 0.99 lags behind on so few steps
 TRAINED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of the trained layer's logits; validation chooses
 CACHE_GB = 20.0
 MATRICES = "[0-9][0-9][0-9].png"
@@ -93,9 +92,10 @@ OUTPUTS = (
 # network: a copy of the base that rounds train and that may be saved; top, hidden: see
 # model.trainable_part
 Trained = namedtuple("Trained", "network top hidden")
-# views: {number: View}; readouts: {0, 1 or "frozen": Readout}, as they are made
-Run = namedtuple("Run", "args recipe data networks views readouts")
-# pictures: index of that of each row; strangers: see measure_strangers
+# views: {number: View}; gathered: {number: what gather_levels gives}, of several processes;
+# readouts: {0, 1 or "frozen": Readout}; all as they are made
+Run = namedtuple("Run", "args recipe data networks views gathered readouts")
+# pictures: index of that of each row; strangers: a readout.Strangers
 Readout = namedtuple("Readout", "fit rows pictures views strangers", defaults=[None])
 # network, numbers: what is saved, see model.set_readout; probabilities: of validation
 Candidate = namedtuple("Candidate", "network numbers probabilities trained_share")
@@ -174,15 +174,15 @@ def build_trained(run, head=None):
     head: weights of its new dense layers, random if not given. Where several devices or processes
     train as one, only they together can compute with the twin.
     """
-    data, networks, cut = run.data, run.networks, run.networks.settings.cut
+    data, networks, cut = run.data, run.networks, run.networks.cut
     model.import_keras().utils.set_random_seed(run.args.seed)  # --resume builds less before
-    with networks.settings.distribution_scope():
+    with networks.distribution_scope():
         side = data.pixels.rows.shape[1]
-        network = model.build_network(len(data.labels), side, networks.settings.use)
+        network = model.build_network(len(data.labels), side, networks.use)
         for layer, same in zip(network.layers, networks.base.layers):
             if layer.name not in model.READOUT:  # which the first process has filled to save it
                 layer.set_weights(same.get_weights())
-        top, hidden = model.trainable_part(network, cut, None if cut else SCRATCH_MOMENTUM)
+        top, hidden = model.trainable_part(network, cut)
         if head is not None:
             top.get_layer("hidden").set_weights(head[:2])
             top.get_layer("trained").set_weights(head[2:])
@@ -201,7 +201,7 @@ def variables_of(trained):
 def compile_for_training(run, network):
     """Compile a model with AdamW. Its rate is set before each step: a schedule would be traced."""
     keras = model.import_keras()
-    with run.networks.settings.distribution_scope():
+    with run.networks.distribution_scope():
         optimizer = keras.optimizers.AdamW(weight_decay=WEIGHT_DECAY)
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=LABEL_SMOOTHING)
         # by name alone, the graph would be made twice
@@ -218,7 +218,7 @@ def training_schedule(run, is_head):
     else:
         total = recipe["rounds"] * recipe["round_epochs"] * steps
         warm_up = int(total * WARM_UP)
-        peak = SCRATCH_RATE if run.networks.settings.cut is None else ROUND_RATE
+        peak = SCRATCH_RATE if run.networks.cut is None else ROUND_RATE
     rising = np.linspace(peak / 100, peak, warm_up, endpoint=False)
     angles = np.linspace(0, np.pi, total - warm_up, endpoint=False)
     return np.concatenate([rising, peak / 2 * (1 + np.cos(angles))])
@@ -229,7 +229,7 @@ def epoch_size(run):
 
     The pictures of a step are divided evenly among the devices of all processes.
     """
-    args, devices = run.args, len(run.networks.settings.devices)
+    args, devices = run.args, len(features.list_devices())
     batch = -(-run.recipe["batch_size"] // devices) * (devices // args.processes)
     return -(-run.data.largest_shard // batch), batch
 
@@ -247,11 +247,11 @@ def train_epoch(run, network, read, round_number, epoch):
     ahead = utils.ordered_parallel_map(lambda batch: read(batch, rng), order, workers=1)
     rates = training_schedule(run, not round_number)[int(network.optimizer.iterations) :]
     logs, label = [], f"round {round_number} epoch {epoch}"
-    with run.networks.settings.distribution_scope():
-        for batch, features, rate in zip(utils.progress(order, steps, label), ahead, rates):
+    with run.networks.distribution_scope():
+        for batch, x, rate in zip(utils.progress(order, steps, label), ahead, rates):
             network.optimizer.learning_rate = rate
             y, weights = targets[data.targets[batch]], data.weights[batch]
-            logs.append(network.train_on_batch(features, y, weights))
+            logs.append(network.train_on_batch(x, y, weights))
     return dict(zip(("loss", "accuracy"), np.mean(logs, axis=0).tolist(), strict=True))
 
 
@@ -272,20 +272,19 @@ def train_epochs(run, network, read, round_number, predict_validation):
         probabilities = predict_validation()
         logs["val_loss"] = readout.log_loss(probabilities, actual, LABEL_SMOOTHING)
         logs["val_accuracy"] = float((probabilities.argmax(1) == actual).mean())
-        seconds = time.monotonic() - start
         shown = ", ".join(f"{key} {value:.3f}" for key, value in logs.items())
-        utils.print_line(f"round {round_number} epoch {epoch}: {shown}, {seconds:.0f} s")
-        rate = float(network.optimizer.learning_rate)
-        more = {"plain_accuracy": "", "learning_rate": rate, "seconds": seconds}
-        history.append({"round": round_number, "epoch": epoch} | logs | more)
+        logs |= {"plain_accuracy": "", "learning_rate": float(network.optimizer.learning_rate)}
+        logs["seconds"] = time.monotonic() - start
+        utils.print_line(f"round {round_number} epoch {epoch}: {shown}, {logs['seconds']:.0f} s")
+        history.append({"round": round_number, "epoch": epoch} | logs)
     return history
 
 
 def train_head(run):
     """Round 0: train new dense layers on the top level. Returns (weights, rows of history)."""
-    data, settings = run.data, run.networks.settings
-    view, top_level = features.get_view(run, features.UNAUGMENTED), settings.levels[-1].units
-    with settings.distribution_scope():
+    data, networks = run.data, run.networks
+    view, top_level = features.get_view(run, features.UNAUGMENTED), networks.levels[-1].units
+    with networks.distribution_scope():
         head = model.build_head(top_level.stop - top_level.start, len(data.labels))
     compile_for_training(run, head)
 
@@ -308,8 +307,7 @@ def train_top(run, trained, round_number):
     wanted = features.list_views(run, round_number)
     kept = {*wanted, features.MIRRORED, features.VALIDATION_VIEW}
     for view in set(run.views) - kept:
-        if isinstance(view, int):  # its file goes with it, unless the cache is kept
-            del run.views[view]
+        del run.views[view]  # its file goes with it, unless the cache is kept
     views = [features.get_view(run, view) for view in wanted]
     held = None if run.args.process else features.get_view(run, features.VALIDATION_VIEW)
 
@@ -328,9 +326,9 @@ def train_top(run, trained, round_number):
 
 def predict_trained(run, trained, view, indices):
     """Return the logits that the trained part gives for a view of pictures, (n, classes)."""
-    size, parts = run.networks.settings.batch, []
-    for some in dataset.in_batches(view.row_of[indices], size):
-        parts.append(model.predict(trained.hidden, view.rows["map"][some], size))
+    size = run.networks.batch
+    batches = dataset.in_batches(view.row_of[indices], size)
+    parts = [model.predict(trained.hidden, view.rows["map"][some], size) for some in batches]
     kernel, bias = trained.top.get_layer("trained").get_weights()
     return np.concatenate(parts) @ kernel + bias
 
@@ -353,7 +351,10 @@ def round_readout(run, round_number):
             if mirrored and 2 * mirrored.fit.error < chosen.fit.error:
                 chosen = mirrored
         if chosen and not chosen.strangers:
-            chosen = chosen._replace(strangers=measure_strangers(run, chosen))
+            labels = run.data.labels  # only frozen levels can tell: training has seen all
+            nobody = labels.index(utils.UNKNOWN) if utils.UNKNOWN in labels else None
+            found = readout.simulate_strangers(chosen.fit, chosen.rows, nobody, run.args.seed)
+            chosen = chosen._replace(strangers=found)
         run.readouts[number] = chosen
     return run.readouts[number]
 
@@ -381,19 +382,12 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
         return np.concatenate(found)
 
     pictures = np.concatenate(parts)
-    every, is_scratch = run.networks.settings.levels, run.networks.settings.cut is None
+    every, is_scratch = run.networks.levels, run.networks.cut is None
     levels = [level.units for level in levels or (every[:-1] if is_scratch else every)]
     rows = readout.Rows(read, levels, data.targets[pictures], data.groups[pictures], len(indices),
                         len(data.labels))  # fmt: skip
     fit = readout.fit_readout(rows, strength, run.args.seed)
     return Readout(readout.widen(fit, every[-1].units.stop), rows, pictures, views)
-
-
-def measure_strangers(run, made):
-    """Return the Strangers of a Readout. Only frozen levels can tell: training has seen all."""
-    labels = run.data.labels
-    nobody = labels.index(utils.UNKNOWN) if utils.UNKNOWN in labels else None
-    return readout.simulate_strangers(made.fit, made.rows, nobody, run.args.seed)
 
 
 def readout_candidate(run, made):
@@ -406,7 +400,7 @@ def readout_candidate(run, made):
 
 def readout_numbers(fit):
     """Return what model.set_readout takes, of a Fit that reads none of the hidden units."""
-    kernel = np.concatenate([fit.kernel, np.zeros((model.HIDDEN, fit.kernel.shape[1]))])
+    kernel = np.pad(fit.kernel, ((0, model.HIDDEN), (0, 0)))
     return kernel / fit.temperature, fit.bias / fit.temperature, fit.variance
 
 
@@ -422,15 +416,18 @@ def trained_candidates(run, trained, made):
     From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
     What was trained fits its own pictures too well, so only validation can judge these.
     """
-    data, is_scratch = run.data, run.networks.settings.cut is None
+    data = run.data
     view = features.get_view(run, features.UNAUGMENTED)
     logits = predict_trained(run, trained, view, data.validation)
     kernel, bias = trained.top.get_layer("trained").get_weights()
-    frozen, levels = fit_frozen(run, made), read_validation(run)
+    frozen, shares, levels = fit_frozen(run, made), TRAINED_SHARES, read_validation(run)
+    if frozen is None:
+        shares = TRAINED_SHARES[-1:]
+        frozen = made.fit._replace(variance=readout.constant(made.fit.variance))
     frozen_logits = (levels @ frozen.kernel + frozen.bias) / frozen.temperature
     variances = readout.predict_variance(frozen.variance, levels)
     sharpness = readout.sharpness(frozen.variance, variances)
-    for share in (1.0,) if is_scratch else TRAINED_SHARES:
+    for share in shares:
         mixed = sharpness * (share * logits + (1 - share) * frozen_logits)
         heat = readout.fit_temperature(mixed, data.targets[data.validation])
         kept = (1 - share) / frozen.temperature
@@ -441,14 +438,13 @@ def trained_candidates(run, trained, made):
 
 
 def fit_frozen(run, made):
-    """Return the Fit of a readout of the levels that training leaves as they are, if any."""
-    settings, place = run.networks.settings, model.BASE.blocks.index
-    if settings.cut is None:
-        return made.fit._replace(variance=readout.constant(made.fit.variance))
-    frozen = [level for level in settings.levels if place(level.block) <= place(settings.cut)]
-    if "frozen" not in run.readouts:
+    """Return the Fit of a readout of the levels that training leaves as they are, None if none."""
+    networks, place = run.networks, model.BASE.blocks.index
+    frozen = [level for level in networks.levels
+              if networks.cut and place(level.block) <= place(networks.cut)]  # fmt: skip
+    if frozen and "frozen" not in run.readouts:
         run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
-    return run.readouts["frozen"].fit
+    return run.readouts["frozen"].fit if frozen else None
 
 
 # ---------------------------------------------------------------- rounds
@@ -512,7 +508,7 @@ def is_finished(run, state):
         return True
     if "rounds" in run.args:  # those that were asked for are made
         return False
-    is_scratch = run.networks.settings.cut is None
+    is_scratch = run.networks.cut is None
     if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
         return True
     return bool(recipe["patience"] and state["rounds_without_gain"] >= recipe["patience"])
@@ -525,17 +521,14 @@ def finish_round(run, trained, number, best):
     accuracy of this round).
     """
     made = round_readout(run, number)
-    scored = None
-    if run.args.process == 0:
-        candidates = [readout_candidate(run, made)]
-        candidates += trained_candidates(run, trained, made) if number else []
-        scored = score_round(run, number, made, candidates, best)
-    return processes.all_gather(run.args, scored)[0]
+    return processes.from_first(run.args, lambda: score_round(run, trained, number, made, best))
 
 
-def score_round(run, number, made, candidates, best):
+def score_round(run, trained, number, made, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
+    candidates = [readout_candidate(run, made)]
+    candidates += trained_candidates(run, trained, made) if number else []
     actual = data.targets[data.validation]
     chosen = min(candidates, key=lambda c: score(c.probabilities, actual))
     wrong, loss = score(chosen.probabilities, actual)
@@ -543,9 +536,7 @@ def score_round(run, number, made, candidates, best):
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(line)
     if best is None or (right, -loss) > (best["right"], -best["loss"]):
-        known = made.rows.targets[readout.answered(made.fit)]
-        loo = float((made.fit.answers.argmax(1) == known).mean())
-        best = {"round": number, "right": right, "loss": loss, "loo": loo}
+        best = {"round": number, "right": right, "loss": loss, "loo": made.fit.accuracy}
         save_candidate(run, number, right, made, chosen)
     draw_round(run, number, line, chosen.probabilities)
     return best, right / len(actual)
@@ -588,7 +579,7 @@ def drawing(path):
 def save_candidate(run, number, right, made, chosen):
     """Save a network with its new last layer, and what must travel with it."""
     args, data, networks = run.args, run.data, run.networks
-    settings, count = networks.settings, len(data.validation)
+    count = len(data.validation)
     strangers, promise, threshold = made.strangers, None, 0.5
     if strangers:
         threshold, promise = strangers.chosen, readout.shares_at(strangers, strangers.chosen)
@@ -598,18 +589,18 @@ def save_candidate(run, number, right, made, chosen):
     info = {
         "labels": data.labels,
         "base": model.BASE.builder,
-        "levels": settings.use,
+        "levels": networks.use,
         "image_size": data.pixels.rows.shape[1],
         "face_crops": dataset.share_of_face_crops(data),
         "round": number,
         "trained_share": chosen.trained_share,
         "threshold": threshold,
         "strangers": promise and {"friends": promise[0], "unknown": promise[1]},
-        "weights": settings.source,
+        "weights": networks.weights,
         "accuracy": right / count,
         "validation": validation_fingerprint(data),
         "interval": readout.interval(right, count),
-        "number_format": settings.number_format,
+        "number_format": networks.number_format,
         "seed": args.seed,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": model.versions(),
@@ -646,7 +637,7 @@ def check_outputs(args):
     elif not utils.is_utf8(args.model):
         problem = "no name in UTF-8: choose another prefix"
     elif args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
-        problem = f"is a folder: give a prefix such as {Path('model')}"
+        problem = f"is a folder: give a prefix such as {name.rstrip('/')}/model"
     elif not args.evaluate and args.model.endswith(ends):
         problem = f"choose a prefix that does not end in {', '.join(ends)}"
     elif not args.evaluate and not model.may_replace_model(args.model):
@@ -671,7 +662,8 @@ def check_outputs(args):
 
 def strange_output(args):
     """Return the name of a file or folder that lies where a new model's would, or None."""
-    is_new = not args.evaluate and not args.resume and not model.model_paths(args.model)[0].exists()
+    there = any(path.exists() for path in model.model_paths(args.model)[:2])
+    is_new = not args.evaluate and not args.resume and not there
     paths = (Path(args.model + end) for end in OUTPUTS)
     return next((utils.escape(p) for p in paths if p.is_dir() or (is_new and p.exists())), None)
 
@@ -741,7 +733,7 @@ def write_predictions(path, predictions):
     utils.write_csv(path, Prediction._fields, rows)
 
 
-def finish_run(run, state, before):
+def finish_run(run, state, made, before):
     """Score the saved files, write what is to be looked at, say what is next. Returns accuracy.
 
     before: what travelled with the earlier model that is replaced, or None.
@@ -750,10 +742,9 @@ def finish_run(run, state, before):
     network, info = model.load_model(args.model, run.networks.base)
     what = f"best: round {info['round']}, validation accuracy"
     found = score_saved(args, network, data, data.validation, what)
-    made = round_readout(run, info["round"])
     strangers = made.strangers
     if info["strangers"]:
-        friends, unknown = (info["strangers"][key] for key in ("friends", "unknown"))
+        friends, unknown = info["strangers"].values()
         utils.print_line(f"strangers: threshold {info['threshold']:.3f}: {friends:.2f} of friends "
                          f"correct, {unknown:.2f} of strangers unknown")  # fmt: skip
     wrong = [p for p in found.predictions if p.predicted != p.actual]
@@ -775,6 +766,7 @@ def finish_run(run, state, before):
     if args.fit_all:
         fit_all(run, network, info, everything.fit._replace(temperature=made.fit.temperature))
     print_next_steps(args, info, found.predictions, strangers, len(review), before)
+    state_path(args.model).unlink(missing_ok=True)
     return found.accuracy
 
 
@@ -833,8 +825,10 @@ def write_review(args, data, review):
     first = review[: report.REVIEW_PICTURES]
     if not first:
         return
-    squares = [dataset.square_of(data, i) for i, *_ in first]
+    indices = [i for i, *_ in first]
     with drawing(path):
+        dataset.read_others(args, data.pictures, data.pixels, indices)
+        squares = [dataset.square_of(data, i) for i in indices]
         files, labels, suggested, *_ = zip(*rows)
         names = [utils.escape(Path(file).name) for file in files]
         report.draw_review_sheet(path, squares, names, labels, suggested)
@@ -845,7 +839,7 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
     name = utils.escape(args.model)
     confused = Counter((p.actual, p.predicted) for p in predictions if p.predicted != p.actual)
     right = len(predictions) - confused.total()
-    low, high = readout.interval(right, len(predictions))
+    low, high = info["interval"]
     lines = [
         f"{name}.h5 classifies {right} of {len(predictions)} pictures correctly that it was not "
         f"trained on; on more pictures like these, expect {low:.0%} to {high:.0%}."
@@ -888,10 +882,11 @@ def state_path(prefix):
 
 def resume_settings(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show; plain data."""
-    names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight float32"
-    settings = {name: getattr(args, name) for name in [*names.split(), "cache_gb", "processes"]}
+    names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight "
+    names += "float32 cache_gb processes"
+    settings = {name: getattr(args, name) for name in names.split()}
     settings |= recipe | {"image_size": data.pixels.rows.shape[1], "labels": data.labels}
-    views = json.loads(json.dumps(features.view_settings(args)))
+    views = features.view_settings(args)
     return settings | {"views_made_of": views, "split": data.validation.tolist()}
 
 
@@ -906,8 +901,8 @@ def save_state(run, state, variables):
     facts = state | {
         "settings": resume_settings(run.args, run.recipe, run.data),
         "files": file_list(run.args, run.data),
-        "number_format": run.networks.settings.number_format,
-        "weights": run.networks.settings.source,
+        "number_format": run.networks.number_format,
+        "weights": run.networks.weights,
     }
     arrays = {f"v{number}": np.asarray(variable) for number, variable in enumerate(variables)}
     with utils.atomic_write(state_path(run.args.model)) as part:
@@ -920,25 +915,29 @@ def read_state(args):
     if not path.exists():
         utils.print_line("nothing to resume: starting from the beginning")
         return None
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            state = json.loads(file["facts"].tobytes())
+    with reading(path) as file:
+        state = json.loads(file["facts"].tobytes())
         saved = model.read_info(args.model)
         if saved is None or saved.get("fit_all"):  # that one knows the validation pictures
             utils.warn(f"{utils.escape(args.model)}.h5: the best round is gone: the last is saved")
             state["best"] = None
-        known = {"round", "rounds_without_gain", "best", "history", "settings", "files", "weights"}
-        if not known <= state.keys() or not state["history"]:
+        known = "round rounds_without_gain best history settings files weights number_format"
+        if not {*known.split()} <= state.keys() or not state["history"]:
             raise ValueError
         return state
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Give the arrays of a saved state; what goes wrong with them becomes a UserError."""
+    try:
+        with np.load(path) as file:
+            yield file
+    except MemoryError:
+        raise
     except Exception:  # NumPy's and zip's parsers raise much
-        raise damaged_state(path) from None
-
-
-def damaged_state(path):
-    """Return the UserError for a state that cannot be used."""
-    name = utils.escape(path)
-    return utils.UserError(f"{name}: damaged or of another version: train without --resume")
+        problem = "damaged or of another version: train without --resume"
+        raise utils.UserError(f"{utils.escape(path)}: {problem}") from None
 
 
 def check_state(args, state, recipe, data):
@@ -960,20 +959,14 @@ def check_state(args, state, recipe, data):
 
 def restore_trained(run, state):
     """Return Trained as it was after the last whole round. Raises UserError."""
-    path = state_path(run.args.model)
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = [file[f"v{number}"] for number in range(len(file.files) - 1)]
+    with reading(state_path(run.args.model)) as file:
+        arrays = [file[f"v{number}"] for number in range(len(file.files) - 1)]
         if state["round"] == 0:
             return build_trained(run, arrays)  # weights of the new dense layers
         trained = build_trained(run)
         for variable, array in zip(variables_of(trained), arrays, strict=True):
             variable.assign(array)
         return trained
-    except MemoryError:
-        raise
-    except Exception:  # NumPy's and zip's parsers raise much
-        raise damaged_state(path) from None
 
 
 # ---------------------------------------------------------------- the program
@@ -1041,13 +1034,13 @@ def image_side(args, is_scratch):
     return args.image_size or (96 if is_scratch else 224)
 
 
-def make_recipe(args, is_scratch, count, classes):
+def make_recipe(args, is_scratch, data):
     """Return the recipe for so many training pictures and classes, a dict."""
     defaults = FROM_SCRATCH if is_scratch else FINE_TUNING
     recipe = {name: getattr(args, name, value) for name, value in defaults.items()}
     if is_scratch and "round_epochs" not in args:
-        steps = -(-count // recipe["batch_size"])
-        wanted = max(MIN_STEPS, MIN_STEPS_A_CLASS * classes)
+        steps = -(-len(data.train) // recipe["batch_size"])
+        wanted = max(MIN_STEPS, MIN_STEPS_A_CLASS * len(data.labels))
         recipe["round_epochs"] = max(recipe["round_epochs"], -(-wanted // steps))
     recipe["fresh"] = recipe["round_epochs"] if is_scratch else 0  # new views a round
     if not is_scratch and not args.unfreeze:
@@ -1072,21 +1065,19 @@ def train(args):
         shown = utils.escape(state["weights"])
         raise utils.UserError(f"--resume: the run had other --weights ({shown}): give them again")
     data = dataset.read_data(args, image_side(args, is_scratch))
-    recipe = make_recipe(args, is_scratch, len(data.train), len(data.labels))
+    recipe = make_recipe(args, is_scratch, data)
     if state:
         check_state(args, state, recipe, data)
     number_format = state and state["number_format"]
     networks = features.build_networks(args, path, data, recipe, number_format)
-    run = Run(args, recipe, data, networks, {}, {})
+    run = Run(args, recipe, data, networks, {}, {}, {})
     before = None if args.resume else model.read_info(args.model)
     state = run_rounds(run, state)
-    accuracy = None
-    if args.process == 0:
-        accuracy = finish_run(run, state, before)
-        state_path(args.model).unlink(missing_ok=True)
+    made = round_readout(run, state["best"]["round"])  # all processes give their levels
+    accuracy = processes.from_first(args, lambda: finish_run(run, state, made, before))
     for line in warnings:
         utils.warn(line)
-    return gate(args, processes.all_gather(args, accuracy)[0])
+    return gate(args, accuracy)
 
 
 def train_alone(args):
@@ -1134,7 +1125,7 @@ def main():
         return evaluate(args)
     if args.processes > 1:
         if model.CHILD not in os.environ:
-            return processes.watch(args)
+            return processes.watch()
         threading.Thread(target=processes.end_with_parent, daemon=True).start()
     if args.process:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")

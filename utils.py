@@ -287,8 +287,8 @@ def next_training_step(counts, folder, before):
     """Return whether so many faces are enough to train on, and with which command."""
     few = sum(number < FEW_PICTURES for number in counts.values())
     if len(counts) < 2 or max(counts.values()) < 2:
-        advice = "name more faces, or collect others with webcam.py --save-faces"
-        return f"not enough to train on, which takes two persons with several faces each: {advice}"
+        remedy = "name more faces, or collect others with webcam.py --save-faces"
+        return f"not enough to train on, which takes two persons with several faces each: {remedy}"
     less = f", but {few} of {len(counts)} have fewer than {FEW_PICTURES} pictures: more would help"
     command = f"python train.py {shlex.quote(escape(folder))} model"
     return f"enough to train on{less if few else ''}\nnext: {before}{command}"
@@ -339,17 +339,16 @@ def is_inside(path, place):
     return any(one.exists() and one.samefile(place) for one in (path, *path.parents))
 
 
-def list_files(root, left_out=None):
+def list_files(root):
     """Return the files below the folder `root`, any depth, sorted, as paths.
 
     Left out: dot files and dot folders, what systems leave behind, links that leave `root` or loop;
-    these links, and what is in iCloud only, are added to the list `left_out`. A folder that is
-    reached twice keeps its own name: links are followed last.
+    of these links, and of what is in iCloud only, it warns. A folder that is reached twice keeps
+    its own name: links are followed last.
     """
-    inside, found, seen = Path(root).resolve(), [], set()
+    inside, found, left_out, seen = Path(root).resolve(), [], [], set()
     # folders in front, links to folders behind them
     queue = collections.deque([Path(root)] if os.path.isdir(root) else ())
-    left_out = [] if left_out is None else left_out
     while queue:
         folder = queue.popleft()
         real = folder.resolve()
@@ -370,6 +369,7 @@ def list_files(root, left_out=None):
                 found.append(path)
             else:
                 left_out.append(path)
+    warn_about_left_out(root, left_out)
     return sorted(found)
 
 

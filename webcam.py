@@ -57,7 +57,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 # ---------------------------------------------------------------- settings
 
@@ -457,7 +457,7 @@ def run_name(source, path):
 
 def draw_label(image, x, y, size, colour, text):
     """Write a text on a rounded plate at (x, y) of a PIL image, moved inside."""
-    font = ImageFont.truetype(report.font_file(text), size)
+    font = report.load_font(text, size)
     pad, height = round(0.45 * size), round(1.5 * size)
     width = round(font.getlength(text)) + 2 * pad
     x, y = max(0, min(x, image.width - width)), max(0, min(y, image.height - height))

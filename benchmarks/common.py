@@ -174,7 +174,7 @@ def read_folder(folder, side):
     Returns uint8 (n, side, side, 3), labels (n,), paths (n,); what gives no picture is left out.
     """
     files = dataset.find_files(Path(folder))
-    squares = utils.ordered_parallel_map(lambda file: dataset.read_picture(file[0], side)[0], files)
+    squares = utils.ordered_parallel_map(lambda file: dataset.read_square(file[0], side)[0], files)
     found = [(square, *file) for square, file in zip(squares, files) if square is not None]
     pixels, paths, labels = zip(*found)
     return np.stack(pixels), np.array(labels), paths

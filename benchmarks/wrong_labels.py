@@ -26,9 +26,9 @@ def build_run(name, weights, side, folder):
     """Return train.py's Run for a set, without rounds of fine-tuning."""
     options = "--weights", weights, "--image-size", side, "--rounds", 0
     args, data = common.read_split(name, folder, *options)
-    recipe = train.make_recipe(args, False, len(data.train), len(data.labels))
+    recipe = train.make_recipe(args, False, data)
     networks = features.build_networks(args, weights, data, recipe, None)
-    return train.Run(args, recipe, data, networks, {}, {})
+    return train.Run(args, recipe, data, networks, {}, {}, {})
 
 
 def plant(args, data, share, rng):

@@ -24,7 +24,7 @@ def train_and_tell(run, trained, number):
     rows, top = train_top(run, trained, number), trained.top
     weights = hashlib.sha256(b"".join(w.tobytes() for w in top.get_weights())).hexdigest()
     devices = len(top.weights[0].value.sharding.device_set)
-    print("weights", weights, len(run.views[features.FIRST_RANDOM].rows), devices, file=sys.stderr)
+    print("weights", weights, len(run.views[features.MIRRORED + 1].rows), devices, file=sys.stderr)
     return rows
 train.train_top = train_and_tell
 if __name__ == "__main__":

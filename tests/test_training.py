@@ -187,16 +187,29 @@ def test_fine_tuning_changes_the_top_blocks_only_and_no_moving_average(tuned):
     assert convolutions == set(last) and not any("moving" in path for path in changed)
 
 
-def test_what_is_scored_is_what_the_network_answers(tuned, tiny):
-    folder, _, seen = tuned
+def assert_candidates(seen, count):
+    """Assert that there were so many, and that their networks answer what was scored."""
     pixels = pixels_of(seen.run, seen.run.data.validation)
-    assert len(seen.candidates) == len(train.TRAINED_SHARES)
+    assert len(seen.candidates) == count
     for candidate in seen.candidates:
         network = candidate.network
         model.set_readout(network, *candidate.numbers)
         answers = model.predict(network, pixels, 16)
         assert answers == pytest.approx(candidate.probabilities, abs=2e-3)
         assert answers.std() > 0.01
+
+
+@pytest.mark.parametrize("words", [("--unfreeze", 3), ("--weights", "none")])
+def test_where_every_level_is_trained_no_readout_of_before_is_mixed_in(
+    tiny, tmp_path, small, tiny_weights, words
+):
+    seen = run_noting(tmp_path, small, "m", *TINY, "--weights", tiny_weights, "--float32", *words)
+    assert_candidates(seen, 1)
+
+
+def test_what_is_scored_is_what_the_network_answers(tuned, tiny):
+    folder, _, seen = tuned
+    assert_candidates(seen, len(train.TRAINED_SHARES))
     network, info = model.load_model(folder / "m")
     kernel = network.get_layer("probabilities").get_weights()[0]
     assert np.array_equal(kernel, seen.saved[-1][0])
@@ -214,6 +227,13 @@ def test_a_kept_cache_saves_the_frozen_pass(tuned, tiny):
     Image.new("RGB", (80, 80), "navy").save(folder / "data" / "a" / "new.png")
     assert 1 <= run_noting(folder, *command).computed <= 4  # the new one, and what it has moved
     (folder / "data" / "a" / "new.png").unlink()
+
+
+def test_a_kept_cache_is_of_one_random_network(tiny, tmp_path, small):
+    """From scratch, another seed is another network."""
+    words = [small, "m", *TINY, "--weights", "none", "--rounds", 0, "--cache-dir", "kept"]
+    first, same, other = (run_noting(tmp_path, *words, "--seed", seed) for seed in (1, 1, 2))
+    assert first.computed == other.computed == 20 and same.computed == 0
 
 
 def test_a_kept_cache_stays_as_large_as_it_may(tmp_path):
