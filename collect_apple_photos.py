@@ -44,12 +44,16 @@ import utils
 LOCK = "collect_apple_photos.lock"  # marks the working folder as ours; locked while in use
 # Where Photos 5 to 11 keep pictures: own originals, those of shared albums (until Photos 7, since
 # Photos 8), those shared with you;
-ORIGINALS = ("originals", "resources/cloudsharing/data", "scopes/cloudsharing/data")
-ORIGINALS += ("scopes/syndication/originals", "scopes/momentshared/originals")
+ORIGINALS = """
+    originals resources/cloudsharing/data scopes/cloudsharing/data
+    scopes/syndication/originals scopes/momentshared/originals
+""".split()
 # edited pictures at full size; smaller copies of the three, and of what others share with you.
 RENDERS = ("_1_201_a.jpeg", "_1_201_a.heic")
-DERIVATIVES = ("resources", "resources/cloudsharing/resources", "scopes/cloudsharing/resources")
-DERIVATIVES += ("scopes/syndication/resources", "scopes/momentshared/resources")
+DERIVATIVES = """
+    resources resources/cloudsharing/resources scopes/cloudsharing/resources
+    scopes/syndication/resources scopes/momentshared/resources
+""".split()
 HIDDEN = -1  # type of a person whom the user has hidden in People
 SPARE = "26 = 2"  # of a picture's bits in a burst: neither picked by the user (8) nor shown (16)
 NOBODY = (None, False)  # neither a name, nor hidden
@@ -273,8 +277,8 @@ def faces_query(db, include_hidden):
     if not columns(db, "RKVersion"):  # Photos 1 without its Library.apdb: only thumbnails
         db.execute("CREATE TEMP TABLE RKVersion (modelId, uuid, masterUuid, isInTrash)")
         db.execute("CREATE TEMP TABLE RKMaster (uuid, imagePath)")
-    add_missing(db, "RKVersion", "adjustmentUuid hasAdjustments isHidden type nonRawMasterUuid")
-    add_missing(db, "RKVersion", "burstPickType showInLibrary")
+    names = "adjustmentUuid hasAdjustments isHidden type nonRawMasterUuid"
+    add_missing(db, "RKVersion", f"{names} burstPickType showInLibrary")
     add_missing(db, "RKMaster", "fileIsReference")
     is_first = "imageId" in columns(db, "RKFace")
     key, image = ("uuid", "imageId") if is_first else ("modelId", "imageModelId")
@@ -304,9 +308,10 @@ def make_face(row, person, pictures, derivatives, thumbnail):
     size, in shares of the picture; width and height of the picture in pixels; is_film; is_spare
     for an unpicked picture of a burst. Whatever else a Face is to know comes in here.
     """
-    numbers = {name: row[name] for name in ("x", "y", "size", "width", "height")}
-    for name, value in numbers.items():
-        numbers[name] = float(value) if isinstance(value, int | float) else math.nan
+    numbers = {
+        name: float(row[name]) if isinstance(row[name], int | float) else math.nan
+        for name in ("x", "y", "size", "width", "height")
+    }
     hidden = "of a person hidden in People" if person[1] else None
     if row["is_spare"]:
         hidden = "of a burst, not picked"
@@ -548,20 +553,26 @@ def parse_arguments():
     def option(name, text, shown="%(default)s", **how):
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", **how)
 
-    text = "the folder whose name ends in .photoslibrary"
-    parser.add_argument("library", type=utils.to_path, help=text)
+    parser.add_argument(
+        "library", type=utils.to_path, help="the folder whose name ends in .photoslibrary"
+    )
     parser.add_argument("out_dir", type=utils.to_path, help="folder to write to, absent or empty")
-    text = "side of the crop / of the face's box, which is tighter than webcam.py's"
-    option("context", text, type=utils.number(float, 0.5, 10), default=2.2, metavar="F")
-    text = "skip faces with a smaller box"
-    option("min-size", text, type=utils.number(int, 1, 10**6), default=48, metavar="PX")
-    text = "persons with fewer pictures go into unknown, or with --no-unknown are left out"
-    option("min-images", text, type=utils.number(int, 1, 10**9), default=1, metavar="N")
-    option("no-unknown", "leave out faces without a name", "off", action="store_true")
-    text = "also what the user hid: photos, persons, and pictures of a burst that nobody picked"
-    option("include-hidden", text, "off", action="store_true")
-    text = "print the table as it would be, write nothing"
-    option("dry-run", text, "off", action="store_true")
+    number = utils.number
+    option("context", "side of the crop / of the face's box, which is tighter than webcam.py's",
+           type=number(float, 0.5, 10), default=2.2, metavar="F")  # fmt: skip
+    option("min-size", "skip faces with a smaller box",
+           type=number(int, 1, 10**6), default=48, metavar="PX")  # fmt: skip
+    option("min-images", "persons with fewer pictures go into unknown, or with --no-unknown are "
+           "left out", type=number(int, 1, 10**9), default=1, metavar="N")  # fmt: skip
+    for name, text in (
+        ("no-unknown", "leave out faces without a name"),
+        (
+            "include-hidden",
+            "also what the user hid: photos, persons, and pictures of a burst that nobody picked",
+        ),
+        ("dry-run", "print the table as it would be, write nothing"),
+    ):
+        option(name, text, "off", action="store_true")
     return parser.parse_args()
 
 

@@ -108,7 +108,7 @@ class Film:
         if frame.color_trc in (PQ, HLG):
             image = hdr_table(frame.color_trc)[image]
         matrix = frame.side_data.get("DISPLAYMATRIX")
-        return apply_orientation(image, np.frombuffer(matrix, "int32")) if matrix else image
+        return apply_display_matrix(image, np.frombuffer(matrix, "int32")) if matrix else image
 
 
 def film_format(path):
@@ -145,7 +145,7 @@ def hdr_table(transfer):
     return np.rint(255 * np.minimum(light / 203, 1) ** (1 / 2.2)).astype("uint8")
 
 
-def apply_orientation(image, matrix):
+def apply_display_matrix(image, matrix):
     """Turn and mirror an image as a film's display matrix says, nine numbers in three rows."""
     across, turned_up, _, turned_across, up = matrix[:5]
     if abs(turned_up) > abs(across):
@@ -155,25 +155,20 @@ def apply_orientation(image, matrix):
 
 def deinterlace(frames):
     """Yield decoded frames, from the first interlaced one on through FFmpeg's deinterlacer."""
+    import av.filter
+
     kind = operator.attrgetter("width", "height", "format.name")
     for _, alike in itertools.groupby(frames, kind):
         graph = None
         for frame in alike:
             if not graph and frame.interlaced_frame:
-                graph = make_deinterlacer(frame)
+                graph = av.filter.Graph()
+                bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
+                parts = graph.add_buffer(frame), bwdif, graph.add("buffersink")
+                graph.link_nodes(*parts).configure()
             yield from filter_frame(graph, frame) if graph else (frame,)
         if graph:
             yield from filter_frame(graph, None)
-
-
-def make_deinterlacer(frame):
-    """Return a PyAV filter graph for frames such as this one."""
-    import av.filter
-
-    graph = av.filter.Graph()
-    bwdif = graph.add("bwdif", "mode=send_frame:deint=interlaced")
-    graph.link_nodes(graph.add_buffer(frame), bwdif, graph.add("buffersink")).configure()
-    return graph
 
 
 def filter_frame(graph, frame):
@@ -205,8 +200,10 @@ def write_film(path, rate):
                     previous = timestamp
                     tick = round(clock / stream.codec_context.time_base)
                     if tick > last:  # else it comes too early for an .avi
-                        film.mux(stream.encode(video_frame(image, stream, tick)))
-                        last = tick
+                        image = ImageOps.pad(image, (stream.width, stream.height))
+                        frame = av.VideoFrame.from_image(image)
+                        frame.pts = last = tick
+                        film.mux(stream.encode(frame))
                     image, timestamp = yield
             except (GeneratorExit, KeyboardInterrupt) as error:
                 end = error
@@ -231,12 +228,3 @@ def add_stream(film, ending, rate, size):
         height=height,
         time_base=1 / fractions.Fraction(rate if ending == ".avi" else 90_000),
     )
-
-
-def video_frame(image, stream, tick):
-    """Return a PIL image as a PyAV frame for a stream, to be shown from a tick on."""
-    import av
-
-    frame = av.VideoFrame.from_image(ImageOps.pad(image, (stream.width, stream.height)))
-    frame.pts = tick
-    return frame

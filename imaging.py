@@ -16,15 +16,12 @@ import utils
 # Pillow keeps so many blocks of 16 MB for the next picture. Without them threads wait for each
 # other in the system's memory calls. Eight hold a picture of 12 megapixels twice.
 os.environ.setdefault("PILLOW_BLOCKS_MAX", str(8 * (os.cpu_count() or 1)))
-try:
-    import numpy as np
-    import pillow_heif
-    from PIL import Image, ImageOps, PngImagePlugin
-except ImportError as absent:
-    raise SystemExit(f"error: {absent}: {utils.INSTALL}") from None
+import numpy as np
+import pillow_heif
+from PIL import Image, ImageOps, PngImagePlugin
 
 # Rarely used parsers are where the holes are: only these are ever tried.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "HEIF", "AVIF")
+FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM HEIF AVIF".split()
 PICTURE_ENDINGS = """
     .jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .pgm .ppm .heic .heif .hif .avif
 """.split()
@@ -34,7 +31,7 @@ MAX_PIXELS = 178_956_970  # a larger picture takes over 2 GB to decode and turn
 MAX_ANIMATED = 20_000_000  # the first frame of more takes seconds
 MAX_PICTURE_SIDE = 65_535  # a JPEG's; of as many pixels in one long strip, decoders need minutes
 LARGE_FILE, MAX_FILE = 2**26, 2**29  # bytes: may be a film; is no picture
-THREADS = 2  # pictures in work at once for a training set: one of 12 megapixels takes 90 MB
+THREADS = 2  # pictures in work at once: one of 12 megapixels takes 90 MB
 SHAPE_TOLERANCE = 0.02  # of width / height
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_OPTIONAL = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")  # chunks that are used
@@ -73,7 +70,9 @@ def read_picture(path):
         if facts.st_size > MAX_FILE:
             raise PictureError(f"larger than {MAX_FILE:,} bytes")
         with open(path, "rb") as file:
-            if facts.st_size > LARGE_FILE:  # not read whole unless it begins as a picture
+            is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
+            file.seek(0)
+            if facts.st_size > LARGE_FILE and not is_png:  # not read whole if it is no picture
                 open_picture(file)
                 file.seek(0)
             data = file.read()

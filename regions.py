@@ -44,11 +44,10 @@ PNG_XMP = re.compile(rb"XML:com\.adobe\.xmp\0(.).[^\0]*\0[^\0]*\0(.*)", re.DOTAL
 
 MAX_XMP, MAX_DEPTH = 2**22, 100  # bytes; elements in each other. Real ones have 20 kB and 12
 MAX_REGIONS = 1000  # of a picture
-NO_SIZE = (math.nan, math.nan)  # a size
+NO_SIZE = (math.nan, math.nan)  # where no size is told
 MIN_SIDE = 48  # pixels of a box, as in the collector
 HAAR_BOX = 1.1  # a Haar box of webcam.py is so many times as large as a photo program's
 ORIENTATION = 0x0112  # the EXIF tag
-TURNED = (5, 6, 7, 8)  # its values that exchange width and height
 
 
 class Region(NamedTuple):
@@ -244,7 +243,7 @@ def find_orientation(image):
 def turn(box, orientation):
     """Return a box as fractions of the upright picture."""
     x, y, w, h = box
-    if orientation in TURNED:
+    if orientation > 4:
         x, y, w, h = y, x, h, w
     if orientation in (2, 3, 6, 7):
         x = 1 - x
@@ -253,7 +252,7 @@ def turn(box, orientation):
     return x, y, w, h
 
 
-def place(region, orientation, size):
+def box_in_picture(region, orientation, size):
     """Return (box, None) or (None, the reason why there is no face of use).
 
     size: width and height of the upright picture. box: centre x and y, width, height in its pixels.
@@ -263,7 +262,7 @@ def place(region, orientation, size):
     """
     if region.kind != "face":
         return None, "not marked as a face (a pet, say)"
-    if imaging.is_other_shape(region.drawn_on, size[::-1] if orientation in TURNED else size):
+    if imaging.is_other_shape(region.drawn_on, size[::-1] if orientation > 4 else size):
         if imaging.is_other_shape(region.drawn_on, size):
             return None, "the picture was cropped or turned after the face was named"
         orientation = 1
@@ -294,7 +293,7 @@ def cut_faces(path, picasa, context):
         return [(region, None, f"the picture cannot be read: {error}") for region in regions]
     faces = []
     for region in regions:
-        box, reason = place(region, orientation, picture.size)
+        box, reason = box_in_picture(region, orientation, picture.size)
         crop = None
         if box:
             x, y, w, h = box

@@ -23,10 +23,8 @@ os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 os.environ.setdefault("QT_LOGGING_RULES", "*=false")
 os.environ.setdefault("OPENCV_VIDEOIO_MSMF_ENABLE_HW_TRANSFORMS", "0")
-try:
-    import cv2
-except ImportError as error:
-    sys.exit(f"error: {utils.missing(error)}")
+import cv2
+
 if not hasattr(cv2, "CascadeClassifier"):
     advice = 'run `pip install "opencv-python<5"`'
     sys.exit(f"error: OpenCV {cv2.__version__} has no face detector: {advice}")
@@ -86,11 +84,6 @@ class Source:
     title: str = ""  # what messages call it, never with a password
     files: list = ()  # paths
     films: set = ()  # those of them that are films
-
-    def shown(self, path):
-        """Return the name that lines and events give to one of the files."""
-        folder = self.kind == "folder"
-        return utils.escape(path.relative_to(self.name).as_posix() if folder else path)
 
 
 def find_source(text):
@@ -196,14 +189,13 @@ def live_frames(source, stop, opened=None):
         if not index:
             others = other_cameras(source.name) if source.kind == "camera" else ""
             problem = f"no picture comes from it{others}: {CAMERA_ADVICE[source.kind]}"
-        elif tries == len(RECONNECT_DELAYS):
+            raise utils.UserError(f"{source.title}: {problem}")
+        if tries == len(RECONNECT_DELAYS):
             problem = f"lost, and {tries} tries did not bring it back: check it"
-        else:
-            utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
-            stop.wait(RECONNECT_DELAYS[tries])
-            tries += 1
-            continue
-        raise utils.UserError(f"{source.title}: {problem}")
+            raise utils.UserError(f"{source.title}: {problem}")
+        utils.warn(f"{source.title}: lost: trying again in {RECONNECT_DELAYS[tries]} s")
+        stop.wait(RECONNECT_DELAYS[tries])
+        tries += 1
 
 
 def open_live(source):

@@ -108,8 +108,8 @@ def iou(a, b):
 def distinct_faces(found):
     """Return [(box, neighbors)] without those that overlap a surer one."""
     found = sorted(found)  # of equally sure ones always the same is kept
-    boxes, neighbors = [box for box, _ in found], [n for _, n in found]
-    return [found[n] for n in cv2.dnn.NMSBoxes(boxes, neighbors, 0, MIN_IOU)]
+    kept = cv2.dnn.NMSBoxes([box for box, _ in found], [n for _, n in found], 0, MIN_IOU)
+    return [found[n] for n in kept]
 
 
 def match_boxes(old, new):

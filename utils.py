@@ -23,20 +23,26 @@ if not (3, 11) <= sys.version_info[:2] <= (3, 13):
     )
 
 
+def missing(error):
+    """Return one line for an ImportError: what is missing, and what to do."""
+    if ".so" in str(error):  # OpenCV's, in a bare container
+        packages = "`apt-get install libgl1 libglib2.0-0`, or what your system calls these packages"
+        return f"{error}: run {packages}"
+    return f"{error}: {INSTALL}"
+
+
 def show_exception(kind, error, trace):
-    """Say `stopped` for a Ctrl-C while the packages are imported; Python ends with 130 then."""
+    """Tell in one line of a Ctrl-C (exit code 130) or a missing package (1) during the imports."""
     if issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
+    elif issubclass(kind, ImportError):
+        print(f"error: {missing(error)}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
 
 sys.excepthook = show_exception  # packages take a second to import
-
-try:
-    import tqdm
-except ImportError as absent:
-    sys.exit(f"error: {absent}: {INSTALL}")
+import tqdm  # noqa: E402
 
 CASCADE = "haarcascade_frontalface_default.xml"
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
@@ -129,14 +135,6 @@ def advice(error):
     return f"{name}{error.strerror or error}: {hint}"
 
 
-def missing(error):
-    """Return one line for an ImportError: what is missing, and what to do."""
-    if ".so" in str(error):  # OpenCV's, in a bare container
-        packages = "`apt-get install libgl1 libglib2.0-0`, or what your system calls these packages"
-        return f"{error}: run {packages}"
-    return f"{error}: {INSTALL}"
-
-
 def explain(error):
     """Return one line for an exception that a user can do something about, None for a bug."""
     if isinstance(error, UserError):
@@ -188,8 +186,9 @@ def progress(items, total, label):
     """
     is_terminal = sys.stderr.isatty()
     told = time.monotonic()
-    shown = {"desc": label, "leave": False, "dynamic_ncols": True, "disable": not is_terminal}
-    with tqdm.tqdm(total=total, **shown) as bar:
+    with tqdm.tqdm(
+        total=total, desc=label, leave=False, dynamic_ncols=True, disable=not is_terminal
+    ) as bar:
         for done, item in enumerate(items, 1):
             yield item
             now = time.monotonic()
@@ -226,22 +225,6 @@ def to_path(text):
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
     return Path(text)
-
-
-def warn_about_left_out(folder, left_out):
-    """Warn of what `list_files` has left out of a folder, if anything."""
-    name = escape(folder)
-    outside = [path for path in left_out if not is_clouded(path.name)]
-    clouded = len(left_out) - len(outside)
-    if outside:
-        links = count(len(outside), "link leads", "links lead")
-        are = "is" if len(outside) == 1 else "are"
-        warn(
-            f"{name}: {links} out of it or in a circle and {are} not followed: {escape(outside[0])}"
-        )
-    if clouded:
-        there = count(clouded, "picture is", "pictures are")
-        warn(f"{name}: {there} in iCloud only: download them first")
 
 
 def ordered_parallel_map(function, items, workers=None):
@@ -346,14 +329,15 @@ def list_files(root):
     of these links, and of what is in iCloud only, it warns. A folder that is reached twice keeps
     its own name: links are followed last.
     """
-    inside, found, left_out, seen = Path(root).resolve(), [], [], set()
+    inside, found, seen = Path(root).resolve(), [], set()
+    outside, clouded = [], 0  # links; files
     # folders in front, links to folders behind them
     queue = collections.deque([Path(root)] if os.path.isdir(root) else ())
     while queue:
         folder = queue.popleft()
         real = folder.resolve()
         if real in seen or not real.is_relative_to(inside):
-            left_out.append(folder)
+            outside.append(folder)
             continue
         seen.add(real)
         try:
@@ -361,15 +345,16 @@ def list_files(root):
         except OSError as error:
             warn(advice(error))
             continue
-        left_out += [folder / name for name in everything if is_clouded(name)]
+        # a hidden file stands for one that macOS has not downloaded
+        clouded += sum(name.startswith(".") and name.endswith(".icloud") for name in everything)
         for path in (folder / name for name in sorted(everything) if not is_ignored(name)):
             if os.path.isdir(path):  # False where it cannot be looked at; Path.is_dir would raise
                 (queue.append if os.path.islink(path) else queue.appendleft)(path)
             elif not os.path.islink(path) or leads_into(path, inside):
                 found.append(path)
             else:
-                left_out.append(path)
-    warn_about_left_out(root, left_out)
+                outside.append(path)
+    warn_about_left_out(root, outside, clouded)
     return sorted(found)
 
 
@@ -380,9 +365,18 @@ def leads_into(link, folder):
     return False
 
 
-def is_clouded(name):
-    """Say whether a file is the hidden one that stands for one which macOS has not downloaded."""
-    return name.startswith(".") and name.endswith(".icloud")
+def warn_about_left_out(folder, outside, clouded):
+    """Warn of links that are not followed, and of so many pictures that are in iCloud only."""
+    name = escape(folder)
+    if outside:
+        links = count(len(outside), "link leads", "links lead")
+        are = "is" if len(outside) == 1 else "are"
+        warn(
+            f"{name}: {links} out of it or in a circle and {are} not followed: {escape(outside[0])}"
+        )
+    if clouded:
+        there = count(clouded, "picture is", "pictures are")
+        warn(f"{name}: {there} in iCloud only: download them first")
 
 
 def is_ignored(name):

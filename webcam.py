@@ -147,7 +147,7 @@ def check_arguments(args, source):
             args.threshold = info["threshold"]
     if args.whole_picture:
         args.context = None
-    else:
+    elif not args.by_name:
         imaging.load_cascade()  # is it there?
 
 
@@ -235,11 +235,10 @@ def assign_labels(tracks, labels, threshold):
     for track in sorted(tracks, key=lambda track: -track.mean.max()):
         track.best, track.probability = labels[track.mean.argmax()], float(track.mean.max())
         refused = threshold > 0 and (track.probability < threshold or track.best in taken)
-        before = track.label
-        track.label = utils.UNKNOWN if refused else track.best
-        taken.add(track.label)
-        if track.label != before:
-            track.agreeing = 0
+        label = utils.UNKNOWN if refused else track.best
+        taken.add(label)
+        if label != track.label:
+            track.label, track.agreeing = label, 0
 
 
 class Tagger:
@@ -248,7 +247,6 @@ class Tagger:
     def __init__(self, args, source):
         self.args, self.source = args, source
         self.labeller = Labeller(args, source.kind in sources.LIVE)
-        self.tracker = tracker.Tracker()
         # what the summary tells
         self.counts = collections.Counter()
         self.begun = None  # when the first frame was handled
@@ -262,9 +260,10 @@ class Tagger:
     def session(self, path=None):
         """While the block runs, `handle` is about this film or picture, or the camera or stream."""
         self.tracker = tracker.Tracker(not self.args.context, self.args.min_face)
-        self.file = self.source.shown(path) if path else ""
-        self.run = run_name(self.source, path)
         several = self.source.kind == "folder"
+        name = path.relative_to(self.source.name).as_posix() if several else path
+        self.file = utils.escape(name or "")
+        self.run = run_name(self.source, path)
         with contextlib.closing(EventWriter(self.file if several else "")) as self.events:
             yield
 
@@ -307,10 +306,9 @@ class Tagger:
 
 def columns(source):
     """Return the names of the columns of a source's lines."""
-    face = "x y w h label probability best".split()
-    if source.films or source.kind in sources.LIVE:
-        return ["file"] * (source.kind == "folder") + ["frame", "time", "track", *face]
-    return ["file", "face", *face]
+    file = "file " if source.kind in ("folder", "picture") else ""
+    place = "frame time track" if source.films or source.kind in sources.LIVE else "face"
+    return f"{file}{place} x y w h label probability best".split()
 
 
 def print_lines(columns, file, frame, tracks):
@@ -683,7 +681,7 @@ def tag_file(path, picture, tagger, viewer):
     if path in source.films:
         film = films.Film(str(path.resolve()), utils.escape(path))
         rate = film.rate
-        frames = (sources.Frame(n, *shown) for n, shown in enumerate(film.frames()))
+        frames = (sources.Frame(n, *timed) for n, timed in enumerate(film.frames()))
         if film.container.streams.audio and output:
             shown = utils.escape(tagger.args.output)
             warn_once(f"--output {shown}: the sound of a film is not written")
@@ -767,7 +765,8 @@ def print_summary(tagger, viewer):
         crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
         lines.append(f"{utils.escape(args.save_faces)}: {crops}")
         lines.append(next_step(args, tagger.source))
-    print(*lines, sep="\n", file=sys.stderr)
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def film_summary(tagger, rate):

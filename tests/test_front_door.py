@@ -79,6 +79,8 @@ COLLECT = "webcam.py --save-faces faces --source data/a/000.png --no-display"
     [
         ("pillow_heif", "No module named 'pillow_heif'", "collect_apple_photos.py --help", INSTALL),
         ("tqdm", "No module named 'tqdm'", TRAIN, INSTALL),
+        ("numpy", "No module named 'numpy'", TRAIN, INSTALL),
+        ("PIL", "No module named 'PIL'", COLLECT, INSTALL),
         ("keras", "No module named 'keras'", TRAIN, INSTALL),
         ("tensorflow", "No module named 'tensorflow'", TRAIN, INSTALL),
         ("cv2", "No module named 'cv2'", TRAIN, INSTALL),

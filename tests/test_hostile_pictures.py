@@ -78,6 +78,16 @@ def test_a_file_far_larger_than_a_picture_is_not_read(tmp_path):
         imaging.read_picture(film)
 
 
+def test_a_large_png_is_read_like_a_small_one(tmp_path, monkeypatch):
+    """Also where metadata that nobody needs is broken."""
+    path, broken = tmp_path / "large.png", b"\0\0\0\1iCCPx1234"
+    Image.new("RGB", (80, 80)).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[:33] + broken + data[33:])  # behind the header
+    monkeypatch.setattr(imaging, "LARGE_FILE", 100)
+    assert imaging.read_picture(path)[1].size == (80, 80)
+
+
 @pytest.mark.needs_shared
 def test_the_dirty_folder():
     answers = {}

@@ -116,6 +116,21 @@ def test_when_one_is_killed_all_end_and_the_last_model_is_whole_and_goes_on(
 
 @needs_jax
 @pytest.mark.long
+def test_a_run_that_was_killed_before_its_last_scores_goes_on(folder, weights_file):
+    program = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import train, utils\n"
+    program += "train.finish_run = lambda *_: os._exit(9)\n"
+    program += 'if __name__ == "__main__":\n    utils.run(train.main)\n'
+    (folder / "dying.py").write_text(program)
+    recipe = ["--rounds", 1, "--weights", weights_file]
+    for script, code in ((folder / "dying.py", 1), (ROOT / "train.py", 0)):
+        processes = start_several(2, script, folder, *recipe, *["--resume"] * (code == 0))
+        outputs, errors = zip(*[process.communicate() for process in processes])
+        assert [process.returncode for process in processes] == [code, code], errors
+    assert accuracy(outputs[0]) >= 0.9
+
+
+@needs_jax
+@pytest.mark.long
 def test_several_devices_of_one_machine_train_as_one(folder, weights_file):
     devices = {"KERAS_BACKEND": "jax", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     recipe = [*RECIPE.split(), "--rounds", 1, "--weights", weights_file, "--batch-size", 15]
