@@ -159,7 +159,8 @@ def dual_form(rows, scales, roots, wanted):
 
     def solve(strength):
         """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
-        complement = strength * invert(kernel + strength * np.eye(count))
+        complement = invert(kernel, strength)
+        complement *= strength
         return complement, complement @ (roots * wanted)
 
     def expand(dual):
@@ -181,34 +182,44 @@ def primal_form(rows, scales, roots, wanted, judged):
     """Return the Form that has a number for each unit, from sums over all rows."""
     width = rows.levels[-1].stop + 1
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
+    weighted = roots * wanted
     for places in in_chunks(len(rows.targets)):
         x = roots[places] * all_units(rows, scales, places)
         gram += x.T @ x
-        products += x.T @ (roots * wanted)[places]
+        products += x.T @ weighted[places]
     x = roots[judged] * all_units(rows, scales, judged)
 
     def solve(strength):
         """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
-        inverse = invert(gram + strength * np.eye(width))
-        residuals = (roots * wanted)[judged] - x @ (inverse @ products)
-        return np.eye(len(judged)) - x @ inverse @ x.T, residuals
+        inverse = invert(gram, strength)
+        complement = -(x @ inverse) @ x.T
+        complement.flat[:: len(judged) + 1] += 1
+        return complement, weighted[judged] - x @ (inverse @ products)
 
     def coefficients(fit):
-        return invert(gram + fit.strength * np.eye(width)) @ products
+        return invert(gram, fit.strength) @ products
 
     return Form(solve, coefficients, lambda: principal_components(gram))
 
 
-def invert(matrix):
-    """Return the inverse of a symmetric positive definite matrix, by Cholesky decomposition."""
+def invert(matrix, strength):
+    """Return the inverse of matrix + strength * I, by Cholesky decomposition, in little memory.
+
+    matrix: symmetric, positive semidefinite.
+    """
     from scipy.linalg import lapack
 
-    factor, problem = lapack.dpotrf(matrix, lower=1)
-    inverse, problem_2 = lapack.dpotri(factor, lower=1)
-    if problem or problem_2 or not np.isfinite(inverse).all():
+    diagonal = slice(None, None, len(matrix) + 1)
+    shifted = matrix.copy()
+    shifted.flat[diagonal] += strength
+    # transposed, which changes nothing, it is as Fortran has it, and is overwritten
+    factor, problem = lapack.dpotrf(shifted.T, lower=1, overwrite_a=1)
+    lower, problem_2 = lapack.dpotri(factor, lower=1, overwrite_c=1)
+    if problem or problem_2 or not np.isfinite(lower).all():
         raise utils.UserError("--weights: the network's features are not finite: use other weights")
-    lower = np.tril(inverse)
-    return lower + np.tril(lower, -1).T
+    inverse = lower + lower.T
+    inverse.flat[diagonal] /= 2
+    return inverse
 
 
 def principal_components(matrix):
@@ -304,14 +315,24 @@ def left_out_variances(complement, roots, places):
     return VARIANCE_STRENGTH * np.maximum(0, excess) / np.square(roots[places, 0])
 
 
-def predict_variance(variance, x):
-    """Return the variances, (n,), of the levels of pictures, (n, units)."""
-    parts = []
-    for places in in_chunks(len(x)):
-        s = (x[places] - variance.mean) * variance.gain
-        seen = s @ variance.kernel + variance.bias
-        parts.append(1 + np.square(s).sum(axis=1) - np.square(seen).sum(axis=1))
-    return np.concatenate(parts)
+def predict(fit, chunks):
+    """Return logits, (n, classes), and variances, (n,), of pictures.
+
+    chunks: their levels, (some, units) at a time.
+    """
+    logits, variances = [], []
+    for x in chunks:
+        s = (x - fit.variance.mean) * fit.variance.gain
+        seen = s @ fit.variance.kernel + fit.variance.bias
+        logits.append(x @ fit.kernel + fit.bias)
+        variances.append(1 + np.square(s).sum(axis=1) - np.square(seen).sum(axis=1))
+    return np.concatenate(logits), np.concatenate(variances)
+
+
+def drop_matrices(fit):
+    """Return a Fit without what only leaving rows out needs, up to a gigabyte."""
+    variance = fit.variance._replace(complement=None)
+    return fit._replace(complement=None, variance=variance)
 
 
 def constant(variance):

@@ -354,7 +354,7 @@ def round_readout(run, round_number):
             labels = run.data.labels  # only frozen levels can tell: training has seen all
             nobody = labels.index(utils.UNKNOWN) if utils.UNKNOWN in labels else None
             found = readout.simulate_strangers(chosen.fit, chosen.rows, nobody, run.args.seed)
-            chosen = chosen._replace(strangers=found)
+            chosen = chosen._replace(strangers=found, fit=readout.drop_matrices(chosen.fit))
         run.readouts[number] = chosen
     return run.readouts[number]
 
@@ -392,10 +392,9 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
 
 def readout_candidate(run, made):
     """Return the Candidate of a Readout alone."""
-    fit, levels = made.fit, read_validation(run)
-    variances = readout.predict_variance(fit.variance, levels)
-    probabilities = readout.temper(fit, levels @ fit.kernel + fit.bias, variances)
-    return Candidate(run.networks.base, readout_numbers(fit), probabilities, 0.0)
+    found = readout.predict(made.fit, read_validation(run))
+    probabilities = readout.temper(made.fit, *found)
+    return Candidate(run.networks.base, readout_numbers(made.fit), probabilities, 0.0)
 
 
 def readout_numbers(fit):
@@ -405,9 +404,10 @@ def readout_numbers(fit):
 
 
 def read_validation(run):
-    """Return the levels of the validation pictures, float32 (n, units)."""
+    """Yield the levels of the validation pictures, float32 (some, units) at a time."""
     view = features.get_view(run, features.UNAUGMENTED)
-    return view.rows["levels"][view.row_of[run.data.validation]]
+    for rows in dataset.in_batches(view.row_of[run.data.validation], readout.CHUNK):
+        yield view.rows["levels"][rows]
 
 
 def trained_candidates(run, trained, made):
@@ -420,12 +420,12 @@ def trained_candidates(run, trained, made):
     view = features.get_view(run, features.UNAUGMENTED)
     logits = predict_trained(run, trained, view, data.validation)
     kernel, bias = trained.top.get_layer("trained").get_weights()
-    frozen, shares, levels = fit_frozen(run, made), TRAINED_SHARES, read_validation(run)
+    frozen, shares = fit_frozen(run, made), TRAINED_SHARES
     if frozen is None:
         shares = TRAINED_SHARES[-1:]
         frozen = made.fit._replace(variance=readout.constant(made.fit.variance))
-    frozen_logits = (levels @ frozen.kernel + frozen.bias) / frozen.temperature
-    variances = readout.predict_variance(frozen.variance, levels)
+    frozen_logits, variances = readout.predict(frozen, read_validation(run))
+    frozen_logits /= frozen.temperature
     sharpness = readout.sharpness(frozen.variance, variances)
     for share in shares:
         mixed = sharpness * (share * logits + (1 - share) * frozen_logits)
@@ -443,7 +443,8 @@ def fit_frozen(run, made):
     frozen = [level for level in networks.levels
               if networks.cut and place(level.block) <= place(networks.cut)]  # fmt: skip
     if frozen and "frozen" not in run.readouts:
-        run.readouts["frozen"] = make_readout(run, made.views, frozen, strength=made.fit.strength)
+        whole = make_readout(run, made.views, frozen, strength=made.fit.strength)
+        run.readouts["frozen"] = whole._replace(fit=readout.drop_matrices(whole.fit))
     return run.readouts["frozen"].fit if frozen else None
 
 

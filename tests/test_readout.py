@@ -102,7 +102,7 @@ def test_the_variance_is_that_of_a_gaussian_process(views, levels):
     assert found == pytest.approx(variance(rows, inputs, some, some), rel=1e-4)
     everybody = np.arange(len(x))
     expected = variance(rows, inputs, everybody, [])
-    assert readout.predict_variance(fit.variance, x) == pytest.approx(expected, rel=1e-3)
+    assert readout.predict(fit, [x[:9], x[9:]])[1] == pytest.approx(expected, rel=1e-3)
 
 
 def test_what_resembles_nothing_learned_from_is_nobody_for_sure():
@@ -111,8 +111,8 @@ def test_what_resembles_nothing_learned_from_is_nobody_for_sure():
     strange = x + np.random.default_rng(1).normal(0, 6, x.shape).astype("float32")
     answers = []
     for some in (x, strange):
-        logits = some @ fit.kernel + fit.bias
-        answers.append(readout.temper(fit, logits, readout.predict_variance(fit.variance, some)))
+        logits, variances = readout.predict(fit, [some])
+        answers.append(readout.temper(fit, logits, variances))
         assert (answers[-1].argmax(1) == logits.argmax(1)).all()
     known, unknown = (probabilities.max(1) for probabilities in answers)
     assert known.min() > 0.7 and unknown.max() < 0.3
