@@ -122,19 +122,18 @@ def read_pictures(args, files, side):
     if not args.dry_run:
         pixels = temporary_array(args, (max(1, len(files)), side, side, 3), "uint8")
     local = range(args.process, len(files), args.processes)
-    few = in_batches(local, min(8, max(1, 2**19 // side**2)))  # one by one, threads wait more
+    batches = in_batches(local, min(8, max(1, 2**19 // side**2)))  # one by one, threads wait more
     read = utils.ordered_parallel_map(
-        lambda some: [read_square(files[row][0], side) for row in some], few
+        lambda rows: [read_square(files[row][0], side) for row in rows], batches
     )
     results = itertools.chain.from_iterable(read)
-    found = []
+    mine = []
     for row, (square, facts) in zip(local, utils.progress(results, len(local), "reading")):
         if square is not None and pixels is not None:
             write_rows(pixels, [row], square[None])
-        found.append((row, facts))
+        mine.append((row, facts))
     pictures, skipped, flaws = [], defaultdict(list), defaultdict(list)
-    found = itertools.chain(*processes.all_gather(args, found))
-    for row, facts in sorted(found):
+    for row, facts in sorted(itertools.chain(*processes.all_gather(args, mine))):
         path, label = files[row]
         if "reason" in facts:
             skipped[facts["reason"]].append(path)
@@ -146,8 +145,8 @@ def read_pictures(args, files, side):
             flaws[facts["flaw"]].append(path)
     imaging.warn_about_skipped(skipped)
     for flaw, paths in flaws.items():
-        few = utils.count(len(paths), "picture is", "pictures are")
-        utils.warn(f"{utils.escape(paths[0])}…: {few} {flaw}, but used")
+        number = utils.count(len(paths), "picture is", "pictures are")
+        utils.warn(f"{utils.escape(paths[0])}…: {number} {flaw}, but used")
     for label in sorted({label for _, label in files} - {picture.label for picture in pictures}):
         utils.warn(f"{label}: none of its files is a picture that can be used")
     return pictures, len(files) - len(pictures), pixels
