@@ -413,7 +413,7 @@ def read_validation(run):
 def trained_candidates(run, trained, made):
     """Yield Candidates that mix the trained layer's logits with a readout of what stayed frozen.
 
-    From scratch nothing did: the trained layer is alone, with a temperature fitted on validation.
+    Where nothing did, from scratch say, the trained layer is alone, with a temperature of its own.
     What was trained fits its own pictures too well, so only validation can judge these.
     """
     data = run.data
