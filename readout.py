@@ -184,7 +184,7 @@ def primal_form(rows, scales, roots, wanted, judged):
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
     weighted = roots * wanted
     for places in in_chunks(len(rows.targets)):
-        x = roots[places] * all_units(rows, scales, places)
+        x = np.float32(roots[places]) * all_units(rows, scales, places)
         gram += x.T @ x
         products += x.T @ weighted[places]
     x = roots[judged] * all_units(rows, scales, judged)
