@@ -16,7 +16,7 @@ import utils
 STRENGTHS = 10.0 ** np.arange(-6, 1.1, 0.5)  # of ridge regression, in mean squares of a picture
 FIRST_STRENGTH = 5  # where the search among them begins
 CHUNK = 1024  # rows that are summed at once
-MAX_JUDGED = 6_000  # rows of a large set that are left out in turn, drawn by lot
+MAX_JUDGED = 4_000  # rows of a large set that are left out in turn, drawn by lot
 VARIANCE_STRENGTH = 0.01  # of the regression whose predictive variance is asked for
 COMPONENTS = 128  # principal components that the saved network tells the variance by
 STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
@@ -182,11 +182,10 @@ def primal_form(rows, scales, roots, wanted, judged):
     """Return the Form that has a number for each unit, from sums over all rows."""
     width = rows.levels[-1].stop + 1
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
-    weighted = roots * wanted
     for places in in_chunks(len(rows.targets)):
         x = np.float32(roots[places]) * all_units(rows, scales, places)
         gram += x.T @ x
-        products += x.T @ weighted[places]
+        products += x.T @ (roots[places] * wanted[places])
     x = roots[judged] * all_units(rows, scales, judged)
 
     def solve(strength):
@@ -194,7 +193,7 @@ def primal_form(rows, scales, roots, wanted, judged):
         inverse = invert(gram, strength)
         complement = -(x @ inverse) @ x.T
         complement.flat[:: len(judged) + 1] += 1
-        return complement, weighted[judged] - x @ (inverse @ products)
+        return complement, roots[judged] * wanted[judged] - x @ (inverse @ products)
 
     def coefficients(fit):
         return invert(gram, fit.strength) @ products
