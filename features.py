@@ -115,6 +115,13 @@ def on_device():
     return not list_devices()[0].startswith("cpu")
 
 
+def distribution_scope():
+    """Return what gives the scope in which all devices train as one."""
+    if len(list_devices()) == 1:
+        return contextlib.nullcontext
+    return model.import_keras().distribution.DataParallel(auto_shard_dataset=False).scope
+
+
 def inference_batch(side):
     """Return how many pictures of a side in pixels are predicted at once: a power of two."""
     fitting = DEVICE_BATCH * min(1, 224 / side) ** 2
@@ -175,9 +182,6 @@ def build_networks(args, path, data, recipe, number_format):
     base = model.build_network(class_count, side, use)
     if path is not None:
         model.load_arrays(model.backbone_of(base), path)
-    scope = contextlib.nullcontext
-    if len(list_devices()) > 1:
-        scope = keras.distribution.DataParallel(auto_shard_dataset=False).scope
     mapped = cut if recipe["rounds"] else None  # the layer whose feature map is kept
     exact = fast = model.frozen_part(base, mapped)
     if number_format != "float32":
@@ -196,7 +200,7 @@ def build_networks(args, path, data, recipe, number_format):
         batch=inference_batch(side),
         number_format=number_format,
         weights=weights_fingerprint(path),
-        distribution_scope=scope,
+        distribution_scope=distribution_scope(),
     )
 
 

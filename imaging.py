@@ -70,10 +70,10 @@ def read_picture(path):
         if facts.st_size > MAX_FILE:
             raise PictureError(f"larger than {MAX_FILE:,} bytes")
         with open(path, "rb") as file:
-            is_png = file.read(len(PNG_SIGNATURE)) == PNG_SIGNATURE
-            file.seek(0)
-            if facts.st_size > LARGE_FILE and not is_png:  # not read whole if it is no picture
-                open_picture(file)
+            if facts.st_size > LARGE_FILE:  # not read whole unless it begins as a picture
+                if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
+                    file.seek(0)
+                    open_picture(file)
                 file.seek(0)
             data = file.read()
         return data, open_picture(data)

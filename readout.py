@@ -27,10 +27,10 @@ MAX_LEFT_OUT = 40  # classes that play the stranger
 # targets, groups: class and group of each row; plain: so many rows, the first, are unaugmented
 Rows = namedtuple("Rows", "read levels targets groups plain class_count")
 # kernel (units, classes) and bias (classes,) give logits before temperature. answers: of
-# leave-one-out, about the places `judged[:len(answers)]`; error: their weighted squares. For all
-# places that were left out in turn, `judged`: complement is I - hat matrix, residuals what is
-# missing to `wanted`, the centred classes, both times `roots`, the roots of the weights. For
-# temperature and variance see `temper`
+# leave-one-out, about the places `judged[:len(answers)]`; error: their weighted squares; accuracy:
+# the share of them that is correct. For all places that were left out in turn, `judged`: complement
+# is I - hat matrix, residuals what is missing to `wanted`, the centred classes, both times `roots`,
+# the roots of the weights. For temperature and variance see `temper`
 Fit = namedtuple(
     "Fit",
     "strength answers error judged complement residuals wanted roots accuracy kernel bias "
@@ -55,7 +55,7 @@ def fit_readout(rows, strength=None, seed=0):
     In the dual while there are fewer rows than units, else by sums over all rows; of so many, those
     of MAX_JUDGED rows are left out in turn. seed: draws these.
     """
-    scales = mean, gain = scale_units(rows)
+    scales = scale_units(rows)
     roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
     if len(rows.targets) <= rows.levels[-1].stop:
@@ -78,16 +78,23 @@ def fit_readout(rows, strength=None, seed=0):
         return fit._replace(answers=answers[:plain], error=error)
 
     best = judge(strength) if strength else search_strength(judge)
-    coefficients = form.coefficients(best)
+    return complete(best, rows.targets[judged[:plain]], form, scales, together)
+
+
+def complete(fit, known, form, scales, together):
+    """Return a Fit that leave-one-out has judged, with all that is needed to answer.
+
+    known: classes of the rows that its answers are about.
+    """
+    mean, gain = scales
+    coefficients = form.coefficients(fit)
     kernel = gain[:, None] * coefficients[:-1]  # reads the levels as they are
-    bias = coefficients[-1] + 1 / rows.class_count - mean @ kernel
-    variance = measure_variance(mean, gain, best, form, together)
-    sharp = best.answers * sharpness(variance, variance.left_out)
-    known = rows.targets[judged[:plain]]
-    return best._replace(
-        accuracy=float((best.answers.argmax(axis=1) == known).mean()),
+    variance = measure_variance(mean, gain, fit, form, together)
+    sharp = fit.answers * sharpness(variance, variance.left_out)
+    return fit._replace(
+        accuracy=float((fit.answers.argmax(axis=1) == known).mean()),
         kernel=kernel,
-        bias=bias,
+        bias=coefficients[-1] + 1 / kernel.shape[1] - mean @ kernel,
         variance=variance,
         temperature=fit_temperature(sharp, known),
     )

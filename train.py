@@ -422,7 +422,7 @@ def trained_candidates(run, trained, made):
     kernel, bias = trained.top.get_layer("trained").get_weights()
     frozen, shares = fit_frozen(run, made), TRAINED_SHARES
     if frozen is None:
-        shares = TRAINED_SHARES[-1:]
+        shares = (1.0,)
         frozen = made.fit._replace(variance=readout.constant(made.fit.variance))
     frozen_logits, variances = readout.predict(frozen, read_validation(run))
     frozen_logits /= frozen.temperature
