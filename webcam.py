@@ -291,7 +291,7 @@ class Tagger:
         counts["photos" if frame.path else "frames"] += 1
         counts["tagged"] += len(tracks)
         if frame.path:
-            self.labels.update(track.label or "faces" for track in tracks)
+            self.labels.update(track.label for track in tracks)
 
     def keep_sample(self, frame):
         """Keep the 1st, 2nd, 4th, 8th… frame until a face is found: smaller ones may be in them."""
@@ -755,7 +755,8 @@ def print_summary(tagger, viewer):
         lines.append(film_summary(tagger, viewer.count / seconds))
     if counts["photos"]:
         order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
-        found = ", ".join(f"{number} {label}" for label, number in order) or "nothing tagged"
+        named = [f"{n} {label}" if label else utils.count(n, "face") for label, n in order]
+        found = ", ".join(named) or "nothing tagged"
         photos = utils.count(counts["photos"], "photo")
         rate = counts["photos"] / (time.perf_counter() - tagger.begun)
         lines.append(f"{photos}: {found}; {rate:.1f} a second")
