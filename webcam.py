@@ -335,7 +335,7 @@ class EventWriter:
         self.present = []  # tracks reported, in sight or lost a moment ago
 
     def write(self, frame, tracks):
-        """Print the events of a frame."""
+        """Print the events of a frame. tracks: all that are followed, or somebody never leaves."""
         for track in tracks:
             if track.agreeing < AGREEING or track.label in track.reported:
                 continue
