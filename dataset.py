@@ -61,17 +61,18 @@ def find_division(data_dir):
 
 
 def find_parts(data_dir):
-    """Return ([(path, label, part)], parts, test folder) of all files; parts: see find_division.
+    """Return ([(path, label, part)], {part: folder of its classes}, test folder) of all files.
 
-    A class that only validation has is left out. Warns of what is left out, or is not tested.
+    The parts are train and, unless train is to be divided, validation. A class that only validation
+    has is left out. Warns of what is left out, or is not tested.
     """
     parts, test = find_division(data_dir)
-    roots = parts or {"all": data_dir}
-    files = [(*file, part) for part, root in roots.items() for file in find_files(root)]
     if parts:
         for path in sorted(set(list_folders(data_dir)) - {*parts.values(), test}):
             utils.warn(f"{utils.escape(path)}: left out, since {parts['train'].name} has classes")
-    if not parts or "validation" not in parts:
+    parts = parts or {"train": data_dir}
+    files = [(*file, part) for part, root in parts.items() for file in find_files(root)]
+    if "validation" not in parts:
         return files, parts, test
     trained, tested = ({label for _, label, part in files if part == name} for name in parts)
     for label in sorted(trained - tested):
@@ -220,18 +221,18 @@ def normalise_rows(rows):
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-6)
 
 
-def group_pictures(pictures, data_dir, by_folder, depth=1):
+def group_pictures(pictures, roots, by_folder):
     """Return (sets of indices that stay together, pairs under two classes, number of near copies).
 
     Equal bytes stay together, near copies within a class and, with by_folder, the files of one
-    folder. depth: of the class folders. Where near copies tie all folders of a class together, so
-    that it could not be tested, its folders alone decide, with a warning.
+    folder. roots: where the class folders lie. Where near copies tie all folders of a class
+    together, so that it could not be tested, its folders alone decide, with a warning.
     """
     keys = [[picture.digest] for picture in pictures]
     for picture, own in zip(pictures, keys):
-        inner = picture.path.relative_to(data_dir).parent
-        if by_folder and len(inner.parts) > depth:
-            own.append(inner)
+        folder = picture.path.parent
+        if by_folder and folder.parent not in roots:  # else it is a class folder
+            own.append(folder)
     first = {}
     twins = ((first.setdefault(picture.digest, i), i) for i, picture in enumerate(pictures))
     pairs = {*find_near_copies(pictures), *(pair for pair in twins if pair[0] != pair[1])}
@@ -360,32 +361,40 @@ def print_table(pictures, labels, groups, validation):
         utils.print_line(f"{n:8}  {together[label]:6}  {n - v:5}  {v:10}  {label}")
 
 
+def drop_untrained(pictures, part_of, folder):
+    """Return pictures without classes of which none in `folder`, the part that trains, was read."""
+    trained = {picture.label for picture in pictures if part_of[picture.row] == "train"}
+    for label in sorted({picture.label for picture in pictures} - trained):
+        name = utils.escape(folder)
+        utils.warn(f"{label}: left out, since no picture of it in {name} can be read")
+    return [picture for picture in pictures if picture.label in trained]
+
+
 def read_data(args, side):
     """Read and divide data_dir. Prints the `images:` line. Returns Data. Raises UserError."""
     files, parts, test = find_parts(args.data_dir)
     check_labels(args, sorted({label for _, label, _ in files}))
     pictures, skipped, pixels = read_pictures(args, [file[:2] for file in files], side)
+    part_of = [part for *_, part in files]
+    pictures = drop_untrained(pictures, part_of, parts["train"])
     labels = sorted({picture.label for picture in pictures})
     check_labels(args, labels)
-    depth = 2 if parts else 1
-    groups, copies, near = group_pictures(pictures, args.data_dir, args.group_by_folder, depth)
+    groups, copies, near = group_pictures(pictures, parts.values(), args.group_by_folder)
     group_of = np.zeros(len(pictures), int)
     for number, group in enumerate(groups):
         group_of[list(group)] = number
-    is_divided = bool(parts) and "validation" in parts
+    is_divided = "validation" in parts
     if is_divided:
-        is_validation = np.array([files[p.row][2] == "validation" for p in pictures])
+        is_validation = np.array([part_of[p.row] == "validation" for p in pictures])
         train, validation = np.flatnonzero(~is_validation), np.flatnonzero(is_validation)
-        if not len(train) or not len(validation):
-            empty = parts["validation" if len(train) else "train"]
-            raise utils.UserError(f"{utils.escape(empty)}: no pictures: leave it out or fill it")
+        if not len(validation):
+            empty = utils.escape(parts["validation"])
+            raise utils.UserError(f"{empty}: no pictures: leave it out or fill it")
     else:
         train, validation = split(pictures, groups, args.validation_split or 0.2, args.seed)
-    utils.print_line(
-        f"images: {len(train)} train, {len(validation)} validation, {len(labels)} classes, "
-        f"{skipped} skipped"
-    )
-    if parts:
+    sizes = f"{len(train)} train, {len(validation)} validation, {len(labels)} classes"
+    utils.print_line(f"images: {sizes}, {skipped} skipped")
+    if parts["train"] != args.data_dir:
         names = " and ".join(sorted(path.name for path in parts.values()))
         rest = f"; {test.name} is left alone, for --evaluate" if test else ""
         utils.print_line(f"{'divided as' if is_divided else 'read from'} {names}{rest}")

@@ -41,7 +41,7 @@ def watch():
     child reads a pipe from its parent and ends when that closes. Raises UserError.
     """
     environment = os.environ | {model.CHILD: "1"}
-    command = [sys.executable, *sys.argv]
+    command = [sys.executable, *sys.orig_argv[1:]]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
     code = None
     while code is None:

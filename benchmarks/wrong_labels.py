@@ -41,7 +41,7 @@ def plant(args, data, share, rng):
     targets[wrong] = (targets[wrong] + rng.integers(1, classes, count)) % classes
     pictures = [picture._replace(label=data.labels[target])
                 for picture, target in zip(data.pictures, targets)]  # fmt: skip
-    together, copies, _ = dataset.group_pictures(pictures, args.data_dir, args.group_by_folder)
+    together, copies, _ = dataset.group_pictures(pictures, [args.data_dir], args.group_by_folder)
     groups = np.zeros(len(pictures), int)
     for number, group in enumerate(together):
         groups[list(group)] = number

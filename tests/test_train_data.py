@@ -123,7 +123,7 @@ def pictures_of(spec):
 
 
 def divide(pictures, by_folder=False, fraction=0.2, seed=1):
-    groups, _, _ = dataset.group_pictures(pictures, Path("data"), by_folder)
+    groups, _, _ = dataset.group_pictures(pictures, [Path("data")], by_folder)
     return dataset.split(pictures, groups, fraction, seed)
 
 
@@ -287,6 +287,11 @@ def test_sets_are_divided_in_many_ways(make_classes, capsys):
     assert found.labels == ["Ren\u00e9", "b", "more"] and len(found.validation) == 6
     told = capsys.readouterr().err
     assert "Ren\u00e9: not tested, since" in told and "strange: left out, since" in told
+    for path in (data / "Training" / "more").iterdir():
+        path.write_bytes(b"no picture")
+    found = read(data)  # nothing of that class can be learned from
+    assert found.labels == ["Ren\u00e9", "b"] and len(found.train) == 12
+    assert "more: left out, since no picture of it in" in capsys.readouterr().err
 
 
 def test_folders_of_a_divided_set_stay_together_by_their_own_names(make_classes, tmp_path):
