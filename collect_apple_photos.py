@@ -198,8 +198,9 @@ def read_photos_5(library, db, include_hidden):
     thumbnails = {(of, persons.get(key, NOBODY)[0]): data for of, key, data in db.execute(query)}
     copies = index_by_name([library / name / "derivatives" for name in DERIVATIVES], "*_*", 0)
     query = f"""
-        SELECT f.ZUUID AS uuid, f.ZPERSON{suffix} AS person, p.Z_PK AS photo, p.ZUUID AS asset,
-               p.{edited} AS edited, p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
+        SELECT IFNULL(f.ZUUID, f.Z_PK) AS uuid, f.ZPERSON{suffix} AS person,
+               p.Z_PK AS photo, p.ZUUID AS asset, p.{edited} AS edited,
+               p.ZDIRECTORY AS folder, p.ZFILENAME AS file,
                p.ZSAVEDASSETTYPE = 10 AS referenced, p.ZKIND = 1 AS is_film,
                p.ZAVALANCHEPICKTYPE & {SPARE} OR IFNULL(p.ZVISIBILITYSTATE, 0) <> 0 AS is_spare,
                f.ZCENTERX AS x, f.ZCENTERY AS y, f.ZSIZE AS size,
@@ -355,17 +356,17 @@ def group_by_picture(faces, dataset, skipped, args):
     """Return lists of pairs (Face, file to write), one list a picture; count what is left out."""
     persons = {face.person for face in faces if face.person}
     folders = utils.folder_names(persons, taken=[utils.UNKNOWN]) | {None: utils.UNKNOWN}
-    targets, groups = set(), collections.defaultdict(list)
+    stems, groups = set(), collections.defaultdict(list)
     for face in faces:
-        target = dataset / folders[face.person] / f"{face.stem}.jpg"
         if face.hidden and not args.include_hidden:
             skipped[f"{face.hidden} (--include-hidden)"] += 1
         elif args.no_unknown and not face.person:
             skipped["without a name (--no-unknown)"] += 1
-        elif target in targets:
+        elif face.stem in stems:  # of two persons, even: both may go into unknown
             skipped["twice in the database"] += 1
         else:
-            targets.add(target)
+            stems.add(face.stem)
+            target = dataset / folders[face.person] / f"{face.stem}.jpg"
             key = face.pictures, face.derivatives, face.width, face.height
             groups[key].append((face, target))
     return list(groups.values())

@@ -466,6 +466,16 @@ def test_uuids_do_not_lead_out_of_the_dataset_nor_overwrite_each_other(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["Test.photoslibrary", "people"]
 
 
+def test_rare_persons_of_one_photo_do_not_overwrite_each_other_in_unknown(tmp_path):
+    library = new_library(tmp_path)
+    photo = library.photo(texture(1))
+    for name, uuid in (("Ann", None), ("Ben", None), ("Ann", "same"), ("Cem", "same")):
+        library.face(photo, library.person(name), SIZE, IN_FRAME, ZUUID=uuid)
+    lines, _ = collect(library.finish(), tmp_path / "people", "--min-images", "3")
+    assert lines[-1] == "4 faces: 0 named (0 persons), 3 unknown, 1 skipped"
+    assert len(files(tmp_path / "people")) == 3
+
+
 # ---------------------------------------------------------------- options
 
 
