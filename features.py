@@ -18,7 +18,8 @@ import utils
 
 # A new kind of change takes fields here, neutral ones in LIGHT; random numbers, after the others,
 # and columns in augmentation_parameters; and code in both augment (on the cores) and
-# build_augmentation (on a GPU). Kept caches and --resume see the fields in view_settings.
+# build_augmentation (on a GPU). Unaugmented and mirrored views have 0 in new columns, which must
+# change nothing. Kept caches and --resume see the fields in view_settings.
 # rotation: degrees; shift: share of the side; zoom: factors; colour: of 255
 Augmentation = namedtuple("Augmentation", "rotation shift zoom colour")
 HEAVY = Augmentation(rotation=45, shift=0.25, zoom=[0.5, 1.5], colour=25)
@@ -207,6 +208,11 @@ def build_networks(args, path, data, recipe, number_format):
 # ---------------------------------------------------------------- pictures → views
 
 
+def augmentation_of(args):
+    """Return the Augmentation that was asked for."""
+    return HEAVY if args.heavy_augmentation else LIGHT
+
+
 def augmentation_parameters(args, side, digests, view):
     """Return how one view of pictures with these digests differs from them: (n, PARAMETERS).
 
@@ -219,7 +225,7 @@ def augmentation_parameters(args, side, digests, view):
         identity, mirror = (1, 0, 0, 0, 1, 0), (-1, 0, side - 1, 0, 1, 0)
         parameters[:, MATRIX] = identity if view == UNAUGMENTED else mirror
         return parameters
-    kind = HEAVY if args.heavy_augmentation else LIGHT
+    kind = augmentation_of(args)
     keys = (f"{args.seed} {view} ".encode() + digest for digest in digests)
     hashes = b"".join(hashlib.shake_128(key).digest(8 * CHANCES) for key in keys)
     chance = np.frombuffer(hashes, "<u8").reshape(-1, CHANCES) / 2**64  # 0 to 1
@@ -240,8 +246,7 @@ def augmentation_parameters(args, side, digests, view):
 
 def view_settings(args):
     """Return the settings that views are made with, plain data for the cache and --resume."""
-    kind = HEAVY if args.heavy_augmentation else LIGHT
-    return [CACHE_VERSION, args.seed, *kind]
+    return [CACHE_VERSION, args.seed, *augmentation_of(args)]
 
 
 def augment(picture, parameters):

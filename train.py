@@ -888,6 +888,7 @@ def resume_settings(args, recipe, data):
     settings = {name: getattr(args, name) for name in names.split()}
     settings |= recipe | {"image_size": data.pixels.rows.shape[1], "labels": data.labels}
     views = features.view_settings(args)
+    settings |= {"network": repr(model.BASE)}  # the script may have been edited meanwhile
     return settings | {"views_made_of": views, "split": data.validation.tolist()}
 
 

@@ -161,11 +161,17 @@ def change_views(folder):
     features.HEAVY = features.HEAVY._replace(shift=0.3)  # as in an edited script
 
 
+def change_levels(folder):
+    levels = model.BASE.levels | {"learned": {"mixed2": 3, "mixed3": 1}}
+    model.BASE = model.BASE._replace(levels=levels)
+
+
 @pytest.mark.parametrize(
     ("change", "options", "reason"),
     [
         (change_data, "", "data has changed.*new.png"),
         (change_views, "", "other views"),
+        (change_levels, "", "other network"),
         (None, "--image-size 80", "other image size"),
         (None, "--seed 2", "other seed"),
         (None, "--rounds 5", "other rounds"),
@@ -174,6 +180,7 @@ def change_views(folder):
 )
 def test_another_run_is_not_gone_on_with(copy, command, tiny, monkeypatch, change, options, reason):
     monkeypatch.setattr(features, "HEAVY", features.HEAVY)
+    monkeypatch.setattr(model, "BASE", model.BASE)
     if change:
         change(copy)
     before = numbers(copy / "m")
