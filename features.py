@@ -468,7 +468,7 @@ def cache_name(run, view):
     backend = model.import_keras().config.backend()
     chances = [] if view in (UNAUGMENTED, MIRRORED) else view_settings(args)
     made_from = [CACHE_VERSION, chances, networks.weights, networks.cut or args.seed]
-    made_from += [networks.map_shape, str(networks.levels), run.data.pixels.rows.shape[1:]]
+    made_from += [model.describe(networks.use), run.data.pixels.rows.shape[1:]]
     made_from += [networks.number_format, args.float32, backend, on_device(), args.process]
     made_from += [args.processes, bool(run.recipe["rounds"])]
     return hashlib.sha256(repr(made_from).encode()).hexdigest()[:16]

@@ -27,8 +27,10 @@ Base = collections.namedtuple("Base", "builder scale offset blocks levels addres
 Level = collections.namedtuple("Level", "block units")  # units: a slice of the layer `levels`
 GRID = 3  # cells a side: a spatial pyramid of two steps (Lazebnik et al. 2006)
 # The network that all begins with; another one is another table. blocks: layers past which no
-# shortcut leads, in order. How many of the top ones are trained is train.UNFREEZE. levels: for each
-# use {block: cells a side that its feature map is pooled in}, in order; the last is the top.
+# shortcut leads, in order; the last is what the builder gives. How many of the top ones are trained
+# is train.UNFREEZE. levels: for each use {block: cells a side that its feature map is pooled in},
+# in order; the last is the top. Which are best is measured as in benchmarks/NOTES.md; README.md,
+# docs/curious.md and tests/docs_pictures.py name or draw them.
 BASE = Base(
     builder="InceptionV3",  # in keras.applications
     scale=1 / 127.5,
@@ -218,6 +220,11 @@ def list_levels(network, use):
     return levels
 
 
+def describe(use):
+    """Return as text what features of a use depend on, for models and kept caches of it."""
+    return f"{BASE.builder}, scale {BASE.scale}, offset {BASE.offset}, {BASE.levels[use]}"
+
+
 def backbone_of(network):
     """Return the part of a network that weights without a top belong to, a Keras model."""
     scaled, last = network.get_layer("scaled"), network.get_layer(BASE.blocks[-1])
@@ -269,13 +276,16 @@ def fold_normalisation(network):
 
     The same function, an eighth faster: w * x becomes (w / s) * x + (beta - gamma * mean / s), with
     s the square root of variance + epsilon. Normalisations that are not right behind a plain
-    convolution stay as they are.
+    convolution, or not alone there, stay as they are.
     """
     keras = import_keras()
+    inputs = keras.tree.flatten([layer.input for layer in network.layers] + network.outputs)
+    uses = collections.Counter(map(id, inputs))
     plain = {  # convolutions that only multiply
         id(layer.output): layer.name
         for layer in network.layers
         if type(layer) is keras.layers.Conv2D
+        and uses[id(layer.output)] == 1
         and not layer.use_bias
         and layer.activation is keras.activations.linear
     }
@@ -506,10 +516,21 @@ def check_info(info, path):
         shares = info["threshold"], info["face_crops"]
         known = type(info["levels"]) is str and info["levels"] in BASE.levels
         if whole and known and all(type(s) in (int, float) and 0 <= s <= 1 for s in shares):
+            check_base(info, path)
             return info
     raise utils.UserError(
         f"{utils.escape(path)}: what belongs to the model is damaged in it: train again"
     )
+
+
+def check_base(info, path):
+    """Raise UserError if a model reads other features than this kit has for its use."""
+    now = describe(info["levels"])
+    base = info.get("base", now)
+    if base != now:
+        problem = f"of another network ({utils.escape(base)[:100]})"
+        remedy = "use it with the kit that saved it, or train again"
+        raise utils.UserError(f"{utils.escape(path)}: {problem}: {remedy}")
 
 
 def are_labels(labels):

@@ -589,7 +589,7 @@ def save_candidate(run, number, right, made, chosen):
         threshold = readout.move_threshold(strangers, chosen.probabilities.max(1)[is_right])
     info = {
         "labels": data.labels,
-        "base": model.BASE.builder,
+        "base": model.describe(networks.use),
         "levels": networks.use,
         "image_size": data.pixels.rows.shape[1],
         "face_crops": dataset.share_of_face_crops(data),

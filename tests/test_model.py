@@ -43,6 +43,17 @@ def test_a_saved_model_comes_back(saved, folder, tiny):
     assert model.prefix_of("a/.h5") == "a/.h5"  # a name of nothing else is no ending
 
 
+def test_a_model_of_an_edited_network_is_refused(folder, tiny, monkeypatch):
+    """Its layers may have the same names and shapes."""
+    network = model.build_network(3, 75)
+    info = {"labels": LABELS, "image_size": 75, "round": 2, "base": model.describe("learned")}
+    model.save_model(network, info, folder / "m")
+    assert model.load_model(folder / "m")[1]["base"].startswith("Tiny, ")
+    monkeypatch.setattr(model, "BASE", model.BASE._replace(offset=-0.5))
+    with pytest.raises(utils.UserError, match=r"m\.h5: of another network \(Tiny, .*train again"):
+        model.load_model(folder / "m")
+
+
 @pytest.mark.slow
 def test_weights_of_inception_load_as_keras_loads_them(weights_file, tmp_path):
     """As offered for download; as weights alone, whose layers Keras numbers in another order; and
@@ -135,6 +146,20 @@ def test_folding_the_normalisation_changes_nothing():
         before, after = (model.predict(one, pixels, 4) for one in (network, folded))
         assert before.std() > 0.1 and np.allclose(before, after, atol=1e-4 * np.abs(before).max())
         assert sum(isinstance(layer, norm) for layer in folded.layers) == staying
+
+
+def test_a_convolution_that_others_read_keeps_its_normalisation():
+    import keras
+
+    inputs = keras.Input((8, 8, 3))
+    plain = keras.layers.Conv2D(3, 1, use_bias=False)(inputs)
+    normal = keras.layers.BatchNormalization(beta_initializer="ones")(plain)
+    network = model.compiled(keras.Model(inputs, keras.layers.Add()([plain, normal])))
+    pixels = np.ones((4, 8, 8, 3), "float32")
+    before, after = (
+        model.predict(one, pixels, 4) for one in (network, model.fold_normalisation(network))
+    )
+    assert np.allclose(before, after, atol=1e-5)
 
 
 def test_what_other_threads_print_while_the_network_is_built_is_not_lost(capfd):
