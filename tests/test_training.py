@@ -60,7 +60,7 @@ def test_without_a_connection_auto_says_what_is_lost_and_goes_on(scratch_run):
     assert len(lines) >= 4 and all(line.startswith("warning: ") for line in lines)
 
 
-def test_the_files(scratch_run):
+def test_the_files(scratch_run, tiny):
     folder, _ = scratch_run
     ends = ".h5 .json -labels.json -history.csv -report.png -mistakes.csv -review.csv -review.png"
     names = {path.name for path in folder.iterdir()}

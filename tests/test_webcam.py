@@ -967,7 +967,9 @@ def test_a_window_that_takes_too_long_is_none(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("warning: no window can be opened")
 
 
-def test_what_is_no_film_is_told_before_the_model_is_loaded(drawn_model, tmp_path, monkeypatch):
+def test_what_is_no_film_is_told_before_the_model_is_loaded(
+    drawn_model, tmp_path, monkeypatch, tiny
+):
     (tmp_path / "notes.txt").write_text("milk, bread\n" * 99)
     monkeypatch.setattr(webcam.model, "load_model", None)
     source = tmp_path / "notes.txt"
