@@ -29,7 +29,7 @@ class Track:
     id: int
     box: tuple  # x, y, width, height in pixels of the source
     seen: float  # timestamp of the frame in which it was found last
-    since: float  # timestamp of the first one, or when somebody lost for a moment appeared
+    since: float  # timestamp of the first one
     mean: np.ndarray | float = 0.0  # running mean of its probabilities, (classes,)
     classifications: int = 0
     agreeing: int = 0  # classifications since its label changed
@@ -40,7 +40,7 @@ class Track:
     probability: float = float("nan")  # of that class
     kept_at: float = -(10.0**9)  # timestamp of the crop kept last
     kept: tuple = ()  # and its thumbnail and box
-    reported: tuple = ()  # label and probability that --events printed last
+    reported: tuple = ()  # label, probability and since when, as --events printed them last
 
 
 # ---------------------------------------------------------------- frames → boxes

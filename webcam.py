@@ -337,14 +337,14 @@ class EventWriter:
     def write(self, frame, tracks):
         """Print the events of a frame. tracks: all that are followed, or somebody never leaves."""
         for track in tracks:
-            if track.agreeing < AGREEING or track.label in track.reported:
+            if track.agreeing < AGREEING or track.reported[:1] == (track.label,):
                 continue
             self.leave([one for one in self.present if one is track])  # it has a new label
-            track.reported = track.label, track.probability
             lost = [one for one in self.present if one not in tracks]
             same = [one for one in lost if one.reported[0] == track.label]
+            since = same[0].reported[2] if same else track.since
+            track.reported = track.label, track.probability, since
             if same:  # somebody who was lost for a moment
-                track.since = same[0].since
                 self.present.remove(same[0])
             else:
                 self.print_event("appeared", track, frame.timestamp)
@@ -359,14 +359,14 @@ class EventWriter:
 
     def print_event(self, event, track, timestamp):
         """Print one JSON object; `seconds` is how long somebody has been seen until then."""
-        label, probability = track.reported
+        label, probability, since = track.reported
         cells = self.file | {
             "event": event,
             "time": round(timestamp, 6),
             "track": track.id,
             "label": label or None,
             "probability": round(probability, 6) if label else None,
-            "seconds": round(timestamp - track.since, 6),
+            "seconds": round(timestamp - since, 6),
         }
         utils.print_line(json.dumps(cells, ensure_ascii=False))
 

@@ -535,7 +535,7 @@ def events(capsys, *moments):
     writer, tracks = webcam.EventWriter(), {}
     for timestamp, people in moments:
         for n, (label, agreeing) in people.items():
-            track = tracks.setdefault(n, tracker.Track(n, (0, 0, 9, 9), timestamp, 0.0))
+            track = tracks.setdefault(n, tracker.Track(n, (0, 0, 9, 9), timestamp, timestamp))
             track.seen, track.label, track.agreeing = timestamp, label, agreeing
         writer.write(sources.Frame(0, timestamp, IMAGE), [tracks[n] for n in people])
     writer.close()
@@ -548,6 +548,13 @@ def test_somebody_comes_is_lost_for_a_moment_and_leaves(capsys):
     later = [(1.0, {}), (2.0, {1: ("Ann", 3)}), (9.0, {2: ("Ben", 2)})]
     got = events(capsys, *first, *later)
     assert got == [("appeared", 0.6, "Ann", 0.6), ("left", 2.0, "Ann", 2.0)]
+
+
+def test_who_was_taken_for_a_stranger_lost_before_was_not_there_longer(capsys):
+    first = [(0.0, {0: ("unknown", 3)}), (1.0, {}), (2.0, {1: ("unknown", 3)})]
+    got = events(capsys, *first, (4.0, {1: ("Ann", 3)}))
+    assert got[:2] == [("appeared", 0.0, "unknown", 0.0), ("left", 4.0, "unknown", 4.0)]
+    assert got[2:] == [("appeared", 4.0, "Ann", 2.0), ("left", 4.0, "Ann", 2.0)]
 
 
 def test_two_strangers_are_two_and_a_new_name_is_news(capsys):
