@@ -547,8 +547,7 @@ class Viewer:
             open_window(image)
         self.image = image
         shown = image.copy()
-        text = self.status()
-        if text:
+        if text := self.status():
             size = round(0.8 * text_size(image))
             draw_label(shown, image.width, size // 3, size, (0, 0, 0, 130), text)
         cv2.imshow(TITLE, cv2.cvtColor(np.asarray(shown), cv2.COLOR_RGB2BGR))
@@ -750,15 +749,14 @@ def tag_live(source, tagger, viewer):
 def print_summary(tagger, viewer):
     """Print on stderr how it went, what was kept, and what to do where nothing was found."""
     args, counts, lines = tagger.args, tagger.counts, []
-    seconds = time.perf_counter() - viewer.first
     if counts["frames"]:
-        lines.append(film_summary(tagger, viewer.count / seconds))
+        lines.append(film_summary(tagger, viewer.count / (time.perf_counter() - viewer.first)))
     if counts["photos"]:
         order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
         named = [f"{n} {label}" if label else utils.count(n, "face") for label, n in order]
         found = ", ".join(named) or "nothing tagged"
-        photos = utils.count(counts["photos"], "photo")
         rate = counts["photos"] / (time.perf_counter() - tagger.begun)
+        photos = utils.count(counts["photos"], "photo")
         lines.append(f"{photos}: {found}; {rate:.1f} a second")
     if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
