@@ -20,6 +20,7 @@ import numpy as np
 import pillow_heif
 from PIL import Image, ImageOps, PngImagePlugin
 
+CASCADE = "haarcascade_frontalface_default.xml"
 # Rarely used parsers are where the holes are: only these are ever tried.
 FORMATS = "JPEG PNG WEBP GIF BMP TIFF PPM HEIF AVIF".split()
 PICTURE_ENDINGS = """
@@ -310,9 +311,9 @@ def load_cascade():
     """
     import cv2
 
-    path = Path(utils.CASCADE)
+    path = Path(CASCADE)
     if not path.is_file():
-        path = Path(__file__).resolve().with_name(utils.CASCADE)
+        path = Path(__file__).resolve().with_name(CASCADE)
     cascade = cv2.CascadeClassifier()
     with contextlib.suppress(OSError, ValueError, cv2.error, SystemError):
         # not by its name: OpenCV ends the process on some, and on Windows it opens only ASCII

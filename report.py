@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import utils
 
+KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MATRIX_CLASSES = 40  # more would leave thumbnails too small to recognise
 REVIEW_PICTURES, REVIEW_COLUMNS = 40, 8
@@ -114,7 +115,7 @@ def draw_confusion_matrix(path, prefix, title, labels, actual, predicted, pictur
             drawn = draw_cell(cell, pictures, inside, a == p)
             canvas.paste(drawn, (left + column * cell, y))
     note = PngInfo()
-    note.add_text("Software", f"{utils.KIT}: {prefix}")
+    note.add_text("Software", f"{KIT}: {prefix}")
     with utils.atomic_write(path) as part:
         canvas.save(part, "PNG", pnginfo=note)
 
@@ -126,7 +127,7 @@ def matrix_maker(path):
     try:
         with Image.open(path, formats=["PNG"]) as image:
             kit, _, prefix = image.info.get("Software", "").partition(": ")
-            return prefix if kit == utils.KIT else None
+            return prefix if kit == KIT else None
     except Exception:  # Pillow's parsers raise much
         return None
 

@@ -635,7 +635,7 @@ def check_outputs(args):
     problem = None
     if not folder.is_dir():
         name, problem = utils.escape(folder), "no such folder: make it or choose another prefix"
-    elif not utils.is_utf8(args.model):
+    elif args.model.encode(errors="ignore").decode() != args.model:  # bytes of another encoding
         problem = "no name in UTF-8: choose another prefix"
     elif args.model.endswith(("/", os.sep)) or Path(args.model).is_dir():
         problem = f"is a folder: give a prefix such as {name.rstrip('/')}/model"

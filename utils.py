@@ -8,6 +8,7 @@ import errno
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -44,10 +45,8 @@ def show_exception(kind, error, trace):
 sys.excepthook = show_exception  # packages take a second to import
 import tqdm  # noqa: E402
 
-CASCADE = "haarcascade_frontalface_default.xml"
 UNKNOWN = "unknown"  # the class of faces without a name; webcam.py knows it
 FEW_PICTURES = 20  # of a class; with fewer a model is often wrong
-KIT = "finetuning-kit"  # named in the pictures that are ours to remove
 # What systems, NAS and recycle bins leave behind, in small letters.
 SKIPPED_NAMES = {"thumbs.db", "desktop.ini", "__macosx", "lost+found", "$recycle.bin", "recycler"}
 SKIPPED_NAMES |= {"#recycle", "@recycle", "@recently-snapshot", "#snapshot", "~snapshot", "@tmp"}
@@ -58,6 +57,7 @@ RESERVED_NAMES |= {"con", "prn", "aux", "nul"}
 # As TensorFlow and JAX say it; they have no class in common for it.
 OUT_OF_MEMORY = re.compile("^ResourceExhaustedError|RESOURCE_EXHAUSTED")
 
+interrupted = threading.Event()
 tqdm.tqdm.set_lock(threading.RLock())  # its own stays locked after a Ctrl-C at the wrong moment
 
 
@@ -149,6 +149,12 @@ def explain(error):
     return None
 
 
+def interrupt(*_):
+    """Handle a signal as Ctrl-C, and note it: libraries in C++ may lose the exception."""
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
 def run(main):
     """Call a script's `main()` and leave with its exit code.
 
@@ -156,6 +162,9 @@ def run(main):
     accuracy gate, 130 Ctrl-C.
     Text that leaves the process is UTF-8, save on a terminal, which gets escapes for what it lacks.
     """
+    interrupted.clear()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is ignored
+        signal.signal(signal.SIGINT, interrupt)
     nowhere = open(os.devnull, "w")
     # None where it was closed, by `>&-` say
     sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
@@ -167,15 +176,13 @@ def run(main):
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        code = 130
-    except Exception as error:
-        line = explain(error)
-        if line is None:
+    except (Exception, KeyboardInterrupt) as error:
+        is_stop = isinstance(error, KeyboardInterrupt) or interrupted.is_set()
+        line = None if is_stop else explain(error)
+        if line is None and not is_stop:
             raise
-        print(f"error: {line}", file=sys.stderr)
-        code = 2 if isinstance(error, UsageError) else 1
+        print("stopped" if is_stop else f"error: {line}", file=sys.stderr)
+        code = 130 if is_stop else 2 if isinstance(error, UsageError) else 1
     sys.exit(code)
 
 
@@ -191,6 +198,8 @@ def progress(items, total, label):
     ) as bar:
         for done, item in enumerate(items, 1):
             yield item
+            if interrupted.is_set():
+                raise KeyboardInterrupt
             now = time.monotonic()
             if done == 1:  # what it takes to start up is not the rate of the others
                 bar.unpause()
@@ -311,11 +320,6 @@ def folder_name(text):
     return folder_names([text])[text]
 
 
-def is_utf8(name):
-    """Say whether a name is proper Unicode, and not bytes of another encoding as surrogates."""
-    return name.encode(errors="ignore").decode() == name
-
-
 def is_inside(path, place):
     """Say whether `path` is or lies in `place`, also where names differ in case or spelling."""
     path = Path(os.path.realpath(path))
@@ -370,10 +374,7 @@ def warn_about_left_out(folder, outside, clouded):
     name = escape(folder)
     if outside:
         links = count(len(outside), "link leads", "links lead")
-        are = "is" if len(outside) == 1 else "are"
-        warn(
-            f"{name}: {links} out of it or in a circle and {are} not followed: {escape(outside[0])}"
-        )
+        warn(f"{name}: {links} out of it or in a circle: not followed: {escape(outside[0])}")
     if clouded:
         there = count(clouded, "picture is", "pictures are")
         warn(f"{name}: {there} in iCloud only: download them first")
@@ -400,9 +401,8 @@ def file_lock(path):
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise UserError(
-            f"{escape(path)}: another run is at work here: wait for it or choose another name"
-        ) from None
+        problem = "another run is at work here: wait for it or choose another name"
+        raise UserError(f"{escape(path)}: {problem}") from None
     try:
         yield
     finally:
@@ -417,7 +417,8 @@ def naming(path):
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path
+        with contextlib.suppress(AttributeError):  # PyAV's cannot be changed
+            error.filename = error.filename or path
         raise
 
 

@@ -814,7 +814,7 @@ def main():
     for name in ("SIGTERM", "SIGHUP"):  # a film is kept, as after Ctrl-C
         number = getattr(signal, name, None)  # Windows has no SIGHUP
         if number and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, utils.interrupt)
     source = sources.find_source(args.source)
     check_arguments(args, source)
     if args.by_name:

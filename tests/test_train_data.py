@@ -18,6 +18,7 @@ from PIL.PngImagePlugin import PngInfo
 import dataset
 import features
 import model
+import report
 import train
 import utils
 
@@ -344,7 +345,7 @@ def add_odd_names(data):
         (add_links, [
             "images: 6 train, 2 validation, 2 classes, 0 skipped",
             "c: a class without files is left",
-            "3 links lead out of it or in a circle and are not followed",
+            "3 links lead out of it or in a circle: not followed",
         ]),
         (add_odd_names, ["5 classes, 1 skipped", "a\\x1b[31m", "b\\nc", "bad\\x1b.png"]),
     ],
@@ -436,7 +437,7 @@ def test_pictures_that_show_nothing_or_little_are_counted(make_classes, capsys):
 def test_a_prefix_is_the_same_from_wherever_it_is_written(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     note = PngInfo()
-    note.add_text("Software", f"{utils.KIT}: {Path('m')}")
+    note.add_text("Software", f"{report.KIT}: {Path('m')}")
     Image.new("RGB", (9, 9)).save("000.png", pnginfo=note)
     for prefix in ("m", "./m", tmp_path / "m"):
         train.check_outputs(train.parse_arguments([".", str(prefix)]))

@@ -19,8 +19,8 @@ from PIL import Image
 import dataset
 import features
 import model
+import report
 import train
-import utils
 
 
 def accuracy_counts(output, start):
@@ -67,7 +67,7 @@ def test_the_files(scratch_run, tiny):
     assert names == {"data", "000.png", *(f"model{end}" for end in ends.split())}
     assert json.loads((folder / "model-labels.json").read_text()) == ["grün", "red", "unknown"]
     with Image.open(folder / "000.png") as image:
-        assert image.info["Software"] == f"{utils.KIT}: model" and max(image.size) <= 4096
+        assert image.info["Software"] == f"{report.KIT}: model" and max(image.size) <= 4096
     history = read_table(folder / "model-history.csv")
     epochs = [(row["round"], row["epoch"], bool(row["plain_accuracy"])) for row in history]
     assert epochs == [("0", "1", False), ("0", "2", True)]

@@ -1,7 +1,9 @@
 """The shared module: pictures of every kind in, safe names and whole files out."""
 
+import contextlib
 import io
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -287,6 +289,25 @@ def test_too_little_memory_is_one_line(error, capsys):
     with pytest.raises(SystemExit) as end:
         utils.run(main)
     assert end.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory: close")
+
+
+@pytest.mark.parametrize("lost", [None, SystemError("bad argument to internal function")])
+def test_a_ctrl_c_that_a_library_loses_stops_all_the_same(lost, capsys):
+    done = []
+
+    def main():
+        for item in utils.progress(range(9), 9, "items"):
+            done.append(item)
+            if item == 2:
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                if lost:
+                    raise lost
+
+    with pytest.raises(SystemExit) as end:
+        utils.run(main)
+    assert end.value.code == 130 and capsys.readouterr().err == "stopped\n"
+    assert done == [0, 1, 2]
 
 
 def test_a_transparent_grey_is_white_whatever_the_bits():

@@ -15,6 +15,7 @@ import signal
 import struct
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from fractions import Fraction
@@ -586,6 +587,32 @@ def test_the_film_of_a_camera_runs_as_fast_as_the_camera_did(tmp_path, moments):
         assert frames_of(tmp_path / name)[-1][0] == pytest.approx(last, abs=0.04)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of files")
+@pytest.mark.parametrize("name", ["out.mp4", "out.avi"])
+def test_a_full_disk_while_a_film_is_written_is_one_line(tmp_path, name):
+    lines = f"""
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import numpy, pathlib, resource, films, utils
+        from PIL import Image
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        def main():
+            film = films.write_film(pathlib.Path({name!r}), 25)
+            next(film)
+            noise = numpy.random.default_rng(0).integers(0, 255, (240, 320, 3))
+            for n in range(99):
+                film.send((Image.fromarray(noise.astype("uint8")), n / 25))
+            film.close()
+        utils.run(main)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, encoding="utf-8")
+    assert re.match(
+        f"error: --output {name}: could not be written .*free some space", error_line(done)
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("label", "whole", "expected"),
     [("Ann", True, "Ann 51%"), ("unknown", True, "Ann? 51%"), ("unknown", False, "unknown")],
@@ -884,7 +911,7 @@ def test_what_is_missing_is_told_with_the_remedy(tmp_path, film, missing):
     folder.mkdir()
     for script in ROOT.glob("*.py"):
         shutil.copy(script, folder / script.name)
-    remedy, cascade = "copy it from the kit", webcam.utils.CASCADE
+    remedy, cascade = "copy it from the kit", webcam.imaging.CASCADE
     if missing == "CascadeClassifier":
         (folder / "cv2.py").write_text("__version__ = '5.0.0'")
         remedy = 'pip install "opencv-python<5"'
