@@ -19,7 +19,7 @@ TURNED = 8  # length of a class name that is turned by a quarter, in font sizes
 MATRIX_CLASSES = 40  # more would leave thumbnails too small to recognise
 REVIEW_PICTURES, REVIEW_COLUMNS = 40, 8
 RELIABILITY_BINS = 10
-PANEL_HEIGHT = 3.2  # inches
+PANEL_HEIGHT = 3.4  # inches
 # right and wrong, strong and pale: the colour-blind tell them apart, too
 BLUE, ORANGE = ("#0072b2", "#deebf5"), ("#d55e00", "#fae3d5")
 COLOR_FONT = 2**14  # FreeType's flag
@@ -38,7 +38,8 @@ def import_matplotlib():
     import matplotlib
 
     matplotlib.rcdefaults()
-    matplotlib.rcParams.update({"axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.3})
+    settings = {"axes.titlelocation": "left", "axes.titlepad": 24}  # a legend lies below the title
+    matplotlib.rcParams.update(settings | {"axes.grid": True, "grid.alpha": 0.3})
 
 
 @functools.cache
@@ -234,7 +235,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
     plots.append((PANEL_HEIGHT, plot_reliability, (actual, probabilities)))
     if strangers:
         plots.append((PANEL_HEIGHT, plot_strangers, strangers))
-    height = 1.2 + 0.24 * min(len(labels), MATRIX_CLASSES)
+    height = 1.6 + 0.24 * min(len(labels), MATRIX_CLASSES)
     plots.append((height, plot_classes, (labels, actual, probabilities.argmax(1))))
     inches = [height for height, *_ in plots]
     figure = Figure(figsize=(9, sum(inches) + 0.3), layout="constrained")
@@ -242,7 +243,7 @@ def draw_report(path, title, labels, actual, probabilities, history=None, strang
     panels = figure.subplots(len(plots), 1, height_ratios=inches)
     for axes, (_, plot, arguments) in zip(panels, plots):
         plot(axes, *arguments)
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, frameon=False, fontsize=9)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, fontsize=9)
     with utils.atomic_write(path) as part:
         figure.savefig(part, dpi=110)
 
@@ -315,4 +316,4 @@ def plot_classes(axes, labels, actual, predicted):
         tick.set(font=Path(font_file(name)), parse_math=False)
     is_whole = len(order) == len(labels)
     title = "Classes" if is_whole else f"The weakest {len(order)} of {len(labels)} classes"
-    axes.set(title=title, xlim=(0, 1.02), ylim=(len(order) - 0.5, -0.5))
+    axes.set(title=title, xlabel="share", xlim=(0, 1.02), ylim=(len(order) - 0.5, -0.5))
