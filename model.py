@@ -487,6 +487,9 @@ def check_model(prefix):
         raise utils.UserError(
             f"{utils.escape(there)}: {names} missing beside it: copy all three files of a model"
         )
+    if missing and Path(prefix).is_dir():
+        name = utils.escape(Path(prefix))
+        raise utils.UserError(f"{name}: is a folder: give the prefix of a model, {name}/model say")
     texts = read_text(architecture), read_text(labels_path)
     info = check_info(read_metadata(weights), weights)
     if info["labels"] != parse_json(labels_path, texts[1]):

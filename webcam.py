@@ -675,8 +675,7 @@ def tag_file(path, picture, tagger, viewer):
     source = tagger.source
     clock = sources.PlaybackClock()
     output = output_path(path, source, tagger.args.output)
-    rate = None
-    frames = [picture]
+    rate, frames = None, [picture]
     if path in source.films:
         film = films.Film(str(path.resolve()), utils.escape(path))
         rate = film.rate
@@ -763,7 +762,8 @@ def print_summary(tagger, viewer):
     if args.save_faces:
         crops = ", ".join(f"{number} {verdict}" for verdict, number in tagger.crops.items())
         lines.append(f"{utils.escape(args.save_faces)}: {crops}")
-        lines.append(next_step(args, tagger.source))
+        if tagger.crops["saved"]:
+            lines.append(next_step(args, tagger.source))
     if lines:
         print(*lines, sep="\n", file=sys.stderr)
 

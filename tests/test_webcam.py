@@ -858,6 +858,7 @@ MISTAKES = """
 2 | model --output= | argument --output: is empty: give a path
 2 | model a.mp4 b.mp4 | unrecognized arguments: a.mp4 b.mp4 (--source takes one film
 1 | model --source film.mp4 | error: model.json: no such file
+1 | photos/ --source film.mp4 | error: photos: is a folder: give the prefix of a model, photos/model
 1 | FACES --source missing.mp4 | error: --source missing.mp4: no such file
 1 | FACES --source empty.mp4 | error: --source empty.mp4: no frame can be read
 1 | FACES --source notes.txt | error: --source notes.txt: there is no film in it
