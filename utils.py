@@ -162,7 +162,6 @@ def run(main):
     accuracy gate, 130 Ctrl-C.
     Text that leaves the process is UTF-8, save on a terminal, which gets escapes for what it lacks.
     """
-    interrupted.clear()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # else it is ignored
         signal.signal(signal.SIGINT, interrupt)
     nowhere = open(os.devnull, "w")
@@ -183,6 +182,7 @@ def run(main):
             raise
         print("stopped" if is_stop else f"error: {line}", file=sys.stderr)
         code = 130 if is_stop else 2 if isinstance(error, UsageError) else 1
+    interrupted.clear()  # whatever a notebook or a test runs next
     sys.exit(code)
 
 
