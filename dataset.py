@@ -45,32 +45,31 @@ Scored = namedtuple("Scored", "pictures pixels labels targets")  # all that scor
 
 
 def find_division(data_dir):
-    """Return ({part: folder}, test folder or None) of a divided set, else None twice.
+    """Return ({part: folder of its classes}, test folder or None).
 
-    Such a set has a folder called train and one called val or test, which share class folders.
-    Without a val folder, train is what is to be divided.
+    The parts are train and, where it is divided already, validation. A divided set has a folder
+    called train and one called val or test, which share class folders. Without a val folder, train
+    is what is to be divided; of any other set, all of data_dir is.
     """
     folders = {path.name.casefold(): path for path in list_folders(data_dir)}
     parts = [next((folders[name] for name in sorted(names & folders.keys())), None)
              for names in DIVIDED]  # fmt: skip
     classes = [{label_of(p.name) for p in list_folders(part)} if part else set() for part in parts]
     if not classes[0] & (classes[1] | classes[2]):
-        return None, None
+        return {"train": data_dir}, None
     found = {"train": parts[0]} | ({"validation": parts[1]} if classes[1] else {})
     return found, parts[2]
 
 
 def find_parts(data_dir):
-    """Return ([(path, label, part)], {part: folder of its classes}, test folder) of all files.
+    """Return ([(path, label, part)], parts, test folder) of all files; parts: see find_division.
 
-    The parts are train and, unless train is to be divided, validation. A class that only validation
-    has is left out. Warns of what is left out, or is not tested.
+    A class that only validation has is left out. Warns of what is left out, or is not tested.
     """
     parts, test = find_division(data_dir)
-    if parts:
+    if parts["train"] != data_dir:
         for path in sorted(set(list_folders(data_dir)) - {*parts.values(), test}):
             utils.warn(f"{utils.escape(path)}: left out, since {parts['train'].name} has classes")
-    parts = parts or {"train": data_dir}
     files = [(*file, part) for part, root in parts.items() for file in find_files(root)]
     if "validation" not in parts:
         return files, parts, test
@@ -414,10 +413,10 @@ def read_data(args, side):
 def check_folders(args):
     """Raise UserError unless there are two class folders at least; cheap, nothing is read."""
     parts, _ = find_division(args.data_dir)
-    if parts and "validation" in parts and args.validation_split:
+    if "validation" in parts and args.validation_split:
         name = utils.escape(args.data_dir)
         raise utils.UsageError(f"--validation-split: {name} is divided already: leave it out")
-    if not parts:
+    if parts["train"] == args.data_dir:
         check_labels(args, sorted(label_of(path.name) for path in list_folders(args.data_dir)))
 
 

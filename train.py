@@ -510,7 +510,7 @@ def is_finished(run, state):
     if "rounds" in run.args:  # those that were asked for are made
         return False
     is_scratch = run.networks.cut is None
-    if best["right"] == len(run.data.validation) or (is_scratch and best["loo"] >= GOOD_ENOUGH):
+    if best["score"][0] == 0 or (is_scratch and best["loo"] >= GOOD_ENOUGH):
         return True
     return bool(recipe["patience"] and state["rounds_without_gain"] >= recipe["patience"])
 
@@ -518,7 +518,7 @@ def is_finished(run, state):
 def finish_round(run, trained, number, best):
     """Print a round's line, save the model if it is the best yet, draw. In all processes.
 
-    best: {"round", "right", "score", "loo"} of the best so far, or None. Returns (the best now,
+    best: {"round", "score", "loo"} of the best so far, or None. Returns (the best now,
     accuracy of this round).
     """
     made = round_readout(run, number)
@@ -531,12 +531,13 @@ def score_round(run, trained, number, made, best):
     candidates = [readout_candidate(run, made)]
     candidates += trained_candidates(run, trained, made) if number else []
     actual = data.targets[data.validation]
-    found, chosen = min(((score(c, actual), c) for c in candidates), key=lambda pair: pair[0])
+    chosen = min(candidates, key=lambda candidate: score(candidate, actual))
+    found = score(chosen, actual)
     right = len(actual) - found[0]
     line = f"round {number}: validation accuracy {right / len(actual):.4f} ({right}/{len(actual)})"
     utils.print_line(line)
     if best is None or found < best["score"]:
-        best = {"round": number, "right": right, "score": found, "loo": made.fit.accuracy}
+        best = {"round": number, "score": found, "loo": made.fit.accuracy}
         save_candidate(run, number, right, made, chosen)
     draw_round(run, number, line, chosen.probabilities)
     return best, right / len(actual)
@@ -891,9 +892,9 @@ def resume_settings(args, recipe, data):
     names += "float32 cache_gb processes"
     settings = {name: getattr(args, name) for name in names.split()}
     settings |= recipe | {"image_size": data.pixels.rows.shape[1], "labels": data.labels}
-    views = features.view_settings(args)
-    settings |= {"network": repr(model.BASE)}  # the script may have been edited meanwhile
-    return settings | {"views_made_of": views, "split": data.validation.tolist()}
+    # the script may have been edited meanwhile
+    settings |= {"views_made_of": features.view_settings(args), "network": repr(model.BASE)}
+    return settings | {"split": data.validation.tolist()}
 
 
 def file_list(args, data):

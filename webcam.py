@@ -754,8 +754,8 @@ def print_summary(tagger, viewer):
         order = sorted(tagger.labels.most_common(), key=lambda pair: pair[0] == utils.UNKNOWN)
         named = [f"{n} {label}" if label else utils.count(n, "face") for label, n in order]
         found = ", ".join(named) or "nothing tagged"
-        rate = counts["photos"] / (time.perf_counter() - tagger.begun)
         photos = utils.count(counts["photos"], "photo")
+        rate = counts["photos"] / (time.perf_counter() - tagger.begun)
         lines.append(f"{photos}: {found}; {rate:.1f} a second")
     if not counts["tagged"] and tagger.samples:
         lines.append(smaller_face(tagger))
