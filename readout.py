@@ -393,12 +393,13 @@ def log_loss(probabilities, targets, smoothing=0.0):
 def fit_temperature(logits, targets):
     """Return the temperature with the least log loss (Guo et al. 2017).
 
-    Targets count n + 1 of n + 2 times, as in Platt 1999: a finite set proves no certainty.
+    Targets count n + 1/2 of n + 1 times, what Jeffreys's prior (1946) expects after n right
+    answers: a finite set proves no certainty.
     """
     from scipy.optimize import minimize_scalar
 
     classes = logits.shape[1]
-    smoothing = classes / (classes - 1) / (len(targets) + 2)
+    smoothing = classes / (classes - 1) / (2 * len(targets) + 2)
     scale = max(1e-12, np.abs(logits).max())
 
     def loss(log_temperature):
