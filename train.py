@@ -1101,18 +1101,19 @@ def train_alone(args):
             if args.process == 0:
                 remove_unfinished(args)
             return train(args)
-    except (KeyboardInterrupt, BrokenPipeError) as stop:
-        hint = "no whole round is saved yet"
-        if state_path(args.model).exists():
-            hint = "the best whole round is saved; the same command with --resume goes on"
-        print(hint, file=sys.stderr)
-        if isinstance(stop, BrokenPipeError):  # exit code 0 would say that there is a model
+    except (Exception, KeyboardInterrupt) as error:
+        is_unread = isinstance(error, BrokenPipeError)
+        # TensorFlow may turn a Ctrl-C into an error of its own
+        if is_unread or isinstance(error, KeyboardInterrupt) or utils.interrupted.is_set():
+            hint = "no whole round is saved yet"
+            if state_path(args.model).exists():
+                hint = "the best whole round is saved; the same command with --resume goes on"
+            print(hint, file=sys.stderr)
+        if is_unread:  # exit code 0 would say that there is a model
             raise utils.UserError("stopped, since nobody reads what is printed any more") from None
+        if isinstance(error, RuntimeError) and args.processes > 1:  # JAX lost a connection
+            raise utils.UserError(f"{processes.LOST} ({utils.escape(error)[:100]})") from None
         raise
-    except RuntimeError as error:  # what JAX raises when a connection breaks
-        if args.processes == 1:
-            raise
-        raise utils.UserError(f"{processes.LOST} ({utils.escape(error)[:100]})") from None
 
 
 def main():

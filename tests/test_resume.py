@@ -329,3 +329,21 @@ def test_a_full_disk_is_one_line_and_the_last_model_stays(old_model, tmp_path, s
     assert expected in error_line(done)
     assert numbers(folder / "m") == numbers(old_model / "m")
     assert {path.name for path in folder.iterdir()} <= {"m.h5", "m.json", "m-labels.json"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("cancelled"), KeyboardInterrupt()])
+def test_a_stop_says_how_to_go_on_whatever_the_library_makes_of_it(
+    tmp_path, monkeypatch, capsys, error
+):
+    data = draw_classes(tmp_path / "data", {"a": 3, "b": 3})
+    args = train.parse_arguments([str(data), str(tmp_path / "m")])
+
+    def train_until_stopped(_):
+        utils.interrupted.set()
+        raise error
+
+    monkeypatch.setattr(train, "train", train_until_stopped)
+    with pytest.raises(SystemExit) as end:
+        utils.run(lambda: train.train_alone(args))
+    assert end.value.code == 130
+    assert capsys.readouterr().err.splitlines() == ["no whole round is saved yet", "stopped"]
