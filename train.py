@@ -647,7 +647,7 @@ def check_outputs(args):
     elif not args.evaluate and args.model.endswith(ends):
         problem = f"choose a prefix that does not end in {', '.join(ends)}"
     elif not args.evaluate and not model.may_replace_model(args.model):
-        name, problem = f"{name}.h5", "a model from elsewhere: choose another prefix"
+        name, problem = f"{name}.h5 or {name}.json", "from elsewhere: choose another prefix"
     elif strange := strange_output(args):
         name, problem = strange, "not of such a model: move it away or choose another prefix"
     if problem:

@@ -61,7 +61,7 @@ def test_values_out_of_range_are_wrong_usage(tmp_path, option):
         ("empty model", "error: empty: fewer than two classes"),
         ("one model", "error: one: fewer than two classes"),
         ("few model --weights none", "error: no class can be divided"),
-        ("data foreign --weights none", "error: foreign.h5: a model from elsewhere"),
+        ("data foreign --weights none", "error: foreign.h5 or foreign.json: from elsewhere"),
     ],
 )
 def test_what_is_wrong_is_told_before_the_work(make_classes, tmp_path, words, message):
