@@ -529,7 +529,8 @@ def score_round(run, trained, number, made, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
     candidates = [readout_candidate(run, made)]
-    candidates += trained_candidates(run, trained, made) if number else []
+    if number and not run.args.fit_all:  # that cannot fit what was trained
+        candidates += trained_candidates(run, trained, made)
     actual = data.targets[data.validation]
     chosen = min(candidates, key=lambda candidate: score(candidate, actual))
     found = score(chosen, actual)
@@ -778,9 +779,6 @@ def finish_run(run, state, made, before):
 
 def fit_all(run, network, info, fit):
     """Save the model once more with a readout of all pictures; its figures stay as they are."""
-    if info["trained_share"]:
-        utils.warn("--fit-all: the best round uses what was trained: nothing is fitted again")
-        return
     info["fit_all"] = True
     save_network(run.args, network, readout_numbers(fit), info)
     utils.print_line(
@@ -889,7 +887,7 @@ def state_path(prefix):
 def resume_settings(args, recipe, data):
     """Return what must be the same when a run goes on, by the name to show; plain data."""
     names = "validation_split group_by_folder seed heavy_augmentation unfreeze class_weight "
-    names += "float32 cache_gb processes"
+    names += "float32 cache_gb fit_all processes"
     settings = {name: getattr(args, name) for name in names.split()}
     settings |= recipe | {"image_size": data.pixels.rows.shape[1], "labels": data.labels}
     # the script may have been edited meanwhile
