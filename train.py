@@ -392,8 +392,7 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
 
 def readout_candidate(run, made):
     """Return the Candidate of a Readout alone."""
-    found = readout.predict(made.fit, read_validation(run))
-    probabilities = readout.temper(made.fit, *found)
+    probabilities = readout.temper(made.fit, *readout.predict(made.fit, read_validation(run)))
     return Candidate(run.networks.base, readout_numbers(made.fit), probabilities, 0.0)
 
 
@@ -528,10 +527,11 @@ def finish_round(run, trained, number, best):
 def score_round(run, trained, number, made, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
+    actual = data.targets[data.validation]
     candidates = [readout_candidate(run, made)]
     if number and not run.args.fit_all:  # that cannot fit what was trained
-        candidates += trained_candidates(run, trained, made)
-    actual = data.targets[data.validation]
+        mixed = trained_candidates(run, trained, made)
+        candidates += [c for c in mixed if is_clearly_better(c, candidates[0], actual)]
     chosen = min(candidates, key=lambda candidate: score(candidate, actual))
     found = score(chosen, actual)
     right = len(actual) - found[0]
@@ -544,15 +544,20 @@ def score_round(run, trained, number, made, best):
     return best, right / len(actual)
 
 
-def score(candidate, actual):
-    """Return what is least for the best: [mistakes, whether it uses what was trained, log loss].
+def is_clearly_better(candidate, plain, actual):
+    """Say whether a Candidate has fewer mistakes than the plain one, by over one standard error.
 
-    The temperature of what was trained is fitted to these very pictures, which flatters its loss:
-    only fewer mistakes speak for it.
+    That of the difference (McNemar 1947): of several, the luckiest has fewer anyway.
     """
+    right, before = (c.probabilities.argmax(1) == actual for c in (candidate, plain))
+    gained, lost = (right & ~before).sum(), (before & ~right).sum()
+    return gained - lost > np.sqrt(gained + lost)
+
+
+def score(candidate, actual):
+    """Return what is least for the best: [mistakes, log loss]."""
     wrong = int((candidate.probabilities.argmax(1) != actual).sum())
-    loss = readout.log_loss(candidate.probabilities, actual)
-    return [wrong, candidate.trained_share > 0, loss]
+    return [wrong, readout.log_loss(candidate.probabilities, actual)]
 
 
 def draw_round(run, number, title, probabilities):
@@ -982,8 +987,7 @@ def evaluate(args):
     network, info = model.load_model(args.model)
     check_outputs(args)
     labels, side = info["labels"], info["image_size"]
-    files = dataset.find_files(args.data_dir)
-    files = rename_strange(args, files, labels)
+    files = rename_strange(args, dataset.find_files(args.data_dir), labels)
     pictures, skipped, pixels = dataset.read_pictures(args, files, side)
     if not pictures:
         name = utils.escape(args.data_dir)
@@ -1073,8 +1077,7 @@ def train(args):
     recipe = make_recipe(args, is_scratch, data)
     if state:
         check_state(args, state, recipe, data)
-    number_format = state and state["number_format"]
-    networks = features.build_networks(args, path, data, recipe, number_format)
+    networks = features.build_networks(args, path, data, recipe, state and state["number_format"])
     run = Run(args, recipe, data, networks, {}, {}, {})
     before = None if args.resume else model.read_info(args.model)
     state = run_rounds(run, state)

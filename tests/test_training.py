@@ -208,6 +208,18 @@ def test_where_every_level_is_trained_no_readout_of_before_is_mixed_in(
     assert_candidates(seen, 1)
 
 
+@pytest.mark.parametrize(
+    ("gained", "lost", "is_better"),
+    [(0, 0, False), (1, 0, False), (2, 0, True), (3, 1, False), (4, 1, True), (1, 4, False)],
+)
+def test_what_was_trained_is_not_used_by_luck(gained, lost, is_better):
+    actual = np.arange(20) % 2
+    before, after = actual.copy(), actual.copy()
+    before[:gained], after[10 : 10 + lost] = 1 - actual[:gained], 1 - actual[10 : 10 + lost]
+    plain, trained = (train.Candidate(None, None, np.eye(2)[x], 0.0) for x in (before, after))
+    assert train.is_clearly_better(trained, plain, actual) == is_better
+
+
 def test_what_is_scored_is_what_the_network_answers(tuned, tiny):
     folder, _, seen = tuned
     assert_candidates(seen, len(train.TRAINED_SHARES))
