@@ -24,9 +24,12 @@ SHARED = ROOT.parent / "shared"
 SCRIPTS = ("train.py", "webcam.py", "collect_apple_photos.py")
 # Words for tests/tiny_network.py, which trains in seconds.
 TINY = "--image-size 75 --head-epochs 2 --round-epochs 1 --rounds 1 --batch-size 8".split()
-# A shell starts what runs in its background with Ctrl-C ignored, and children inherit that, but not
-# a handler: with one here, all scripts that tests start can be interrupted.
+# A shell starts what runs in its background with Ctrl-C ignored, nohup with a closed terminal, and
+# children inherit that, but not a handler: with one here, all scripts that tests start can be
+# interrupted.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # Windows has none
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 def pytest_collection_modifyitems(items):
