@@ -52,17 +52,18 @@ Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for
 def fit_readout(rows, strength=None, seed=0):
     """Return the Fit to Rows with the least leave-one-out error, or of a strength that is given.
 
-    In the dual while there are fewer rows than units, else by sums over all rows; of so many, those
-    of MAX_JUDGED rows are left out in turn. seed: draws these.
+    In the dual while there are fewer rows than units, else by sums over all rows. seed: draws the
+    MAX_JUDGED rows that are left out in turn where there are more, and all are unaugmented.
     """
     scales = scale_units(rows)
     roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
+    judged = np.arange(len(rows.targets))
     if len(rows.targets) <= rows.levels[-1].stop:
-        judged = np.arange(len(rows.targets))
         form = dual_form(rows, scales, roots, wanted)
     else:
-        judged = draw_groups(rows.groups[: rows.plain], seed)
+        if rows.plain == len(rows.targets):
+            judged = draw_groups(rows.groups, seed)
         form = primal_form(rows, scales, roots, wanted, judged)
     together = left_out_together(rows.groups[judged], rows.targets[judged])
     plain = min(len(judged), rows.plain)

@@ -1,5 +1,6 @@
 """The closed-form readout, its leave-one-out answers, the temperature and the threshold."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ import utils
 
 WIDE = [slice(0, 12), slice(12, 100)]  # more units than rows: the dual
 NARROW = [slice(0, 12), slice(12, 32)]  # fewer: sums over rows
-FORMS = pytest.mark.parametrize(("views", "levels"), [(1, WIDE), (2, WIDE), (1, NARROW)])
+FORMS = pytest.mark.parametrize(("views", "levels"), itertools.product((1, 2), (WIDE, NARROW)))
 SIZES = (14, 11, 9, 6)  # pictures a class
 
 
