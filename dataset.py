@@ -152,6 +152,11 @@ def read_pictures(args, files, side):
     return pictures, len(files) - len(pictures), pixels
 
 
+def unknown_class(data):
+    """Return the index of the class `unknown`, or None."""
+    return data.labels.index(utils.UNKNOWN) if utils.UNKNOWN in data.labels else None
+
+
 def in_batches(items, size):
     """Divide a sequence into pieces of so many, in order; the last one may have fewer."""
     return [items[i : i + size] for i in range(0, len(items), size)]
@@ -203,7 +208,9 @@ def find_near_copies(pictures):
     pairs = set()
     for shift in range(0, 65, 13):
         part = (hashes >> np.uint64(shift)) & np.uint64(2**13 - 1)
-        order = np.lexsort((hashes, part))
+        # turned, so that in each order other bits say who is next to whom
+        turned = hashes << np.uint64((51 - shift) % 64) | hashes >> np.uint64((shift + 13) % 64)
+        order = np.lexsort((turned, part))
         for step in range(1, 17):  # neighbours in this order
             one, other = order[:-step], order[step:]
             bits = np.bitwise_count(hashes[one] ^ hashes[other])

@@ -195,6 +195,22 @@ def test_near_copies_stay_together(copied, capsys):
     assert "near copies: 96 pictures stay with theirs" in capsys.readouterr().out
 
 
+def test_near_copies_are_found_among_many_that_look_alike():
+    """Also where the first bit of their hashes is what differs."""
+    rng = np.random.default_rng(0)
+    _, one, *crowd = pictures_of([("a", "", str(n)) for n in range(400)])
+    other = one._replace(dhash=one.dhash ^ 1 << 63)
+    parts = [sum(8191 << 13 * k for k in range(4) if k != kept) for kept in range(4)]
+    alike = [
+        picture._replace(
+            dhash=one.dhash ^ int(rng.integers(2**52)) & parts[n % 4] ^ (n // 4 % 2) << 63
+        )
+        for n, picture in enumerate(crowd)
+    ]
+    found = dataset.find_near_copies([*alike[:200], one, *alike[200:], other])
+    assert (200, 399) in found
+
+
 def test_folders_decide_where_near_copies_tie_them_all(tmp_path, capsys):
     """Two films of one person before the same wall; without folders, that class only trains."""
     for n in range(8):
