@@ -7,7 +7,8 @@ The same regression, as a Gaussian process, has a predictive variance (Rasmussen
 chapter 2): it says how little a picture resembles those learned from, and raises the temperature.
 """
 
-from collections import Counter, namedtuple
+import functools
+from collections import Counter, defaultdict, namedtuple
 
 import numpy as np
 
@@ -24,23 +25,21 @@ FRIENDS_REFUSED = 0.05, 0.2  # least and largest share of correct answers that i
 MAX_LEFT_OUT = 40  # classes that play the stranger
 
 # What is read. read: (slice of units, places of rows) → float32 (n, units); levels: such slices;
-# targets, groups: class and group of each row; plain: so many rows, the first, are unaugmented
-Rows = namedtuple("Rows", "read levels targets groups plain class_count")
+# targets, groups: class and group of each row, see leave_out_groups; lone: classes of one group;
+# plain: so many rows, the first, are unaugmented
+Rows = namedtuple("Rows", "read levels targets groups lone plain class_count")
 # kernel (units, classes) and bias (classes,) give logits before temperature. answers: of
-# leave-one-out, about the places `judged[:len(answers)]`; error: their weighted squares; accuracy:
-# the share of them that is correct. For all places that were left out in turn, `judged`: complement
-# is I - hat matrix, residuals what is missing to `wanted`, the centred classes, both times `roots`,
-# the roots of the weights. For temperature and variance see `temper`
+# leave-one-out, about the places `judged`; error: their mean square, classes alike; accuracy: the
+# share of them that is correct; form: a Form. For temperature and variance see `temper`
 Fit = namedtuple(
     "Fit",
-    "strength answers error judged complement residuals wanted roots accuracy kernel bias "
-    "variance temperature",
-    defaults=[None] * 5,
+    "strength judged answers error form accuracy kernel bias variance temperature",
+    defaults=[None] * 6,
 )
 # The predictive variance of x is 1 + |s|^2 - |s @ kernel + bias|^2, where s = (x - mean) * gain.
-# complement: of VARIANCE_STRENGTH; left_out: variances of the rows that the answers are about, by
-# leave-one-out; typical: the mean of these
-Variance = namedtuple("Variance", "mean gain kernel bias complement left_out typical")
+# left_out: variances of the rows that the answers are about, by leave-one-out, with
+# VARIANCE_STRENGTH; typical: the mean of these
+Variance = namedtuple("Variance", "mean gain kernel bias left_out typical")
 # shares of friends correct and strangers unknown at each threshold, the chosen one, and for whom
 # strangers are taken: a Counter of classes
 Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for")
@@ -53,33 +52,33 @@ def fit_readout(rows, strength=None, seed=0):
     """Return the Fit to Rows with the least leave-one-out error, or of a strength that is given.
 
     In the dual while there are fewer rows than units, else by sums over all rows. seed: draws the
-    MAX_JUDGED rows that are left out in turn where there are more, and all are unaugmented.
+    MAX_JUDGED rows that are left out in turn where there are more.
     """
     scales = scale_units(rows)
     roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
-    judged = np.arange(len(rows.targets))
-    if len(rows.targets) <= rows.levels[-1].stop:
-        form = dual_form(rows, scales, roots, wanted)
-    else:
-        if rows.plain == len(rows.targets):
-            judged = draw_groups(rows.groups, seed)
-        form = primal_form(rows, scales, roots, wanted, judged)
-    together = left_out_together(rows.groups[judged], rows.targets[judged])
-    plain = min(len(judged), rows.plain)
+    is_dual = len(rows.targets) <= rows.levels[-1].stop
+    form = (dual_form if is_dual else primal_form)(rows, scales, roots, wanted)
+    drawn = np.arange(len(rows.targets)) if is_dual else draw_groups(rows.groups, seed)
+    together = left_out_together(rows.groups, drawn)
+    judged = drawn[drawn < rows.plain]
+    weights = np.square(roots[judged, 0])
 
     def judge(strength):
         """Return the Fit of a strength, as far as leave-one-out needs it."""
-        solved = form.solve(strength)
-        fit = Fit(strength, None, None, judged, *solved, wanted[judged], roots[judged])
-        answers = np.empty_like(fit.wanted)
-        for places in together:
-            answers[places] = leave_out(fit, places)
-        error = float(np.square(fit.roots * (answers - fit.wanted))[:plain].sum())
-        return fit._replace(answers=answers[:plain], error=error)
+        answers = in_order(together, leave_out(form, strength, together), judged)
+        squares = np.square(answers - wanted[judged]).sum(axis=1)
+        return Fit(strength, judged, answers, np.average(squares, weights=weights))
 
     best = judge(strength) if strength else search_strength(judge)
-    return complete(best, rows.targets[judged[:plain]], form, scales, together)
+    return complete(best, rows.targets[judged], form, scales, together)
+
+
+def in_order(together, parts, judged):
+    """Return numbers about parts, arrays of places, of which some are wanted, in their order."""
+    numbers = np.concatenate(list(parts))
+    order = np.argsort(np.concatenate(together))
+    return numbers[order][: len(judged)]
 
 
 def complete(fit, known, form, scales, together):
@@ -88,11 +87,13 @@ def complete(fit, known, form, scales, together):
     known: classes of the rows that its answers are about.
     """
     mean, gain = scales
-    coefficients = form.coefficients(fit)
+    coefficients = form.coefficients(fit.strength)
     kernel = gain[:, None] * coefficients[:-1]  # reads the levels as they are
-    variance = measure_variance(mean, gain, fit, form, together)
-    sharp = fit.answers * sharpness(variance, variance.left_out)
+    left_out = in_order(together, left_out_variances(form, together), fit.judged)
+    variance = measure_variance(mean, gain, form, left_out)
+    sharp = fit.answers * sharpness(variance, left_out)
     return fit._replace(
+        form=form,
         accuracy=float((fit.answers.argmax(axis=1) == known).mean()),
         kernel=kernel,
         bias=coefficients[-1] + 1 / kernel.shape[1] - mean @ kernel,
@@ -146,10 +147,12 @@ def all_units(rows, scales, places):
     return np.column_stack([x, np.ones(len(x), "float32")])
 
 
-# Functions. solve: strength → (I - hat matrix, residuals); coefficients: Fit → what all_units is
-# multiplied with, (units + 1, classes); components: count → (values, vectors), the principal
-# components of all_units, weighted: their mean squares, (count,), and (units + 1, count)
-Form = namedtuple("Form", "solve coefficients components")
+# roots, (rows, 1), of the weights; wanted: the centred classes, (rows, classes). Functions.
+# blocks: strength, [array of places] → for each of these, its block of I - hat matrix, and its
+# residuals times `roots`; coefficients: strength → what all_units is multiplied with, (units + 1,
+# classes); components: count → (values, vectors), the principal components of all_units, weighted:
+# their mean squares, (count,), and (units + 1, count)
+Form = namedtuple("Form", "roots wanted blocks coefficients components")
 
 
 def dual_form(rows, scales, roots, wanted):
@@ -165,28 +168,34 @@ def dual_form(rows, scales, roots, wanted):
         kernel = kernel + (x @ x.T).astype("float64")
     kernel *= roots * roots.T
 
+    @functools.lru_cache(2)
     def solve(strength):
         """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
         complement = invert(kernel, strength)
         complement *= strength
         return complement, complement @ (roots * wanted)
 
+    def blocks(strength, parts):
+        complement, residuals = solve(strength)
+        for places in parts:
+            yield complement[np.ix_(places, places)], residuals[places]
+
     def expand(dual):
         """Return (units + 1, n) for numbers of the rows, (rows, n)."""
         dual = roots * dual
         return sum(all_units(rows, scales, places).T @ dual[places] for places in in_chunks(count))
 
-    def coefficients(fit):
-        return expand(fit.residuals / fit.strength)
+    def coefficients(strength):
+        return expand(solve(strength)[1] / strength)
 
     def components():
         values, vectors = principal_components(kernel)
         return values, expand(vectors / np.sqrt(values))
 
-    return Form(solve, coefficients, components)
+    return Form(roots, wanted, blocks, coefficients, components)
 
 
-def primal_form(rows, scales, roots, wanted, judged):
+def primal_form(rows, scales, roots, wanted):
     """Return the Form that has a number for each unit, from sums over all rows."""
     width = rows.levels[-1].stop + 1
     gram, products = np.zeros((width, width)), np.zeros((width, rows.class_count))
@@ -194,19 +203,37 @@ def primal_form(rows, scales, roots, wanted, judged):
         x = np.float32(roots[places]) * all_units(rows, scales, places)
         gram += x.T @ x
         products += x.T @ (roots[places] * wanted[places])
-    x = roots[judged] * all_units(rows, scales, judged)
 
+    @functools.lru_cache(2)
     def solve(strength):
-        """Return I - hat matrix, (rows, rows), and the residuals, (rows, classes)."""
+        """Return the inverse, (units + 1, units + 1), and the coefficients."""
         inverse = invert(gram, strength)
-        complement = -(x @ inverse) @ x.T
-        complement.flat[:: len(judged) + 1] += 1
-        return complement, roots[judged] * wanted[judged] - x @ (inverse @ products)
+        return inverse, inverse @ products
 
-    def coefficients(fit):
-        return invert(gram, fit.strength) @ products
+    def blocks(strength, parts):
+        inverse, coefficients = solve(strength)
+        for some in batch_parts(parts):
+            places = np.sort(np.concatenate(some))
+            x = roots[places] * all_units(rows, scales, places)
+            hat = x @ inverse
+            residuals = roots[places] * wanted[places] - x @ coefficients
+            for part in some:
+                at = np.searchsorted(places, part)
+                yield np.eye(len(at)) - hat[at] @ x[at].T, residuals[at]
 
-    return Form(solve, coefficients, lambda: principal_components(gram))
+    return Form(
+        roots, wanted, blocks, lambda strength: solve(strength)[1],
+        lambda: principal_components(gram),
+    )  # fmt: skip
+
+
+def batch_parts(parts):
+    """Return lists of parts, arrays of places, with about CHUNK places in each."""
+    numbers = np.cumsum([len(part) for part in parts]) // CHUNK
+    batches = defaultdict(list)
+    for number, part in zip(numbers, parts):
+        batches[number].append(part)
+    return batches.values()
 
 
 def invert(matrix, strength):
@@ -241,32 +268,39 @@ def principal_components(matrix):
     return np.maximum(values, 1e-12), basis @ vectors
 
 
+def leave_out_groups(groups, targets, pictures):
+    """Return (groups of rows that are left out together, (n,); classes of one group).
+
+    Of such a class, nothing would be left to learn from: its rows are left out picture by picture.
+    """
+    pairs = np.unique(np.stack([targets, groups]), axis=1)
+    lone = np.flatnonzero(np.bincount(pairs[0]) == 1)
+    return np.where(np.isin(targets, lone), groups.max() + 1 + pictures, groups), lone
+
+
 def draw_groups(groups, seed):
-    """Return the places of MAX_JUDGED rows, drawn by lot, groups together."""
-    lot = np.random.default_rng(seed).permutation(groups.max() + 1)
-    return np.sort(np.argsort(lot[groups], kind="stable")[:MAX_JUDGED])
+    """Return the places of at most MAX_JUDGED rows, by lot, groups whole unless one is all."""
+    lot = np.random.default_rng(seed).permutation(groups.max() + 1)[groups]
+    order = np.argsort(lot, kind="stable")
+    drawn, rest = order[:MAX_JUDGED], order[MAX_JUDGED:]
+    whole = drawn[~np.isin(lot[drawn], lot[rest])]
+    return np.sort(whole if len(whole) else drawn)
 
 
-def left_out_together(groups, targets):
-    """Return [array of places] of rows that are left out together: those of a group.
+def left_out_together(groups, places):
+    """Return [array of places], rows that are left out together: those of a group, sorted."""
+    order = places[np.argsort(groups[places], kind="stable")]
+    return np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
 
-    A class of one group would have nothing to learn from: its rows are left out one by one.
+
+def leave_out(form, strength, parts):
+    """Yield what fits without each part of the rows answer about it: (n, classes), centred classes.
+
+    parts: arrays of places. The residuals r of rows left out are inv(B) r, where B is their block
+    of I - hat matrix (Cook and Weisberg 1982).
     """
-    alone = np.isin(targets, [t for t in np.unique(targets) if len(set(groups[targets == t])) == 1])
-    keys = np.where(alone, groups.max() + 1 + np.arange(len(groups)), groups)
-    order = np.argsort(keys, kind="stable")
-    return np.split(order, np.flatnonzero(np.diff(keys[order])) + 1)
-
-
-def leave_out(fit, places):
-    """Return what a fit without these rows answers about them: (n, classes), centred classes.
-
-    The residuals r of rows left out are inv(B) r, where B is their block of I - hat matrix (Cook
-    and Weisberg 1982).
-    """
-    block = fit.complement[np.ix_(places, places)]
-    residuals = np.linalg.solve(block, fit.residuals[places])
-    return fit.wanted[places] - residuals / fit.roots[places]
+    for places, (block, residuals) in zip(parts, form.blocks(strength, parts)):
+        yield form.wanted[places] - np.linalg.solve(block, residuals) / form.roots[places]
 
 
 def search_strength(judge):
@@ -297,29 +331,23 @@ def widen(fit, units):
 # ---------------------------------------------------------------- predictive variance
 
 
-def measure_variance(mean, gain, fit, form, together):
-    """Return the Variance of a Fit. mean, gain: of the units. together: see left_out_together."""
-    complement, _ = form.solve(VARIANCE_STRENGTH)
-    left_out = np.empty(len(fit.judged))
-    for places in together:
-        left_out[places] = left_out_variances(complement, fit.roots, places)
-    left_out = left_out[: len(fit.answers)]
+def measure_variance(mean, gain, form, left_out):
+    """Return the Variance of a Form. mean, gain: of the units; left_out: see there."""
     values, vectors = form.components()
     vectors *= np.sqrt(values / (values + VARIANCE_STRENGTH))
     vectors = np.pad(vectors, ((0, 0), (0, COMPONENTS - len(values))))
-    typical = left_out.mean()
-    return Variance(mean, gain, vectors[:-1], vectors[-1], complement, left_out, typical)
+    return Variance(mean, gain, vectors[:-1], vectors[-1], left_out, left_out.mean())
 
 
-def left_out_variances(complement, roots, places):
-    """Return the variances, (n,), of rows by a fit without them.
+def left_out_variances(form, parts):
+    """Yield the variances, (n,), of each part of the rows by a fit without it.
 
-    With B their block of I - hat matrix, the rows' part of it for a fit without them is
-    inv(B) - I (Woodbury's identity).
+    parts: arrays of places. With B their block of I - hat matrix, the rows' part of it for a fit
+    without them is inv(B) - I (Woodbury's identity).
     """
-    block = complement[np.ix_(places, places)]
-    excess = np.diag(np.linalg.inv(block)) - 1
-    return VARIANCE_STRENGTH * np.maximum(0, excess) / np.square(roots[places, 0])
+    for places, (block, _) in zip(parts, form.blocks(VARIANCE_STRENGTH, parts)):
+        excess = np.diag(np.linalg.inv(block)) - 1
+        yield VARIANCE_STRENGTH * np.maximum(0, excess) / np.square(form.roots[places, 0])
 
 
 def predict(fit, chunks):
@@ -334,12 +362,6 @@ def predict(fit, chunks):
         logits.append(x @ fit.kernel + fit.bias)
         variances.append(1 + np.square(s).sum(axis=1) - np.square(seen).sum(axis=1))
     return np.concatenate(logits), np.concatenate(variances)
-
-
-def drop_matrices(fit):
-    """Return a Fit without what only leaving rows out needs, up to a gigabyte."""
-    variance = fit.variance._replace(complement=None)
-    return fit._replace(complement=None, variance=variance)
 
 
 def constant(variance):
@@ -360,15 +382,17 @@ def temper(fit, logits, variances):
     return softmax(logits * sharpness(fit.variance, variances) / fit.temperature)
 
 
-def answer_left_out(fit, places, absent=None):
-    """Return the probabilities, (n, classes), that a fit without these rows gives them.
+def answer_left_out(fit, parts, absent=None):
+    """Yield the probabilities, (n, classes), that fits without each part of the rows give it.
 
-    absent: a class that it does not know, since these are all of its rows.
+    parts: arrays of places. absent: for each, a class that its fit does not know, since these are
+    all of its rows.
     """
-    logits = leave_out(fit, places)
-    if absent is not None:
-        logits[:, absent] = -np.inf
-    return temper(fit, logits, left_out_variances(fit.variance.complement, fit.roots, places))
+    everything = zip(leave_out(fit.form, fit.strength, parts), left_out_variances(fit.form, parts))
+    for number, (logits, variances) in enumerate(everything):
+        if absent is not None:
+            logits[:, absent[number]] = -np.inf
+        yield temper(fit, logits, variances)
 
 
 # ---------------------------------------------------------------- calibration
@@ -420,32 +444,62 @@ def interval(right, total):
 # ---------------------------------------------------------------- strangers
 
 
-def simulate_strangers(fit, rows, nobody=None, seed=0):
+def simulate_strangers(fit, rows, held, nobody=None, seed=0):
     """Leave each class out in turn. Returns Strangers, or None with two classes.
 
     The rows of the class left out are the strangers, leave-one-out answers of the others the
-    friends. nobody: index of the class `unknown`, or None; its rows count as strangers. seed:
-    draws MAX_LEFT_OUT classes where there are more.
+    friends; of lone classes, whose rows resemble each other, these flatter, and what counts is
+    held: probabilities, (n, classes), and classes of validation pictures. nobody: index of the
+    class `unknown`, or None; its rows count as strangers, as many of them as other classes have.
+    seed: draws MAX_LEFT_OUT classes where there are more.
     """
     if rows.class_count < 3:
         return None
-    targets = rows.targets[fit.judged]
-    plain = len(fit.answers)
     answers = temper(fit, fit.answers, fit.variance.left_out)
-    actual = targets[:plain]
-    is_friend = actual != nobody
-    strangers = [answers[~is_friend]]
-    classes = [c for c in range(rows.class_count) if c != nobody]
-    for left in np.random.default_rng(seed).permutation(classes)[:MAX_LEFT_OUT]:
-        places = np.flatnonzero(targets == left)
-        strangers.append(answer_left_out(fit, places, left)[places < plain])
+    actual = rows.targets[fit.judged]
+    unknown = answers[actual == nobody]
+    usual = (len(answers) - len(unknown)) / (rows.class_count - (nobody is not None))
+    strangers = [unknown[:: max(1, round(len(unknown) / usual))]]
+    absent, parts = draw_classes(rows, nobody, seed)
+    for places, found in zip(parts, answer_left_out(fit, parts, absent)):
+        strangers.append(found[places < rows.plain])
     strangers = np.concatenate(strangers)
-    friends = answers[is_friend]
     taken = strangers.argmax(axis=1)
     reached = np.where(taken == nobody, 0, strangers.max(axis=1))
-    right = friends.argmax(axis=1) == actual[is_friend]
+    friends, actual = choose_friends(answers, actual, held, rows.lone, nobody)
+    right = friends.argmax(axis=1) == actual
     taken_for = Counter(taken[taken != nobody].tolist())
     return weigh_thresholds(friends.max(axis=1), right, reached, taken_for)
+
+
+def draw_classes(rows, nobody, seed):
+    """Return classes that are left out in turn, drawn by lot, and [places of the rows of each].
+
+    At most MAX_LEFT_OUT, of MAX_JUDGED rows each, and fewer where they have very many rows.
+    """
+    rng = np.random.default_rng(seed)
+    classes, parts, total = [], [], 0
+    for left in rng.permutation([c for c in range(rows.class_count) if c != nobody]):
+        if len(classes) == MAX_LEFT_OUT or total > 5 * MAX_JUDGED:
+            break
+        places = np.flatnonzero(rows.targets == left)
+        if len(places) > MAX_JUDGED:
+            places = np.sort(rng.permutation(places)[:MAX_JUDGED])
+        classes.append(left)
+        parts.append(places)
+        total += len(places)
+    return classes, parts
+
+
+def choose_friends(answers, actual, held, lone, nobody):
+    """Return (probabilities, classes) of friends' pictures, see simulate_strangers."""
+    is_friend = actual != nobody
+    kept = is_friend & ~np.isin(actual, lone)
+    added = np.isin(held[1], lone) & (held[1] != nobody)
+    if not kept.any() and not added.any():
+        kept = is_friend
+    both = (answers[kept], held[0][added]), (actual[kept], held[1][added])
+    return tuple(map(np.concatenate, both))
 
 
 def weigh_thresholds(friends, right, strangers, taken_for):
@@ -480,11 +534,14 @@ def shares_at(strangers, threshold):
     return float(strangers.friends[place]), float(strangers.unknown[place])
 
 
-def move_threshold(strangers, correct):
+def move_threshold(strangers, probabilities, actual, nobody=None):
     """Return the threshold that refuses as many correct answers as the chosen one of Strangers.
 
-    correct: probabilities of the correct answers of a model that was trained on all classes, and
-    of which strangers cannot be simulated.
+    probabilities, (n, classes), and actual classes: of a model that was trained on all classes, and
+    of which strangers cannot be simulated. nobody: index of the class `unknown`, or None.
     """
+    is_right = (probabilities.argmax(axis=1) == actual) & (actual != nobody)
+    if not is_right.any():
+        return strangers.chosen
     kept = shares_at(strangers, strangers.chosen)[0] / max(1e-9, strangers.friends[0])
-    return float(np.quantile(correct, 1 - min(1, kept)))
+    return float(np.quantile(probabilities[is_right].max(axis=1), 1 - min(1, kept)))

@@ -71,7 +71,7 @@ FINE_TUNING = {
 FROM_SCRATCH = FINE_TUNING | {"rounds": 5, "round_epochs": 4, "views": 7}
 # From scratch, rounds of small sets have more epochs: at least so many steps, and so many a class.
 MIN_STEPS, MIN_STEPS_A_CLASS = 40, 3
-# From scratch, no training follows if leave-one-out has this accuracy before it: rounds take
+# From scratch, no training follows if leave-one-out and validation have this accuracy: rounds take
 # minutes, and the first ones know less than a readout of random features.
 GOOD_ENOUGH = 0.95
 UNFREEZE = 2  # top blocks that are fine-tuned
@@ -342,19 +342,19 @@ def round_readout(run, round_number):
     Leave-one-out says whether they do. All processes call it, since all give their levels; only the
     first one has a result.
     """
-    number = min(round_number, 1)
+    data, number = run.data, min(round_number, 1)
     if number not in run.readouts:
         chosen = make_readout(run, [features.UNAUGMENTED]) if not number else round_readout(run, 0)
-        if number and not features.is_large(run.data):
+        if number and not features.is_large(data):
             mirrored = make_readout(run, [features.UNAUGMENTED, features.MIRRORED])
-            # weights sum to one over twice the rows, so the error of the same answers is half
-            if mirrored and 2 * mirrored.fit.error < chosen.fit.error:
+            if mirrored and mirrored.fit.error < chosen.fit.error:
                 chosen = mirrored
         if chosen and not chosen.strangers:
-            labels = run.data.labels  # only frozen levels can tell: training has seen all
-            nobody = labels.index(utils.UNKNOWN) if utils.UNKNOWN in labels else None
-            found = readout.simulate_strangers(chosen.fit, chosen.rows, nobody, run.args.seed)
-            chosen = chosen._replace(strangers=found, fit=readout.drop_matrices(chosen.fit))
+            # only frozen levels can tell: training has seen all classes
+            held = readout_candidate(run, chosen).probabilities, data.targets[data.validation]
+            nobody = dataset.unknown_class(data)
+            found = readout.simulate_strangers(chosen.fit, chosen.rows, held, nobody, run.args.seed)
+            chosen = chosen._replace(strangers=found, fit=chosen.fit._replace(form=None))
         run.readouts[number] = chosen
     return run.readouts[number]
 
@@ -382,10 +382,11 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
         return np.concatenate(found)
 
     pictures = np.concatenate(parts)
+    targets = data.targets[pictures]
+    groups, lone = readout.leave_out_groups(data.groups[pictures], targets, pictures)
     every, is_scratch = run.networks.levels, run.networks.cut is None
     levels = [level.units for level in levels or (every[:-1] if is_scratch else every)]
-    rows = readout.Rows(read, levels, data.targets[pictures], data.groups[pictures], len(indices),
-                        len(data.labels))  # fmt: skip
+    rows = readout.Rows(read, levels, targets, groups, lone, len(indices), len(data.labels))
     fit = readout.fit_readout(rows, strength, run.args.seed)
     return Readout(readout.widen(fit, every[-1].units.stop), rows, pictures, views)
 
@@ -443,7 +444,7 @@ def fit_frozen(run, made):
               if networks.cut and place(level.block) <= place(networks.cut)]  # fmt: skip
     if frozen and "frozen" not in run.readouts:
         whole = make_readout(run, made.views, frozen, strength=made.fit.strength)
-        run.readouts["frozen"] = whole._replace(fit=readout.drop_matrices(whole.fit))
+        run.readouts["frozen"] = whole._replace(fit=whole.fit._replace(form=None))
     return run.readouts["frozen"].fit if frozen else None
 
 
@@ -508,8 +509,9 @@ def is_finished(run, state):
         return True
     if "rounds" in run.args:  # those that were asked for are made
         return False
-    is_scratch = run.networks.cut is None
-    if best["score"][0] == 0 or (is_scratch and best["loo"] >= GOOD_ENOUGH):
+    # where a class is one film, leave-one-out alone would say too much
+    reached = min(best["loo"], 1 - best["score"][0] / len(run.data.validation))
+    if best["score"][0] == 0 or (run.networks.cut is None and reached >= GOOD_ENOUGH):
         return True
     return bool(recipe["patience"] and state["rounds_without_gain"] >= recipe["patience"])
 
@@ -595,9 +597,9 @@ def save_candidate(run, number, right, made, chosen):
     strangers, promise, threshold = made.strangers, None, 0.5
     if strangers:
         threshold, promise = strangers.chosen, readout.shares_at(strangers, strangers.chosen)
-    if strangers and chosen.trained_share and right:
-        is_right = chosen.probabilities.argmax(1) == data.targets[data.validation]
-        threshold = readout.move_threshold(strangers, chosen.probabilities.max(1)[is_right])
+    if strangers and chosen.trained_share:
+        nobody, actual = dataset.unknown_class(data), data.targets[data.validation]
+        threshold = readout.move_threshold(strangers, chosen.probabilities, actual, nobody)
     info = {
         "labels": data.labels,
         "base": model.describe(networks.use),
@@ -803,21 +805,18 @@ def review_labels(data, everything):
     probable labels come first, as in confident learning (Northcutt et al. 2021).
     """
     fit = everything.fit
-    pictures = everything.pictures[fit.judged].tolist()
     doubts = {}  # {index: (probability of its own label, suggestion, its probability, why)}
-    for i, p in zip(pictures, readout.temper(fit, fit.answers, fit.variance.left_out)):
+    judged = everything.pictures[fit.judged].tolist()
+    for i, p in zip(judged, readout.temper(fit, fit.answers, fit.variance.left_out)):
         if p.argmax() != data.targets[i]:
             own, suggestion = float(p[data.targets[i]]), data.labels[p.argmax()]
             doubts[i] = (own, suggestion, float(p.max()), "label")
-    for pair in data.copies:
-        places = np.flatnonzero(np.isin(pictures, pair))
-        answers = readout.answer_left_out(fit, places)
-        # a picture as it is comes before its mirror image; of a large set, not all are judged
-        found = {pictures[place]: p for place, p in zip(places[::-1], answers[::-1])}
+    parts = [np.flatnonzero(np.isin(everything.pictures, pair)) for pair in data.copies]
+    for pair, places, answers in zip(data.copies, parts, readout.answer_left_out(fit, parts)):
+        # a picture as it is comes before its mirror image
+        found = dict(zip(everything.pictures[places[::-1]].tolist(), answers[::-1]))
         for i, other in (pair, pair[::-1]):
-            own, probability = 0.0, 1.0
-            if i in found:
-                own, probability = found[i][data.targets[[i, other]]].tolist()
+            own, probability = found[i][data.targets[[i, other]]].tolist()
             doubts[i] = (own, data.pictures[other].label, probability, "copy")
     order = sorted(doubts, key=lambda i: (doubts[i][0], i))
     return [(i, *doubts[i][1:]) for i in order]
@@ -849,9 +848,10 @@ def print_next_steps(args, info, predictions, strangers, doubtful, before):
     confused = Counter((p.actual, p.predicted) for p in predictions if p.predicted != p.actual)
     right = len(predictions) - confused.total()
     low, high = info["interval"]
+    when = " before --fit-all" if args.fit_all else ""
     lines = [
         f"{name}.h5 classifies {right} of {len(predictions)} pictures correctly that it was not "
-        f"trained on; on more pictures like these, expect {low:.0%} to {high:.0%}."
+        f"trained on{when}; on more pictures like these, expect {low:.0%} to {high:.0%}."
     ]
     if before and before.get("accuracy"):
         whose = "the same" if before.get("validation") == info["validation"] else "its own"

@@ -287,6 +287,7 @@ def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small
     assert np.array_equal(network.get_layer("probabilities").get_weights()[0], after)
     assert seen.stdout.splitlines()[-1].startswith("fit-all: the saved model's readout knows all")
     assert "\nbest: round" in seen.stdout and "strangers:" not in seen.stdout  # two classes
+    assert "it was not trained on before --fit-all" in seen.stderr
 
 
 def test_sixteen_bits_in_the_frozen_pass(tiny, monkeypatch, tmp_path, small, tiny_weights):
