@@ -447,11 +447,11 @@ def interval(right, total):
 def simulate_strangers(fit, rows, held, nobody=None, seed=0):
     """Leave each class out in turn. Returns Strangers, or None with two classes.
 
-    The rows of the class left out are the strangers, leave-one-out answers of the others the
-    friends; of lone classes, whose rows resemble each other, these flatter, and what counts is
-    held: probabilities, (n, classes), and classes of validation pictures. nobody: index of the
-    class `unknown`, or None; its rows count as strangers, as many of them as other classes have.
-    seed: draws MAX_LEFT_OUT classes where there are more.
+    The rows of the class left out are the strangers; friends are leave-one-out answers of the
+    others, and held: probabilities, (n, classes), and classes of validation pictures. Answers of
+    lone classes, whose rows know each other, would flatter. nobody: index of the class `unknown`,
+    or None; as many of its rows as other classes have count as strangers. seed: draws MAX_LEFT_OUT
+    classes where there are more.
     """
     if rows.class_count < 3:
         return None
@@ -466,7 +466,10 @@ def simulate_strangers(fit, rows, held, nobody=None, seed=0):
     strangers = np.concatenate(strangers)
     taken = strangers.argmax(axis=1)
     reached = np.where(taken == nobody, 0, strangers.max(axis=1))
-    friends, actual = choose_friends(answers, actual, held, rows.lone, nobody)
+    is_honest = ~np.isin(actual, rows.lone)
+    friends = np.concatenate([answers[is_honest], held[0]])
+    actual = np.concatenate([actual[is_honest], held[1]])
+    friends, actual = friends[actual != nobody], actual[actual != nobody]
     right = friends.argmax(axis=1) == actual
     taken_for = Counter(taken[taken != nobody].tolist())
     return weigh_thresholds(friends.max(axis=1), right, reached, taken_for)
@@ -489,17 +492,6 @@ def draw_classes(rows, nobody, seed):
         parts.append(places)
         total += len(places)
     return classes, parts
-
-
-def choose_friends(answers, actual, held, lone, nobody):
-    """Return (probabilities, classes) of friends' pictures, see simulate_strangers."""
-    is_friend = actual != nobody
-    kept = is_friend & ~np.isin(actual, lone)
-    added = np.isin(held[1], lone) & (held[1] != nobody)
-    if not kept.any() and not added.any():
-        kept = is_friend
-    both = (answers[kept], held[0][added]), (actual[kept], held[1][added])
-    return tuple(map(np.concatenate, both))
 
 
 def weigh_thresholds(friends, right, strangers, taken_for):
