@@ -4,8 +4,8 @@
     python benchmarks/strangers.py DATA_DIR --by-folder [options of train.py]
 
 Trains on `--friends` classes drawn by lot, all but a fifth of each; scores the fifth kept out,
-which no choice has seen, and all pictures of the other classes. With --by-folder each of the first
-`--seeds` classes is the stranger once, and the last folder (a film, say) of the others is kept out.
+which no choice has seen, and all pictures of the other classes. With --by-folder the classes are
+strangers by turns, and the last folder (a film, say) of the others is kept out.
 """
 
 import shutil
@@ -30,13 +30,14 @@ def divide(data_dir, folder, friends, seed):
             common.copy_classes(paths, labels, indices, folder / part)
 
 
-def divide_by_folder(data_dir, folder, number):
-    """Copy class `number` into strangers/; of the others the last folder into held/, else fit/."""
-    for n, path in enumerate(sorted(common.dataset.list_folders(data_dir)), 1):
+def divide_by_folder(data_dir, folder, seed):
+    """Copy one class into strangers/; of the others the last folder into held/, else fit/."""
+    classes = sorted(common.dataset.list_folders(data_dir))
+    for n, path in enumerate(classes):
         inner = sorted(common.dataset.list_folders(path))
         for place in inner:
             is_held = len(inner) > 1 and place == inner[-1]
-            part = "strangers" if n == number else "held" if is_held else "fit"
+            part = "strangers" if n == (seed - 1) % len(classes) else "held" if is_held else "fit"
             shutil.copytree(place, folder / part / path.name / place.name)
 
 
@@ -68,7 +69,7 @@ def main():
     parser = common.make_parser(__doc__)
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--friends", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=5, help="or how many classes, by folder")
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--by-folder", action="store_true")
     args, options = parser.parse_known_args()
     options = common.absolute(options)

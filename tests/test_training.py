@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import timeit
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -272,6 +273,24 @@ def test_a_gpu_does_what_the_cores_do(tiny, tmp_path, small, tiny_weights, monke
     one, two = ([c.probabilities for c in seen.candidates] for seen in outputs)
     assert np.allclose(one, two, atol=0.05)
     assert [features.inference_batch(side) for side in (75, 224, 299, 1024)] == [256, 256, 128, 16]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "loo", "is_over"), [(1, 1, True), (5, 1, False), (1, 0.8, False)]
+)
+def test_from_scratch_no_training_follows_what_is_good_enough(wrong, loo, is_over):
+    """Where a class is one film, leave-one-out alone would say too much."""
+    run = train.Run(
+        args=(),
+        recipe={"rounds": 5, "patience": 1},
+        data=SimpleNamespace(validation=range(20)),
+        networks=SimpleNamespace(cut=None),
+        views={},
+        gathered={},
+        readouts={},
+    )
+    best = {"round": 0, "score": [wrong, 0.1], "loo": loo}
+    assert train.is_finished(run, {"round": 0, "rounds_without_gain": 0, "best": best}) == is_over
 
 
 def test_fit_all_changes_the_model_and_none_of_its_figures(tiny, tmp_path, small, tiny_weights):
