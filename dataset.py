@@ -208,9 +208,10 @@ def find_near_copies(pictures):
     pairs = set()
     for shift in range(0, 65, 13):
         part = (hashes >> np.uint64(shift)) & np.uint64(2**13 - 1)
-        # turned, so that in each order other bits say who is next to whom
-        turned = hashes << np.uint64((51 - shift) % 64) | hashes >> np.uint64((shift + 13) % 64)
-        order = np.lexsort((turned, part))
+        # so that the part comes first, and in each order other bits last
+        end = min(shift + 13, 64)
+        turned = hashes << np.uint64(-end % 64) | hashes >> np.uint64(end % 64)
+        order = np.argsort(turned, kind="stable")
         for step in range(1, 17):  # neighbours in this order
             one, other = order[:-step], order[step:]
             bits = np.bitwise_count(hashes[one] ^ hashes[other])

@@ -2,7 +2,8 @@
 
 Closed form, arrays in and arrays out: no files, no Keras. Classes count alike, or a stranger would
 be taken for whoever has most pictures; each level weighs alike. What it answers about pictures that
-it has not seen (leave-one-out) gives its strength, its temperature and the threshold for strangers.
+it has not seen (leave-one-out) gives its strength, its temperature and, with what it answers about
+validation pictures, the threshold for strangers.
 The same regression, as a Gaussian process, has a predictive variance (Rasmussen and Williams 2006,
 chapter 2): it says how little a picture resembles those learned from, and raises the temperature.
 """
@@ -23,6 +24,7 @@ COMPONENTS = 128  # principal components that the saved network tells the varian
 STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
 FRIENDS_REFUSED = 0.05, 0.2  # least and largest share of correct answers that it costs
 MAX_LEFT_OUT = 40  # classes that play the stranger
+MAX_CLASS_ROWS = 3_000  # of each of them, since memory grows with the square
 
 # What is read. read: (slice of units, places of rows) → float32 (n, units); levels: such slices;
 # targets, groups: class and group of each row, see leave_out_groups; lone: classes of one group;
@@ -51,22 +53,22 @@ Strangers = namedtuple("Strangers", "thresholds friends unknown chosen taken_for
 def fit_readout(rows, strength=None, seed=0):
     """Return the Fit to Rows with the least leave-one-out error, or of a strength that is given.
 
-    In the dual while there are fewer rows than units, else by sums over all rows. seed: draws the
-    MAX_JUDGED rows that are left out in turn where there are more.
+    In the dual while there are fewer rows than units, else by sums over all rows; then no more than
+    MAX_JUDGED pictures, drawn by lot with this seed, are left out in turn.
     """
     scales = scale_units(rows)
     roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
     is_dual = len(rows.targets) <= rows.levels[-1].stop
     form = (dual_form if is_dual else primal_form)(rows, scales, roots, wanted)
-    drawn = np.arange(len(rows.targets)) if is_dual else draw_groups(rows.groups, seed)
+    drawn = np.arange(len(rows.targets)) if is_dual else draw_rows(rows, seed)
     together = left_out_together(rows.groups, drawn)
     judged = drawn[drawn < rows.plain]
     weights = np.square(roots[judged, 0])
 
     def judge(strength):
         """Return the Fit of a strength, as far as leave-one-out needs it."""
-        answers = in_order(together, leave_out(form, strength, together), judged)
+        answers = in_order(leave_out(form, strength, together), together, len(judged))
         squares = np.square(answers - wanted[judged]).sum(axis=1)
         return Fit(strength, judged, answers, np.average(squares, weights=weights))
 
@@ -74,11 +76,13 @@ def fit_readout(rows, strength=None, seed=0):
     return complete(best, rows.targets[judged], form, scales, together)
 
 
-def in_order(together, parts, judged):
-    """Return numbers about parts, arrays of places, of which some are wanted, in their order."""
-    numbers = np.concatenate(list(parts))
+def in_order(numbers, together, count):
+    """Return numbers about rows, an array for each of together, in the order of their places.
+
+    together: arrays of places. count: the first so many are wanted.
+    """
     order = np.argsort(np.concatenate(together))
-    return numbers[order][: len(judged)]
+    return np.concatenate(list(numbers))[order][:count]
 
 
 def complete(fit, known, form, scales, together):
@@ -89,7 +93,7 @@ def complete(fit, known, form, scales, together):
     mean, gain = scales
     coefficients = form.coefficients(fit.strength)
     kernel = gain[:, None] * coefficients[:-1]  # reads the levels as they are
-    left_out = in_order(together, left_out_variances(form, together), fit.judged)
+    left_out = in_order(left_out_variances(form, together), together, len(fit.judged))
     variance = measure_variance(mean, gain, form, left_out)
     sharp = fit.answers * sharpness(variance, left_out)
     return fit._replace(
@@ -150,8 +154,8 @@ def all_units(rows, scales, places):
 # roots, (rows, 1), of the weights; wanted: the centred classes, (rows, classes). Functions.
 # blocks: strength, [array of places] → for each of these, its block of I - hat matrix, and its
 # residuals times `roots`; coefficients: strength → what all_units is multiplied with, (units + 1,
-# classes); components: count → (values, vectors), the principal components of all_units, weighted:
-# their mean squares, (count,), and (units + 1, count)
+# classes); components: nothing → (values, vectors), the principal components of all_units,
+# weighted: their mean squares, (n,), and (units + 1, n)
 Form = namedtuple("Form", "roots wanted blocks coefficients components")
 
 
@@ -278,13 +282,21 @@ def leave_out_groups(groups, targets, pictures):
     return np.where(np.isin(targets, lone), groups.max() + 1 + pictures, groups), lone
 
 
-def draw_groups(groups, seed):
-    """Return the places of at most MAX_JUDGED rows, by lot, groups whole unless one is all."""
-    lot = np.random.default_rng(seed).permutation(groups.max() + 1)[groups]
-    order = np.argsort(lot, kind="stable")
-    drawn, rest = order[:MAX_JUDGED], order[MAX_JUDGED:]
-    whole = drawn[~np.isin(lot[drawn], lot[rest])]
-    return np.sort(whole if len(whole) else drawn)
+def draw_rows(rows, seed):
+    """Return the places of rows of at most MAX_JUDGED pictures, drawn by lot, groups whole.
+
+    Only where no group is small enough, one is drawn in part.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.bincount(rows.groups[: rows.plain])
+    drawn, room = [], MAX_JUDGED
+    for group in rng.permutation(np.flatnonzero(sizes)):
+        if sizes[group] <= room:
+            drawn.append(group)
+            room -= sizes[group]
+    if not drawn:
+        return np.sort(rng.permutation(rows.plain)[:MAX_JUDGED])
+    return np.flatnonzero(np.isin(rows.groups, drawn))
 
 
 def left_out_together(groups, places):
@@ -385,11 +397,11 @@ def temper(fit, logits, variances):
 def answer_left_out(fit, parts, absent=None):
     """Yield the probabilities, (n, classes), that fits without each part of the rows give it.
 
-    parts: arrays of places. absent: for each, a class that its fit does not know, since these are
-    all of its rows.
+    parts: arrays of places. absent: for each, a class that its fit must not name, since these are
+    its rows.
     """
-    everything = zip(leave_out(fit.form, fit.strength, parts), left_out_variances(fit.form, parts))
-    for number, (logits, variances) in enumerate(everything):
+    both = zip(leave_out(fit.form, fit.strength, parts), left_out_variances(fit.form, parts))
+    for number, (logits, variances) in enumerate(both):
         if absent is not None:
             logits[:, absent[number]] = -np.inf
         yield temper(fit, logits, variances)
@@ -450,23 +462,23 @@ def simulate_strangers(fit, rows, held, nobody=None, seed=0):
     The rows of the class left out are the strangers; friends are leave-one-out answers of the
     others, and held: probabilities, (n, classes), and classes of validation pictures. Answers of
     lone classes, whose rows know each other, would flatter. nobody: index of the class `unknown`,
-    or None; as many of its rows as other classes have count as strangers. seed: draws MAX_LEFT_OUT
-    classes where there are more.
+    or None; its answers count as strangers, as many as of another class. seed: see draw_classes.
     """
     if rows.class_count < 3:
         return None
     answers = temper(fit, fit.answers, fit.variance.left_out)
     actual = rows.targets[fit.judged]
-    unknown = answers[actual == nobody]
-    usual = (len(answers) - len(unknown)) / (rows.class_count - (nobody is not None))
-    strangers = [unknown[:: max(1, round(len(unknown) / usual))]]
+    is_honest = ~np.isin(actual, rows.lone)
     absent, parts = draw_classes(rows, nobody, seed)
-    for places, found in zip(parts, answer_left_out(fit, parts, absent)):
-        strangers.append(found[places < rows.plain])
+    strangers = [found[places < rows.plain]
+                 for places, found in zip(parts, answer_left_out(fit, parts, absent))]  # fmt: skip
+    unknown = answers[is_honest & (actual == nobody)]
+    if len(unknown):
+        usual = round(np.mean([len(some) for some in strangers]))
+        strangers.append(unknown[np.linspace(0, len(unknown) - 1, usual).astype(int)])
     strangers = np.concatenate(strangers)
     taken = strangers.argmax(axis=1)
     reached = np.where(taken == nobody, 0, strangers.max(axis=1))
-    is_honest = ~np.isin(actual, rows.lone)
     friends = np.concatenate([answers[is_honest], held[0]])
     actual = np.concatenate([actual[is_honest], held[1]])
     friends, actual = friends[actual != nobody], actual[actual != nobody]
@@ -478,19 +490,19 @@ def simulate_strangers(fit, rows, held, nobody=None, seed=0):
 def draw_classes(rows, nobody, seed):
     """Return classes that are left out in turn, drawn by lot, and [places of the rows of each].
 
-    At most MAX_LEFT_OUT, of MAX_JUDGED rows each, and fewer where they have very many rows.
+    At most MAX_LEFT_OUT, and fewer where they have very many rows. Of a class of over
+    MAX_CLASS_ROWS only so many, drawn by lot: the rest stays in the fit, which flatters a little.
     """
     rng = np.random.default_rng(seed)
-    classes, parts, total = [], [], 0
+    classes, parts, room = [], [], 10 * MAX_CLASS_ROWS
     for left in rng.permutation([c for c in range(rows.class_count) if c != nobody]):
-        if len(classes) == MAX_LEFT_OUT or total > 5 * MAX_JUDGED:
-            break
-        places = np.flatnonzero(rows.targets == left)
-        if len(places) > MAX_JUDGED:
-            places = np.sort(rng.permutation(places)[:MAX_JUDGED])
-        classes.append(left)
-        parts.append(places)
-        total += len(places)
+        if len(classes) < MAX_LEFT_OUT and room > 0:
+            places = np.flatnonzero(rows.targets == left)
+            if len(places) > MAX_CLASS_ROWS:
+                places = np.sort(rng.permutation(places)[:MAX_CLASS_ROWS])
+            classes.append(left)
+            parts.append(places)
+            room -= len(places)
     return classes, parts
 
 

@@ -33,11 +33,12 @@ def divide(data_dir, folder, friends, seed):
 def divide_by_folder(data_dir, folder, seed):
     """Copy one class into strangers/; of the others the last folder into held/, else fit/."""
     classes = sorted(common.dataset.list_folders(data_dir))
-    for n, path in enumerate(classes):
+    stranger = classes[(seed - 1) % len(classes)]
+    for path in classes:
         inner = sorted(common.dataset.list_folders(path))
         for place in inner:
             is_held = len(inner) > 1 and place == inner[-1]
-            part = "strangers" if n == (seed - 1) % len(classes) else "held" if is_held else "fit"
+            part = "strangers" if path == stranger else "held" if is_held else "fit"
             shutil.copytree(place, folder / part / path.name / place.name)
 
 

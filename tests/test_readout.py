@@ -81,7 +81,8 @@ def assert_left_out(fit, rows, x, places):
 
 
 @FORMS
-def test_leave_one_out_is_fitting_again_without_each_group(views, levels):
+def test_leave_one_out_is_fitting_again_without_each_group(views, levels, monkeypatch):
+    monkeypatch.setattr(readout, "CHUNK", 7)  # as of many rows
     x, rows = make_rows(views, levels)
     fit, x = readout.fit_readout(rows, 0.01), features(x, levels)
     assert_left_out(fit, rows, x, range(rows.plain))
@@ -128,8 +129,11 @@ def test_of_many_rows_some_are_left_out_in_turn_groups_whole(monkeypatch):
     fit = readout.fit_readout(rows, 0.01)
     assert 28 <= len(fit.judged) <= 30
     assert_left_out(fit, rows, features(x, NARROW), range(len(fit.judged)))
-    rows.groups[3:38] = 7  # one group that is larger
-    assert len(readout.fit_readout(rows, 0.01).judged) <= 30
+    rows.groups[:31] = 7  # larger than all that can be judged
+    fit = readout.fit_readout(rows, 0.01)
+    assert fit.judged.tolist() == list(range(31, 40))
+    rows.groups[:] = 7
+    assert len(readout.fit_readout(rows, 0.01).judged) == 30
 
 
 @FORMS
@@ -215,7 +219,10 @@ def test_a_large_class_unknown_counts_as_one_class():
     _, rows = make_rows(noise=[0])  # the largest
     fit = readout.fit_readout(rows)
     found = readout.simulate_strangers(fit, rows, NOT_HELD, nobody=0)
-    counted = found.unknown * (sum(SIZES[1:]) + 14 // 2)
+    counted = found.unknown * (26 + 9)  # of the others, and their mean
+    assert counted == pytest.approx(counted.round())
+    flattered = readout.simulate_strangers(fit, rows._replace(lone=[0]), NOT_HELD, nobody=0)
+    counted = flattered.unknown * 26  # a class of one film knows itself
     assert counted == pytest.approx(counted.round())
 
 
@@ -223,8 +230,17 @@ def test_strangers_of_a_large_set_are_of_fits_that_do_not_know_their_class(monke
     _, rows = make_rows(1, NARROW, noise=[2])
     whole = readout.simulate_strangers(readout.fit_readout(rows, 0.01), rows, NOT_HELD)
     monkeypatch.setattr(readout, "MAX_JUDGED", 20)  # of 40
+    mirrored = make_rows(2, NARROW, noise=[2])[1]
+    both = readout.simulate_strangers(readout.fit_readout(mirrored, 0.01), mirrored, NOT_HELD)
+    assert both.taken_for.total() == 40  # mirror images are no pictures of their own
     some = readout.simulate_strangers(readout.fit_readout(rows, 0.01), rows, NOT_HELD)
     assert whole.taken_for == some.taken_for and whole.taken_for.total() == 40
+    monkeypatch.setattr(readout, "MAX_CLASS_ROWS", 3)
+    few = readout.simulate_strangers(readout.fit_readout(rows, 0.01), rows, NOT_HELD)
+    assert few.taken_for.total() == 12
+    monkeypatch.setattr(readout, "MAX_LEFT_OUT", 2)
+    few = readout.simulate_strangers(readout.fit_readout(rows, 0.01), rows, NOT_HELD)
+    assert few.taken_for.total() == 6
 
 
 def test_friends_are_pictures_of_validation_too_and_not_those_of_a_class_of_one_film():
