@@ -24,7 +24,7 @@ COMPONENTS = 128  # principal components that the saved network tells the varian
 STRANGERS_UNKNOWN = 0.8  # least share of strangers that the threshold aims at
 FRIENDS_REFUSED = 0.05, 0.2  # least and largest share of correct answers that it costs
 MAX_LEFT_OUT = 40  # classes that play the stranger
-MAX_CLASS_ROWS = 3_000  # of each of them, since memory grows with the square
+MAX_CLASS_ROWS = 2_000  # of each of them, since memory grows with the square
 
 # What is read. read: (slice of units, places of rows) → float32 (n, units); levels: such slices;
 # targets, groups: class and group of each row, see leave_out_groups; lone: classes of one group;
@@ -214,16 +214,19 @@ def primal_form(rows, scales, roots, wanted):
         inverse = invert(gram, strength)
         return inverse, inverse @ products
 
-    def blocks(strength, parts):
+    def batch_blocks(strength, some):
+        """Return what blocks yields for a few parts; large matrices end with it."""
         inverse, coefficients = solve(strength)
+        places = np.sort(np.concatenate(some))
+        x = roots[places] * all_units(rows, scales, places)
+        hat = x @ inverse
+        residuals = roots[places] * wanted[places] - x @ coefficients
+        found = [np.searchsorted(places, part) for part in some]
+        return [(np.eye(len(at)) - hat[at] @ x[at].T, residuals[at]) for at in found]
+
+    def blocks(strength, parts):
         for some in batch_parts(parts):
-            places = np.sort(np.concatenate(some))
-            x = roots[places] * all_units(rows, scales, places)
-            hat = x @ inverse
-            residuals = roots[places] * wanted[places] - x @ coefficients
-            for part in some:
-                at = np.searchsorted(places, part)
-                yield np.eye(len(at)) - hat[at] @ x[at].T, residuals[at]
+            yield from batch_blocks(strength, some)
 
     return Form(
         roots, wanted, blocks, lambda strength: solve(strength)[1],
