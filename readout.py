@@ -463,27 +463,28 @@ def simulate_strangers(fit, rows, held, nobody=None, seed=0):
     """Leave each class out in turn. Returns Strangers, or None with two classes.
 
     The rows of the class left out are the strangers; friends are leave-one-out answers of the
-    others, and held: probabilities, (n, classes), and classes of validation pictures. Answers of
-    lone classes, whose rows know each other, would flatter. nobody: index of the class `unknown`,
-    or None; its answers count as strangers, as many as of another class. seed: see draw_classes.
+    others, and held: probabilities, (n, classes), and classes of validation pictures. The rows of
+    lone classes know each other: these count only where validation has none of the class. nobody:
+    index of the class `unknown`, or None; its answers count as strangers, as many as of another
+    class. seed: see draw_classes.
     """
     if rows.class_count < 3:
         return None
     answers = temper(fit, fit.answers, fit.variance.left_out)
     actual = rows.targets[fit.judged]
-    is_honest = ~np.isin(actual, rows.lone)
+    is_counted = ~np.isin(actual, np.intersect1d(rows.lone, held[1]))
     absent, parts = draw_classes(rows, nobody, seed)
     strangers = [found[places < rows.plain]
                  for places, found in zip(parts, answer_left_out(fit, parts, absent))]  # fmt: skip
-    unknown = answers[is_honest & (actual == nobody)]
-    if len(unknown):
+    unknown = answers[actual == nobody]
+    if len(unknown) and nobody not in rows.lone:
         usual = round(np.mean([len(some) for some in strangers]))
         strangers.append(unknown[np.linspace(0, len(unknown) - 1, usual).astype(int)])
     strangers = np.concatenate(strangers)
     taken = strangers.argmax(axis=1)
     reached = np.where(taken == nobody, 0, strangers.max(axis=1))
-    friends = np.concatenate([answers[is_honest], held[0]])
-    actual = np.concatenate([actual[is_honest], held[1]])
+    friends = np.concatenate([answers[is_counted], held[0]])
+    actual = np.concatenate([actual[is_counted], held[1]])
     friends, actual = friends[actual != nobody], actual[actual != nobody]
     right = friends.argmax(axis=1) == actual
     taken_for = Counter(taken[taken != nobody].tolist())

@@ -251,8 +251,9 @@ def test_friends_are_pictures_of_validation_too_and_not_those_of_a_class_of_one_
     found = readout.simulate_strangers(fit, rows._replace(lone=[1, 2]), held)
     right = (fit.answers.argmax(1) == rows.targets)[np.isin(rows.targets, [0, 3])]
     assert found.friends[0] == pytest.approx((right.sum() + 2) / (len(right) + 3))
-    nobody = readout.simulate_strangers(fit, rows._replace(lone=range(4)), NOT_HELD)
-    assert 0 < nobody.chosen < 1
+    alone = readout.simulate_strangers(fit, rows._replace(lone=range(4)), NOT_HELD)
+    everybody = readout.simulate_strangers(fit, rows, NOT_HELD)
+    assert alone.chosen == everybody.chosen  # where nothing else tells of a class, they count
 
 
 def test_the_temperature_of_a_perfect_set_stays_bounded():
