@@ -208,7 +208,7 @@ def find_near_copies(pictures):
     pairs = set()
     for shift in range(0, 65, 13):
         part = (hashes >> np.uint64(shift)) & np.uint64(2**13 - 1)
-        # so that the part comes first, and in each order other bits last
+        # turned, so that the part comes first, and in each order other bits last
         end = min(shift + 13, 64)
         turned = hashes << np.uint64(-end % 64) | hashes >> np.uint64(end % 64)
         order = np.argsort(turned, kind="stable")

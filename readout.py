@@ -59,9 +59,10 @@ def fit_readout(rows, strength=None, seed=0):
     scales = scale_units(rows)
     roots = class_roots(rows.targets)
     wanted = np.eye(rows.class_count)[rows.targets] - 1 / rows.class_count
-    is_dual = len(rows.targets) <= rows.levels[-1].stop
-    form = (dual_form if is_dual else primal_form)(rows, scales, roots, wanted)
-    drawn = np.arange(len(rows.targets)) if is_dual else draw_rows(rows, seed)
+    if len(rows.targets) <= rows.levels[-1].stop:
+        form, drawn = dual_form(rows, scales, roots, wanted), np.arange(len(rows.targets))
+    else:
+        form, drawn = primal_form(rows, scales, roots, wanted), draw_rows(rows, seed)
     together = left_out_together(rows.groups, drawn)
     judged = drawn[drawn < rows.plain]
     weights = np.square(roots[judged, 0])
@@ -180,6 +181,7 @@ def dual_form(rows, scales, roots, wanted):
         return complement, complement @ (roots * wanted)
 
     def blocks(strength, parts):
+        """Yield (block of I - hat matrix, residuals) of each part."""
         complement, residuals = solve(strength)
         for places in parts:
             yield complement[np.ix_(places, places)], residuals[places]
@@ -215,7 +217,7 @@ def primal_form(rows, scales, roots, wanted):
         return inverse, inverse @ products
 
     def batch_blocks(strength, some):
-        """Return what blocks yields for a few parts; large matrices end with it."""
+        """Return what blocks yields for a few parts; its large matrices go before that is used."""
         inverse, coefficients = solve(strength)
         places = np.sort(np.concatenate(some))
         x = roots[places] * all_units(rows, scales, places)
@@ -225,6 +227,7 @@ def primal_form(rows, scales, roots, wanted):
         return [(np.eye(len(at)) - hat[at] @ x[at].T, residuals[at]) for at in found]
 
     def blocks(strength, parts):
+        """Yield (block of I - hat matrix, residuals) of each part."""
         for some in batch_parts(parts):
             yield from batch_blocks(strength, some)
 

@@ -95,8 +95,10 @@ Trained = namedtuple("Trained", "network top hidden")
 # views: {number: View}; gathered: {number: what gather_levels gives}, of several processes;
 # readouts: {0, 1 or "frozen": Readout}; all as they are made
 Run = namedtuple("Run", "args recipe data networks views gathered readouts")
-# pictures: index of that of each row; strangers: a readout.Strangers
-Readout = namedtuple("Readout", "fit rows pictures views strangers", defaults=[None])
+# pictures: index of that of each row; probabilities: of validation; strangers: a readout.Strangers
+Readout = namedtuple(
+    "Readout", "fit rows pictures views probabilities strangers", defaults=[None, None]
+)
 # network, numbers: what is saved, see model.set_readout; probabilities: of validation
 Candidate = namedtuple("Candidate", "network numbers probabilities trained_share")
 # a row of model-mistakes.csv and model-evaluate.csv; probability: of the predicted class
@@ -349,12 +351,13 @@ def round_readout(run, round_number):
             mirrored = make_readout(run, [features.UNAUGMENTED, features.MIRRORED])
             if mirrored and mirrored.fit.error < chosen.fit.error:
                 chosen = mirrored
-        if chosen and not chosen.strangers:
+        if chosen and chosen.probabilities is None:
+            fit, nobody = chosen.fit, dataset.unknown_class(data)
+            p = readout.temper(fit, *readout.predict(fit, read_validation(run)))
+            held = p, data.targets[data.validation]
             # only frozen levels can tell: training has seen all classes
-            held = readout_candidate(run, chosen).probabilities, data.targets[data.validation]
-            nobody = dataset.unknown_class(data)
-            found = readout.simulate_strangers(chosen.fit, chosen.rows, held, nobody, run.args.seed)
-            chosen = chosen._replace(strangers=found, fit=chosen.fit._replace(form=None))
+            found = readout.simulate_strangers(fit, chosen.rows, held, nobody, run.args.seed)
+            chosen = chosen._replace(probabilities=p, strangers=found, fit=fit._replace(form=None))
         run.readouts[number] = chosen
     return run.readouts[number]
 
@@ -389,12 +392,6 @@ def make_readout(run, views, levels=None, indices=None, strength=None):
     rows = readout.Rows(read, levels, targets, groups, lone, len(indices), len(data.labels))
     fit = readout.fit_readout(rows, strength, run.args.seed)
     return Readout(readout.widen(fit, every[-1].units.stop), rows, pictures, views)
-
-
-def readout_candidate(run, made):
-    """Return the Candidate of a Readout alone."""
-    probabilities = readout.temper(made.fit, *readout.predict(made.fit, read_validation(run)))
-    return Candidate(run.networks.base, readout_numbers(made.fit), probabilities, 0.0)
 
 
 def readout_numbers(fit):
@@ -530,10 +527,11 @@ def score_round(run, trained, number, made, best):
     """Do what `finish_round` says, in the first process."""
     data = run.data
     actual = data.targets[data.validation]
-    candidates = [readout_candidate(run, made)]
+    plain = Candidate(run.networks.base, readout_numbers(made.fit), made.probabilities, 0.0)
+    candidates = [plain]
     if number and not run.args.fit_all:  # that cannot fit what was trained
         mixed = trained_candidates(run, trained, made)
-        candidates += [c for c in mixed if is_clearly_better(c, candidates[0], actual)]
+        candidates += [c for c in mixed if is_clearly_better(c, plain, actual)]
     chosen = min(candidates, key=lambda candidate: score(candidate, actual))
     found = score(chosen, actual)
     right = len(actual) - found[0]
